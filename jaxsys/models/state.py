@@ -1,0 +1,93 @@
+"""Between the nnx model and the flat dictionary of arrays that everything else works on.
+
+``nnx`` stays at the edge: inside, parameters are ``{key: array}`` with keys such as
+``layers.17.attention.q.kernel`` (listed) or ``layers.0-29.attention.q.kernel`` (stacked). A flat
+dictionary is cheap to dispatch, splits into update groups by key, and maps to logical names here only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsys.models.config import ModelConfig
+from jaxsys.models.decoder import Decoder
+from parallelism.layout import Layout, Logical, Stored
+
+_STACK = re.compile(r"\b(\d+)-(\d+)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder without its arrays: the graph definition and the layout of its parameters."""
+
+    config: ModelConfig
+    graphdef: Any
+    layout: Layout
+    storage: str
+
+    @property
+    def units(self) -> dict[str, int]:
+        """Query heads may only be split or padded in whole groups that share a key/value head."""
+        return {"heads": self.config.query_group}
+
+    def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
+        """The nnx model on these arrays (call it inside traced code)."""
+        return nnx.merge(self.graphdef, nnx.State.from_flat_path({_path(k): v for k, v in params.items()}))
+
+    def init(self, seed: jax.Array) -> dict[str, jax.Array]:
+        """Fresh parameters (call it inside traced code); the same for both storages and for any sharding."""
+        decoder = Decoder(self.config, rngs=nnx.Rngs(jax.random.key(seed)), dtype=self.dtype, storage=self.storage)
+        fresh = {key: variable[...] for key, variable in _variables(decoder).items()}
+        return {key: _pad(fresh[key], self.layout[key].shape) for key in self.layout}
+
+    @property
+    def dtype(self) -> np.dtype:
+        return next(iter(self.layout.values())).dtype
+
+    def with_layout(self, layout: Layout) -> Model:
+        """The same model stored otherwise (padded)."""
+        return dataclasses.replace(self, layout=layout)
+
+
+def build(config: ModelConfig, *, dtype: Any = jnp.float32, storage: str | None = None) -> Model:
+    """The model and its layout, without making an array."""
+    from jaxsys.models.layers import default_storage
+
+    storage = storage or default_storage()
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, storage=storage))
+    layout = Layout(_stored(key, variable) for key, variable in _variables(abstract).items())
+    return Model(config, nnx.split(abstract)[0], layout, storage)
+
+
+def _variables(decoder: Decoder) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): v for path, v in nnx.state(decoder, nnx.Param).flat_state()}
+
+
+def _path(key: str) -> tuple[str, ...]:
+    return tuple(key.split("."))
+
+
+def _stored(key: str, variable: nnx.Variable) -> Stored:
+    shape, dtype = variable.shape, np.dtype(variable.dtype)
+    axes = tuple(variable.get_metadata()["axes"])
+    match = _STACK.search(key)
+    if match is None:
+        return Stored(key, shape, dtype, axes, (Logical(key, shape, dtype, axes),))
+    first, last = int(match[1]), int(match[2])
+    names = [_STACK.sub(str(i), key, count=1) for i in range(first, last + 1)]
+    parts = tuple(Logical(name, shape[1:], dtype, axes) for name in names)
+    return Stored(key, shape, dtype, ("layers", *axes), parts, stacked=True)
+
+
+def _pad(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if array.shape == shape:
+        return array
+    return jnp.pad(array, [(0, want - have) for have, want in zip(array.shape, shape, strict=True)])

@@ -1,0 +1,2 @@
+def constrain(x, axes):
+    return x
