@@ -62,19 +62,26 @@ class Plan:
 def plan(layout: Layout, mesh: Mesh, rules: Rules = PARAMETERS, units: Mapping[str, int] | None = None) -> Plan:
     """Decide the sharding, and where necessary the padding, of every stored array.
 
-    layout: unpadded. units: logical axes whose size counts in blocks that must not be cut: ``{"heads": H // K}`` keeps
-    the query heads of one key/value head together, so that ``heads`` and ``kv_heads`` are split, padded or kept whole
-    alike (H query heads, K key/value heads).
+    layout: padding that it already has is dropped first, so that a plan for another mesh starts afresh.
+    units: logical axes whose size counts in blocks that must not be cut: ``{"heads": H // K}`` keeps the query heads
+    of one key/value head together, so that ``heads`` and ``kv_heads`` are split, padded or kept whole alike (H query
+    heads, K key/value heads).
     Raises UserError, naming the array, for an axis name without a rule, two dimensions on one mesh axis, and a
     dimension that does not divide under ``error``.
     """
     stored, shardings, decisions = [], {}, []
     for key, array in layout.items():
-        placed = _place(key, array.shape, array.axes, dict(mesh.shape), rules, units or {})
+        placed = _place(key, _unpadded(array), array.axes, dict(mesh.shape), rules, units or {})
         stored.append(dataclasses.replace(array, shape=placed.shape))
         shardings[key] = NamedSharding(mesh, placed.spec)
         decisions += placed.decisions
     return Plan(Layout(stored), mesh, rules, shardings, tuple(decisions))
+
+
+def _unpadded(stored: Stored) -> tuple[int, ...]:
+    """The smallest shape that holds the logical arrays."""
+    inner = tuple(map(max, zip(*(part.shape for part in stored.parts), strict=True)))
+    return (len(stored.parts), *inner) if stored.stacked else inner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,9 +214,7 @@ def create(
 
 
 def _padded(x: jax.Array, stored: Stored) -> jax.Array:
-    shape = tuple(map(max, zip(*(part.shape for part in stored.parts), strict=True)))
-    if stored.stacked:
-        shape = (len(stored.parts), *shape)
+    shape = _unpadded(stored)
     if (x.shape, x.dtype) != (shape, stored.dtype):
         raise ValueError(f"{stored.key}: init made {x.dtype}{x.shape}, the layout says {stored.dtype}{shape}")
     return jnp.pad(x, [(0, n - m) for m, n in zip(shape, stored.shape, strict=True)]) if x.shape != stored.shape else x
