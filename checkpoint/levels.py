@@ -71,7 +71,10 @@ class OpenLevel:
     def write(
         self, step: int, meta: Mapping[str, Any], specs: Iterable[Logical], pieces: Iterable[Piece]
     ) -> WriteMetrics:
-        """Write and commit a step (all processes together), then delete what retention does not keep."""
+        """Write and commit a step (all processes together), then delete what retention does not keep.
+
+        Call it in the thread of ``executor``.
+        """
         metrics = write_checkpoint(
             self.storage,
             step,
@@ -83,8 +86,7 @@ class OpenLevel:
             channel=f"write:{self.storage.where}",
         )
         self.bad.discard(step)
-        if self._coordinator.index == 0:
-            self._retain()
+        self._retain()
         return metrics
 
     def promote(self, step: int, source: OpenLevel) -> WriteMetrics:
@@ -109,16 +111,17 @@ class OpenLevel:
     def unpin(self, step: int) -> None:
         with self._lock:
             self._pins[step] -= 1
+        self._retain()
 
     def _retain(self) -> None:
         """Delete what is older than the newest ``keep`` good steps. Damaged ones do not count as kept."""
-        if self.level.keep is None:
+        if self.level.keep is None or self._coordinator.index > 0:
             return
-        oldest = self.steps()[-self.level.keep :][0]
-        with self._lock:
-            expired = [step for step in self.storage.steps() if step < oldest and not self._pins[step]]
-        try:
-            for step in expired:
-                self.storage.delete(step)
-        except OSError as e:
-            logger.warning("cannot delete old checkpoints in %s: %s", self.storage.where, e)
+        with self._lock:  # the thread of a later level comes here too, when it unpins
+            kept = self.steps()[-self.level.keep :]
+            try:
+                for step in self.storage.steps():
+                    if step < min(kept, default=0) and not self._pins[step]:
+                        self.storage.delete(step)
+            except OSError as e:
+                logger.warning("cannot delete old checkpoints in %s: %s", self.storage.where, e)

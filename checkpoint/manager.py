@@ -188,8 +188,7 @@ class Manager:
         for level in due:
             level.pin(step)
             earlier = dict(handle._futures)
-            handle._futures[level.name] = level.executor.submit(self._write, level, step, snapshot, meta, earlier)
-        handle._futures[due[-1].name].add_done_callback(lambda _: self._finished(step, snapshot, due))
+            handle._futures[level.name] = level.executor.submit(self._write, level, step, snapshot, meta, earlier, due)
         self._handles = [h for h in self._handles if not h.done] + [handle]
         handle._waiting_seconds = waited
         handle._entry_seconds = time.perf_counter() - began
@@ -202,6 +201,7 @@ class Manager:
         snapshot: Snapshot,
         meta: Mapping[str, Any],
         earlier: Mapping[str, Future[WriteMetrics]],
+        due: Sequence[OpenLevel],
     ) -> WriteMetrics:
         try:
             # A level before this one that has the step, so that the snapshot can be let go; else the snapshot.
@@ -226,12 +226,11 @@ class Manager:
             self.failures.append(Failure(step, level.name, error))
             raise error from (None if error is e else e)
         finally:
+            if level is due[-1]:
+                snapshot.release()
+                for each in due:
+                    each.unpin(step)
             level.slots.release()
-
-    def _finished(self, step: int, snapshot: Snapshot, due: Sequence[OpenLevel]) -> None:
-        snapshot.release()
-        for level in due:
-            level.unpin(step)
 
     def wait(self) -> None:
         """Block until every save has committed or failed (see ``failures``)."""
