@@ -95,10 +95,15 @@ class Graphs:
         if self._frozen:
             raise LateCompileError(f"graph {name!r} would be compiled after warm-up, for {_signature(args)}")
         options = {} if out_shardings is None else {"out_shardings": out_shardings}
-        context = sharding_context(self.mesh, self.rules) if self.mesh is not None else contextlib.nullcontext()
-        with context, _Events() as events:
+
+        def traced_fn(*args):
+            # Inside, because JAX's trace cache knows nothing of the context.
+            with sharding_context(self.mesh, self.rules) if self.mesh is not None else contextlib.nullcontext():
+                return fn(*args)
+
+        with _Events() as events:
             start = time.perf_counter()
-            lowered = jax.jit(fn, donate_argnums=tuple(donate), **options).lower(*args)
+            lowered = jax.jit(traced_fn, donate_argnums=tuple(donate), **options).lower(*args)
             traced = time.perf_counter()
             compiled = lowered.compile(compiler_options)
             done = time.perf_counter()

@@ -159,10 +159,11 @@ class Decoder(nnx.Module):
         return self.embed.kernel[...] if self.config.tie_embeddings else self.head.kernel[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] to logits [..., V] in at least float32, soft cap applied."""
-        return cap_logits(linear(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)), self.head_kernel), self.config)
-
-
-def cap_logits(logits: jax.Array, config: ModelConfig) -> jax.Array:
-    c = config.logit_softcap
-    return logits if c is None else c * jnp.tanh(logits / c)
+        """hidden [..., D] to logits [..., V] in at least float32: soft cap applied, -inf where padded."""
+        c, wide = self.config, jnp.promote_types(hidden.dtype, jnp.float32)
+        logits = linear(hidden.astype(wide), self.head_kernel)
+        if c.logit_softcap is not None:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        if logits.shape[-1] > c.vocab_size:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < c.vocab_size, logits, -jnp.inf)
+        return logits
