@@ -60,6 +60,15 @@ class Graph:
     def name(self) -> str:
         return self.stats.name
 
+    @property
+    def outputs(self) -> Any:
+        """The results' shapes, dtypes and shardings, as ShapeDtypeStructs."""
+        return jax.tree.map(
+            lambda out, sharding: jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=sharding),
+            self.compiled.out_info,
+            self.compiled.output_shardings,
+        )
+
     def __call__(self, *args: Any) -> Any:
         return dispatcher().call(self.compiled, *args)
 

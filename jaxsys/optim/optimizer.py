@@ -1,7 +1,7 @@
 """Optimizers by name: optax transformations over a flat dictionary of parameters, in groups or whole.
 
-The state keeps the shape of the parameters' dictionary wherever optax mirrors it, so the state of any
-group of parameters is the same tree with fewer keys: a fused step updates all keys, a split one some.
+The state is a flat dictionary too, of logical names, so that the part which belongs to a group of parameters
+is a matter of keys: a fused step updates all of them, a split one some.
 """
 
 from __future__ import annotations
@@ -101,9 +101,13 @@ class Optimizer:
                     )
         decayed = {key: "norm" not in stored.axes for key, stored in layout.items()}
         self._transform = optax.chain(*config.optimizer.transformations(lambda p: {k: decayed[k] for k in p}))
+        abstract = {key: jax.ShapeDtypeStruct(s.shape, s.dtype) for key, s in layout.items()}
+        self._template = jax.eval_shape(self._transform.init, abstract)
+        self._owner = {name: path[-1] if path[-1] in layout else None for name, path, _ in _named(self._template)}
 
-    def init(self, params: Params) -> Any:
-        return self._transform.init(dict(params))
+    def init(self, params: Params) -> dict[str, jax.Array]:
+        """The state as a flat dictionary: ``optimizer.mu.layers.17.mlp.up.kernel`` and the like."""
+        return self._flatten(self._transform.init(dict(params)))
 
     def learning_rate(self, step: jax.Array) -> jax.Array:
         return self.config.learning_rate * self.config.schedule.factor(step, self.steps)
@@ -113,63 +117,63 @@ class Optimizer:
         clip = self.config.clip_norm
         return jnp.ones_like(norm) if clip is None else jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30))
 
-    def update(self, params: Params, state: Any, grads: Params, scale: jax.Array, step: jax.Array) -> tuple[Params, Any]:
-        """New parameters and state of one group; all three dictionaries have the group's keys.
+    def update(
+        self, params: Params, state: Params, grads: Params, scale: jax.Array, step: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """New parameters and state of a group of parameters (or of all).
 
+        params, grads: the group's. state: the names that ``owned`` gives for it, and all ``shared`` ones.
         scale: factor on the gradients (mean over tokens, clipping). step: number of updates before this one.
         """
-        grads = {key: (g * scale.astype(g.dtype)) for key, g in grads.items()}
-        updates, state = self._transform.update(grads, state, dict(params))
-        rate = self.learning_rate(step)
-        return {key: (p - rate.astype(p.dtype) * updates[key]).astype(p.dtype) for key, p in params.items()}, state
-
-    def select(self, state: Any, keys: Collection[str]) -> Any:
-        """The state of a group of parameters: dictionaries of all parameters keep only ``keys``."""
-        return jax.tree.map(
-            lambda node: {k: node[k] for k in keys} if self._mirrors(node) else node, state, is_leaf=self._mirrors
+        keys = params.keys()
+        template = jax.tree.map(
+            lambda node: {k: node[k] for k in keys} if self._mirrors(node) else node,
+            self._template,
+            is_leaf=self._mirrors,
         )
+        tree = jax.tree.unflatten(jax.tree.structure(template), [state[name] for name, _, _ in _named(template)])
+        grads = {key: (g * scale.astype(g.dtype)) for key, g in grads.items()}
+        updates, tree = self._transform.update(grads, tree, dict(params))
+        rate = self.learning_rate(step)
+        new = {key: (p - rate.astype(p.dtype) * updates[key]).astype(p.dtype) for key, p in params.items()}
+        return new, self._flatten(tree)
 
-    def merge(self, whole: Any, part: Any) -> Any:
-        """``whole`` with what ``part``, the new state of a group, holds."""
+    def owned(self, keys: Collection[str]) -> list[str]:
+        """The names of the state that belong to these parameters."""
+        return [name for name, owner in self._owner.items() if owner in keys]
 
-        def put(node, new):
-            return {**node, **new} if self._mirrors(node) else new
+    @property
+    def shared(self) -> list[str]:
+        """The names of the state that belong to no parameter: a count of updates. Every group computes the same."""
+        return [name for name, owner in self._owner.items() if owner is None]
 
-        return jax.tree.map(put, whole, part, is_leaf=self._mirrors)
+    def layout_of_state(self) -> tuple[Layout, dict[str, str | None]]:
+        """The layout of the state, and for each name the parameter whose sharding it has (None: replicated)."""
+        stored, like = [], {}
+        for name, _, leaf in _named(self._template):
+            owner, dtype = self._owner[name], np.dtype(leaf.dtype)
+            if owner is not None and self.layout[owner].shape == leaf.shape:
+                param = self.layout[owner]
+                prefix = name.removesuffix(owner)
+                parts = tuple(dataclasses.replace(p, name=prefix + p.name, dtype=dtype) for p in param.parts)
+                stored.append(dataclasses.replace(param, key=name, dtype=dtype, parts=parts))
+                like[name] = owner
+            else:
+                axes = (None,) * len(leaf.shape)
+                stored.append(Stored(name, leaf.shape, dtype, axes, (Logical(name, leaf.shape, dtype, axes),)))
+                like[name] = None
+        return Layout(stored), like
 
     def _mirrors(self, node: Any) -> bool:
         return isinstance(node, dict) and node.keys() == self.layout.keys()
 
-    def state_layout(self, state: Any) -> tuple[Layout, dict[str, str | None]]:
-        """The layout of the state, and for each of its keys the parameter it is sharded like (None: replicated).
-
-        state: arrays or their abstract values. Names are ``optimizer.mu.layers.17.mlp.up.kernel``.
-        """
-        stored, like = [], {}
-        for key, path, leaf in _named(state):
-            param = self.layout.get(path[-1]) if isinstance(path[-1], str) else None
-            dtype = np.dtype(leaf.dtype)
-            if param is not None and param.shape == leaf.shape:
-                prefix = key.removesuffix(param.key)
-                parts = tuple(dataclasses.replace(p, name=prefix + p.name, dtype=dtype) for p in param.parts)
-                stored.append(dataclasses.replace(param, key=key, dtype=dtype, parts=parts))
-                like[key] = param.key
-            else:
-                axes = (None,) * len(leaf.shape)
-                stored.append(Stored(key, leaf.shape, dtype, axes, (Logical(key, leaf.shape, dtype, axes),)))
-                like[key] = None
-        return Layout(stored), like
-
-    def flatten(self, state: Any) -> dict[str, jax.Array]:
-        return {key: leaf for key, _, leaf in _named(state)}
-
-    def unflatten(self, template: Any, arrays: Mapping[str, jax.Array]) -> Any:
-        """The inverse of ``flatten``; template: a state of the same structure."""
-        return jax.tree.unflatten(jax.tree.structure(template), [arrays[key] for key, _, _ in _named(template)])
+    @staticmethod
+    def _flatten(state: Any) -> dict[str, jax.Array]:
+        return {name: leaf for name, _, leaf in _named(state)}
 
 
 def _named(state: Any) -> list[tuple[str, tuple[Any, ...], Any]]:
-    """(key, path, leaf) of every leaf: field names and dictionary keys, positions in chains left out."""
+    """(name, path, leaf) of every leaf: field names and dictionary keys, positions in chains left out."""
     out = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         words: list[Any] = []
