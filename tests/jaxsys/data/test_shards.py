@@ -110,6 +110,11 @@ def test_a_corrupt_file_stops_the_build_and_leaves_nothing(tmp_path, text, token
     assert os.listdir(tmp_path / "cache") == []
 
 
+def test_a_cache_that_cannot_be_written_is_named(text, tokenizer):
+    with pytest.raises(UserError, match=r"0\.txt: cannot write the dataset"):
+        build_dataset(documents(str(text)), tokenizer, text / "0.txt")
+
+
 def test_two_builders_at_once_agree(tmp_path, text, tokenizer):
     other = []
 
