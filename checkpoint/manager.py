@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from checkpoint.coordinator import Coordinator, default_coordinator
+from checkpoint.coordinator import Coordinator, default_coordinator, together
 from checkpoint.levels import Level, OpenLevel
 from checkpoint.manifest import CHUNK_BYTES, CorruptError
 from checkpoint.reader import VerifyReport
@@ -125,13 +125,16 @@ class Manager:
         self._coordinator = coordinator or default_coordinator()
         self._levels = [OpenLevel(level, LocalStorage(level.path), self._coordinator, chunk_bytes) for level in levels]
         self._handles: list[SaveHandle] = []
+        try:
+            together(self._coordinator, "open", self._acquire)
+        except BaseException:
+            self._release()
+            raise
+
+    def _acquire(self) -> None:
         if self._coordinator.index == 0:
-            try:
-                for level in self._levels:
-                    level.storage.acquire()
-            except UserError:
-                self._release()
-                raise
+            for level in self._levels:
+                level.storage.acquire()
 
     def __enter__(self) -> Manager:
         return self
@@ -156,7 +159,7 @@ class Manager:
     ) -> SaveHandle:
         """Start saving and return before copies or writes are done.
 
-        Before ``arrays`` are donated, call ``copied`` of the handle. ``meta`` is JSON and is encoded now.
+        Before ``arrays`` are donated, call ``copied`` of the handle. ``meta`` is JSON and is copied now.
         everywhere: write to all levels, whatever their interval (the last save of a run).
         Raises ValueError if no level is due or the arguments do not fit together, UserError if a level already
         holds a later good step: another run's, or the future of a run that went back.

@@ -200,16 +200,19 @@ def test_arrays_may_be_donated_as_soon_as_they_are_copied(paths, h, monkeypatch)
     gate = Gate(monkeypatch)
     state = h.make_state()
     update = jax.jit(lambda x: x * 0, donate_argnums=0)
+    # Out of a program, as in training: buffers that device_put made of numpy arrays are not always reused.
+    state.arrays = jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda x: x + 0, tree))(state.arrays))
     with Manager(levels(paths)) as manager:
-        handle = save(manager, 1, state)
+        handle, copied = save(manager, 1, state), []
         for key in list(state.arrays):
             handle.copied([key])
             before = [shard.data.unsafe_buffer_pointer() for shard in state.arrays[key].addressable_shards]
             new = jax.block_until_ready(update(state.arrays.pop(key)))
             after = [shard.data.unsafe_buffer_pointer() for shard in new.addressable_shards]
-            assert after == before, "donation was turned into a copy"
+            copied += [key] if after != before else []
         gate.open.set()
         handle.wait()
+        assert not copied, "donation was turned into a copy"
         h.check(restore(manager, state), state)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint import Level, Manager
 from checkpoint.manifest import DTYPES, Array, Chunk, CorruptError, Manifest, digest, split
 from parallelism.errors import UserError
 
@@ -90,3 +92,13 @@ def test_split_cuts_row_major_bytes_into_runs_within_the_limit(shape, itemsize, 
     ]
     np.testing.assert_array_equal(np.concatenate([np.zeros(0, int), *parts]), numbers.ravel())
     assert all(0 < part.size * itemsize <= max(limit, itemsize) for part in parts)
+
+
+def test_the_reader_in_the_format_document_reads_what_is_saved(tmp_path, h):
+    text = (Path(__file__).parents[2] / "docs" / "checkpoint-format.md").read_text()
+    scope = {}
+    exec(text.split("```python")[1].split("```")[0], scope)
+    state = h.make_state()
+    with Manager([Level("disk", tmp_path)], chunk_bytes=40) as manager:
+        manager.save(1, state.arrays, state.layout, {}).wait()
+    h.assert_same({name: scope["read"](tmp_path / "step-00000001", name) for name in state.logical}, state.logical)
