@@ -140,7 +140,9 @@ class Decoder(nnx.Module):
         """tokens [B, T] int32 to hidden states [B, T, D] after the last norm, and the carry."""
         c = self.config
         dtype = activation_dtype(self.embed.kernel.dtype)
-        x = self.embed.kernel[...][tokens].astype(dtype) * jnp.asarray(c.embed_scale, dtype)
+        # Whole rows, the vocabulary still split: a look-up in a table cut along the width has to be redone whole.
+        table = constrain(self.embed.kernel[...], ("act_vocab", None))
+        x = table[tokens].astype(dtype) * jnp.asarray(c.embed_scale, dtype)
         x = constrain(x, ("batch", "seq", "act_embed"))
         angles = rotations(jnp.maximum(context.positions, 0), c, dtype)
         windows = {}

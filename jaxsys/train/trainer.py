@@ -117,8 +117,7 @@ class Trainer:
         name = self.config.data.tokenizer or self.config.init_from
         if name is None:
             raise UserError("configuration key data.tokenizer: a model from scratch needs one: a directory, file or name")
-        source = resolve(name)
-        return Tokenizer.from_source(source)
+        return Tokenizer.of(resolve(name))
 
     def _data(self, model: ModelConfig) -> None:
         c = self.config.data
@@ -263,7 +262,7 @@ class Trainer:
             out = _shardings((params, {**own, **shared}))
             self.update_graphs.append(
                 self.graphs.compile(
-                    f"update[{i}]", update, params, own, shared, grads, scale, step, donate=(0, 1, 3), out_shardings=out
+                    f"update[{i}]", update, params, own, shared, grads, scale, step, donate=(0, 1), out_shardings=out
                 )
             )
 
@@ -346,7 +345,7 @@ class Trainer:
             if self.manager.failures and saved not in self.manager.steps():
                 self.console.line(f"checkpoint of step {saved} FAILED: {self.manager.failures[-1]}")
         peak = self._peak()
-        written = self._save.metrics.bytes if self._save is not None else 0
+        written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
         return Summary(
             begun, self.step, self.step >= c.steps, losses, before, after,
             tokens / spent if spent else 0.0, flops / spent if spent else 0.0,
