@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsys.kernels.attention import Paged, Rows, attend
+from jaxsys.kernels.embedding import lookup
 from jaxsys.kernels.matmul import activation_dtype, linear
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.layers import Layers, default_storage
@@ -142,7 +143,7 @@ class Decoder(nnx.Module):
         dtype = activation_dtype(self.embed.kernel.dtype)
         # Whole rows, the vocabulary still split: a look-up in a table cut along the width has to be redone whole.
         table = constrain(self.embed.kernel[...], ("act_vocab", None))
-        x = table[tokens].astype(dtype) * jnp.asarray(c.embed_scale, dtype)
+        x = lookup(table, tokens).astype(dtype) * jnp.asarray(c.embed_scale, dtype)
         x = constrain(x, ("batch", "seq", "act_embed"))
         angles = rotations(jnp.maximum(context.positions, 0), c, dtype)
         windows = {}
