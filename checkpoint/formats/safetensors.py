@@ -1,0 +1,276 @@
+"""safetensors files in the layout of Hugging Face model directories: read in place, written as a stream.
+
+The format: https://huggingface.co/docs/safetensors. A file is an 8-byte little-endian header length, a JSON header
+(padded with spaces) and the arrays, each one byte range. Files are read here through a memory map, because the
+library's numpy interface knows no float8 and its writer wants all arrays at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import struct
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from parallelism.errors import UserError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# The header comes before data whose amount is unknown while it streams, so its room is reserved; a header that
+# outgrows the room closes the shard.
+_HEADER_ROOM = 256 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayInfo:
+    """One array: its shape, dtype, file, and its first byte there."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsDir(Mapping[str, ArrayInfo]):
+    """The arrays of a ``.safetensors`` file, or of a directory with a single file or a sharded index.
+
+    Maps each name to its ArrayInfo; only headers are read until ``read``. Raises UserError if a file is missing,
+    truncated or damaged, if the index and the files disagree, and if two files hold one name.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        index = self.path / INDEX
+        listed: dict[str, str] = {}
+        if self.path.is_file():
+            files = [self.path]
+        elif (self.path / SINGLE).is_file():
+            files = [self.path / SINGLE]
+        elif index.is_file():
+            listed = _weight_map(index)
+            files = [self.path / name for name in sorted(set(listed.values()))]
+        else:
+            raise UserError(f"{self.path}: no safetensors weights: neither {SINGLE} nor {INDEX} is there")
+        self._arrays: dict[str, ArrayInfo] = {}
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{index}: names {file.name}, which is not there; fetch the missing file")
+            for name, info in _read_header(file).items():
+                if name in self._arrays:
+                    raise UserError(f"{self.path}: array {name!r} is in {self._arrays[name].file.name} and {file.name}")
+                self._arrays[name] = info
+        for name, shard in listed.items():
+            if name not in self._arrays or self._arrays[name].file.name != shard:
+                raise UserError(f"{index}: array {name!r} is not in {shard}, where the index has it")
+        self._maps: dict[Path, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> ArrayInfo:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def read(self, name: str, box: tuple[slice, ...] | None = None) -> np.ndarray:
+        """A new array in its own dtype: all of ``name``, or what ``box`` (one slice a dimension) selects."""
+        info = self._arrays.get(name)
+        if info is None:
+            raise UserError(f"{self.path}: no array {name!r} among the {len(self)} there")
+        if info.file not in self._maps:
+            self._maps[info.file] = np.memmap(info.file, np.uint8, "r")
+        raw = self._maps[info.file][info.start : info.start + info.nbytes]
+        array = np.ndarray(info.shape, info.dtype, buffer=raw if info.nbytes else None)
+        return np.array(array if box is None else array[box], order="C")
+
+
+def _read_header(path: Path) -> dict[str, ArrayInfo]:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 0 < length <= size - 8:
+                raise UserError(
+                    f"{path}: truncated safetensors file, or none: {size} bytes hold no header; fetch it again"
+                )
+            header = dict(json.loads(file.read(length)))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the safetensors file ({error.strerror})") from error
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged safetensors header ({error}); fetch the file again") from error
+    arrays = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: damaged safetensors header at array {name!r}; fetch the file again") from error
+        if code not in DTYPES:
+            raise UserError(f"{path}: array {name!r} has dtype {code}, supported are {', '.join(DTYPES)}")
+        info = ArrayInfo(shape, DTYPES[code], path, 8 + length + start)
+        if stop - start != info.nbytes:
+            raise UserError(f"{path}: array {name!r} of shape {shape} and dtype {code} has {stop - start} bytes")
+        if info.start + info.nbytes > size:
+            raise UserError(
+                f"{path}: truncated safetensors file: array {name!r} ends at byte {info.start + info.nbytes}, "
+                f"the file at {size}; fetch it again"
+            )
+        arrays[name] = info
+    return arrays
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        listed = dict(json.loads(index.read_bytes())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: damaged index, no readable 'weight_map'; fetch the file again") from error
+    if not listed:
+        raise UserError(f"{index}: the index lists no arrays; fetch the file again")
+    return listed
+
+
+def write_safetensors(
+    directory: str | os.PathLike[str],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    max_shard_bytes: int = 5 * 10**9,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write ``arrays`` as ``model.safetensors``, or as shards with an index once they pass ``max_shard_bytes``.
+
+    Holds one array at a time in memory. Files appear under their names only when all are complete, the index last;
+    after an error or an interrupt none is left. ``metadata`` goes into each header, beside ``{"format": "pt"}``, by
+    which transformers accepts the file. Returns the weight files written, in order.
+
+    Raises UserError if the directory holds weights already, for a name given twice, a dtype outside DTYPES, and when
+    the file system refuses (a full disk, no permission).
+    """
+    directory = Path(directory)
+    taken = sorted(p.name for p in directory.glob("*.safetensors")) + [INDEX] * (directory / INDEX).exists()
+    if taken:
+        raise UserError(f"{directory}: holds weights already ({taken[0]}); choose another directory or remove them")
+    tag = uuid.uuid4().hex[:8]
+    shards: list[_Shard] = []
+    shard_of: dict[str, int] = {}
+    index_temporary = directory / f".{INDEX}.{tag}"
+    finals: list[Path] = []
+    complete = False
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays:
+            if name in shard_of:
+                raise UserError(f"{directory}: array {name!r} is given twice")
+            if array.dtype not in _CODES:
+                raise UserError(f"{directory}: array {name!r} has dtype {array.dtype}, safetensors has no such type")
+            if not shards or not shards[-1].has_room(name, array, max_shard_bytes):
+                if shards:
+                    shards[-1].close()
+                shards.append(_Shard(directory / f".shard-{len(shards)}.{tag}", metadata))
+            shards[-1].add(name, array)
+            shard_of[name] = len(shards) - 1
+        if not shards:
+            shards.append(_Shard(directory / f".shard-0.{tag}", metadata))
+        shards[-1].close()
+        count = len(shards)
+        finals = [directory / (SINGLE if count == 1 else _shard_name(i, count)) for i in range(count)]
+        if count > 1:
+            total = sum(shard.nbytes for shard in shards)
+            weight_map = {name: finals[i].name for name, i in shard_of.items()}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index_temporary.write_text(json.dumps(index, indent=2) + "\n")
+        for shard, final in zip(shards, finals, strict=True):
+            shard.path.rename(final)
+        if count > 1:
+            index_temporary.rename(directory / INDEX)
+        complete = True
+        return finals
+    except OSError as error:
+        raise UserError(f"{directory}: cannot write the weights ({error.strerror})") from error
+    finally:
+        for shard in shards:
+            shard.discard()
+        for path in [index_temporary, *([] if complete else finals)]:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _shard_name(i: int, count: int) -> str:
+    return f"model-{i + 1:05}-of-{count:05}.safetensors"
+
+
+class _Shard:
+    """One file being written: arrays at the end as they come, the header into its reserved room on ``close``."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str] | None):
+        self.path = path
+        self.nbytes = 0
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        self._header_bytes = len(json.dumps(self._header))
+        self._file = open(path, "xb")  # noqa: SIM115 - closed by close() or discard()
+        self._file.seek(8 + _HEADER_ROOM)
+
+    def _entry(self, name: str, array: np.ndarray) -> dict[str, Any]:
+        offsets = [self.nbytes, self.nbytes + array.nbytes]
+        return {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
+
+    def has_room(self, name: str, array: np.ndarray, max_bytes: int) -> bool:
+        entry = len(json.dumps({name: self._entry(name, array)}))
+        return self.nbytes + array.nbytes <= max_bytes and self._header_bytes + entry <= _HEADER_ROOM
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        self._header[name] = self._entry(name, array)
+        self._header_bytes += len(json.dumps({name: self._header[name]}))
+        if array.nbytes:
+            self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self.nbytes += array.nbytes
+
+    def close(self) -> None:
+        self._file.seek(0)
+        header = json.dumps(self._header).encode()
+        self._file.write(struct.pack("<Q", _HEADER_ROOM) + header.ljust(_HEADER_ROOM))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
