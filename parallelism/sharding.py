@@ -1,2 +1,276 @@
-def constrain(x, axes):
-    return x
+"""Logical layout + mesh + rules -> where every array lies; arrays made there, and moved there and back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from parallelism.errors import UserError
+from parallelism.layout import Layout, Logical, Stored
+from parallelism.rules import ACTIVATIONS, PARAMETERS, Rules
+
+# ---------------------------------------------------------------------------------------------------------- planning
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was done with one dimension that does not divide over its mesh axes.
+
+    array: key of the stored array; axis, size: the dimension's logical name and size.
+    mesh_axes: the mesh axes that its rule asks for, with their sizes; unit: what the size counts in (see ``plan``).
+    stored: the size it has now: larger than ``size`` if padded, the same if kept whole.
+    """
+
+    array: str
+    axis: str
+    size: int
+    mesh_axes: tuple[tuple[str, int], ...]
+    unit: int
+    action: Literal["replicate", "pad"]
+    stored: int
+
+    def __str__(self) -> str:
+        """One phrase, without the array."""
+        done = f"padded to {self.stored}" if self.action == "pad" else "kept whole"
+        return f"{self.axis}={self.size} does not divide over {_over(self.mesh_axes, self.unit)}: {done}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A layout on a mesh.
+
+    layout: the given one with the padding that the rules added; shardings: one a stored array;
+    decisions: every dimension that did not divide.
+    """
+
+    layout: Layout
+    mesh: Mesh
+    rules: Rules
+    shardings: dict[str, NamedSharding]
+    decisions: tuple[Decision, ...]
+
+
+def plan(layout: Layout, mesh: Mesh, rules: Rules = PARAMETERS, units: Mapping[str, int] | None = None) -> Plan:
+    """Decide the sharding, and where necessary the padding, of every stored array.
+
+    layout: padding that it already has is dropped first, so that a plan for another mesh starts afresh.
+    units: logical axes whose size counts in blocks that must not be cut: ``{"heads": H // K}`` keeps the query heads
+    of one key/value head together, so that ``heads`` and ``kv_heads`` are split, padded or kept whole alike (H query
+    heads, K key/value heads).
+    Raises UserError, naming the array, for an axis name without a rule, two dimensions on one mesh axis, and a
+    dimension that does not divide under ``error``.
+    """
+    stored, shardings, decisions = [], {}, []
+    for key, array in layout.items():
+        placed = _place(key, _unpadded(array), array.axes, dict(mesh.shape), rules, units or {})
+        stored.append(dataclasses.replace(array, shape=placed.shape))
+        shardings[key] = NamedSharding(mesh, placed.spec)
+        decisions += placed.decisions
+    return Plan(Layout(stored), mesh, rules, shardings, tuple(decisions))
+
+
+def _unpadded(stored: Stored) -> tuple[int, ...]:
+    """The smallest shape that holds the logical arrays."""
+    inner = tuple(map(max, zip(*(part.shape for part in stored.parts), strict=True)))
+    return (len(stored.parts), *inner) if stored.stacked else inner
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    decisions: list[Decision]
+
+
+def _place(
+    array: str,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    mesh: Mapping[str, int],
+    rules: Rules,
+    units: Mapping[str, int],
+) -> _Placed:
+    """Spec and padded shape of one array; ``mesh`` has the sizes of the mesh axes that may be used."""
+    if len(shape) != len(axes):
+        raise ValueError(f"{array}: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(axes)} {len(axes)}")
+    sizes: list[int] = []
+    spec: list[tuple[str, ...] | str | None] = []
+    decisions: list[Decision] = []
+    for size, axis, rule in zip(shape, axes, rules.rules_of(array, tuple(axes)), strict=True):
+        over = tuple((a, mesh[a]) for a in rule.mesh_axes if mesh.get(a, 1) > 1)
+        names = tuple(a for a, _ in over)
+        unit = units.get(axis or "", 1)
+        multiple = math.prod(n for _, n in over) * unit
+        stored = size
+        if over and size % multiple:
+            if rule.indivisible == "error":
+                ways = f"{axis}=:pad or {axis}=:replicate" if axis in rules.paddable else f"{axis}=:replicate"
+                raise UserError(
+                    f"{array}: axis {axis!r} of size {size} does not divide over {_over(over, unit)}: "
+                    f"change the mesh, or the {rules.name} rule with {ways}"
+                )
+            if rule.indivisible == "pad":
+                stored = -(-size // multiple) * multiple
+            else:
+                names = ()
+            decisions.append(Decision(array, str(axis), size, over, unit, rule.indivisible, stored))
+        sizes.append(stored)
+        spec.append(names if len(names) > 1 else names[0] if names else None)
+    return _Placed(tuple(sizes), PartitionSpec(*spec), decisions)
+
+
+def _over(mesh_axes: Sequence[tuple[str, int]], unit: int) -> str:
+    axes = ",".join(f"{a}={n}" for a, n in mesh_axes)
+    return axes if unit == 1 else f"{axes} in units of {unit}"
+
+
+# ------------------------------------------------------------------------------------- constraints inside traced code
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingContext:
+    """What ``constrain`` goes by: the mesh and the rules for activations."""
+
+    mesh: Mesh
+    rules: Rules
+
+
+_context: ContextVar[ShardingContext | None] = ContextVar("sharding_context", default=None)
+
+
+def current() -> ShardingContext | None:
+    """The innermost active context, or None."""
+    return _context.get()
+
+
+@contextlib.contextmanager
+def sharding_context(mesh: Mesh, rules: Rules = ACTIVATIONS) -> Iterator[ShardingContext]:
+    """Make ``constrain`` put activations where ``rules`` say on ``mesh``.
+
+    Enter it inside the traced function: a compile cache does not see the context, so a function traced under one
+    context and called under another would keep the first one's constraints.
+    """
+    if padded := [axis for axis, rule in rules.items() if rule.indivisible == "pad"]:
+        raise UserError(f"{rules.name} rules pad {padded[0]!r}: activations cannot be padded, use error or replicate")
+    token = _context.set(ShardingContext(mesh, rules))
+    try:
+        yield ShardingContext(mesh, rules)
+    finally:
+        _context.reset(token)
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """``x``, laid out as the active context's rules say for dimensions named ``axes``; traceable.
+
+    None keeps a dimension whole. The identity where there is no context. Inside ``shard_map`` the manual mesh axes
+    are left out, as ``x`` is already a piece along them.
+    Raises UserError for an axis name without a rule, two dimensions on one mesh axis, and a dimension that does
+    not divide under ``error``; ValueError unless there is one name a dimension.
+    """
+    context = current()
+    if context is None:
+        return x
+    traced = jax.sharding.get_abstract_mesh()
+    manual = frozenset() if traced.empty else frozenset(traced.manual_axes)
+    free = {axis: n for axis, n in context.mesh.shape.items() if axis not in manual}
+    placed = _place(f"activation {tuple(x.shape)}", x.shape, axes, free, context.rules, {})
+    if math.prod(free.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(traced if manual else context.mesh, placed.spec))
+
+
+# ------------------------------------------------------------------------------------------- arrays in their sharding
+
+
+def create(
+    plan: Plan,
+    init: Callable[..., Mapping[str, jax.Array]],
+    compile: Callable[..., Callable[..., dict[str, jax.Array]]],
+    *args: Any,
+) -> dict[str, jax.Array]:
+    """The state ``init(*args)``, computed directly in its sharding: never whole on one device.
+
+    init: traceable; returns every stored array by key, in its dtype, without padding (zeros are appended here).
+    compile: called as ``compile(fn, out_shardings=...)``, returns the compiled ``fn``, as ``jax.jit`` does.
+    args: passed through, so that a seed is data and not a constant of the program.
+    """
+
+    def create_state(*args: Any) -> dict[str, jax.Array]:
+        arrays = init(*args)
+        if arrays.keys() != plan.layout.keys():
+            raise ValueError(f"init and layout differ in {sorted(arrays.keys() ^ plan.layout.keys())}")
+        return {key: _padded(arrays[key], stored) for key, stored in plan.layout.items()}
+
+    return compile(create_state, out_shardings=plan.shardings)(*args)
+
+
+def _padded(x: jax.Array, stored: Stored) -> jax.Array:
+    shape = _unpadded(stored)
+    if (x.shape, x.dtype) != (shape, stored.dtype):
+        raise ValueError(f"{stored.key}: init made {x.dtype}{x.shape}, the layout says {stored.dtype}{shape}")
+    return jnp.pad(x, [(0, n - m) for m, n in zip(shape, stored.shape, strict=True)]) if x.shape != stored.shape else x
+
+
+def put(plan: Plan, reader: Callable[[Logical, tuple[slice, ...]], np.ndarray]) -> dict[str, jax.Array]:
+    """Every stored array, built on its devices from host data; padding is zero.
+
+    reader: ``reader(logical, box)`` returns that box of the logical array, in ``logical.dtype``. It is asked only for
+    what this process's devices hold, once for each distinct shard, one shard at a time.
+    """
+    return {key: _put(stored, plan.shardings[key], reader) for key, stored in plan.layout.items()}
+
+
+def _put(stored: Stored, sharding: NamedSharding, reader: Callable[..., np.ndarray]) -> jax.Array:
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(stored.shape).items():
+        devices.setdefault(_bounds(index or (), stored.shape), []).append(device)
+    shards = []
+    for bounds, holders in devices.items():
+        # A fresh piece each time: a CPU device may keep the host memory it is given as its own.
+        piece = np.zeros([hi - lo for lo, hi in bounds], stored.dtype)
+        for region in stored.regions(tuple(slice(lo, hi) for lo, hi in bounds)):
+            box = tuple(slice(a, a + n) for a, n in zip(region.start, region.size, strict=True))
+            data = reader(region.logical, box)
+            if data.shape != region.size or data.dtype != region.logical.dtype:
+                expected = f"{region.logical.dtype}{region.size}"
+                raise ValueError(
+                    f"{region.logical.name}: the reader gave {data.dtype}{data.shape}, expected {expected}"
+                )
+            piece[region.within] = data
+        shards += [jax.device_put(piece, SingleDeviceSharding(d, memory_kind=sharding.memory_kind)) for d in holders]
+    return jax.make_array_from_single_device_arrays(stored.shape, sharding, shards)
+
+
+def to_host(layout: Layout, arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Every logical array by name, whole, without padding: the inverse of ``put``.
+
+    Raises ValueError for an array of which this process has only a part.
+    """
+    out = {name: np.empty(logical.shape, logical.dtype) for name, logical in layout.logical.items()}
+    for key, stored in layout.items():
+        array = arrays[key]
+        if array.shape != stored.shape:
+            raise ValueError(f"{key}: shape {array.shape}, the layout says {stored.shape}")
+        if not array.is_fully_addressable:
+            raise ValueError(f"{key}: other processes hold parts of it, which to_host cannot read")
+        shards = {_bounds(shard.index, stored.shape): shard for shard in array.addressable_shards}
+        for shard in shards.values():
+            data = np.asarray(shard.data)
+            for region in stored.regions(shard.index):
+                box = tuple(slice(a, a + n) for a, n in zip(region.start, region.size, strict=True))
+                out[region.logical.name][box] = data[region.within]
+    return out
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """``Shard.index`` as (start, stop) pairs, which can be compared (slices cannot be hashed before Python 3.12)."""
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))

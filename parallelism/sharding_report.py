@@ -1,0 +1,155 @@
+"""What a plan costs: every array's shape, spec and bytes a device, and what is replicated and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from parallelism.layout import Stored
+from parallelism.rules import Rules
+from parallelism.sharding import Decision, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One stored array.
+
+    spec: mesh axes of each dimension, ``-`` for none; nbytes, padding: bytes of the whole stored array and of the
+    padding in it; nbytes_per_device: bytes of one shard; replicated: every device holds all of it although there are
+    several; why: why it is replicated, or a dimension of it padded or kept whole; empty if neither.
+    """
+
+    array: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str
+    nbytes: int
+    padding: int
+    nbytes_per_device: int
+    replicated: bool
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """``str()`` is a table for people, ``as_dicts()`` one for programs (JSON)."""
+
+    mesh: dict[str, int]
+    rows: tuple[Row, ...]
+    decisions: tuple[Decision, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def nbytes_per_device(self) -> int:
+        return sum(row.nbytes_per_device for row in self.rows)
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """One dictionary of plain JSON types an array."""
+        return [dataclasses.asdict(row) | {"shape": list(row.shape)} for row in self.rows]
+
+    def __str__(self) -> str:
+        devices = math.prod(self.mesh.values())
+        axes = ",".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "one device"
+        lines = [f"mesh {axes}" + (f" ({devices} devices)" if devices > 1 else ""), ""]
+
+        groups: dict[tuple, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            groups[_numbers_starred(row.array), row.shape, row.dtype, row.spec].append(row)
+        table = [("array", "shape", "dtype", "spec", "bytes", "per device")]
+        for (name, shape, dtype, spec), rows in groups.items():
+            table.append((_times(name, len(rows)), "x".join(map(str, shape)) or "scalar", dtype, spec, *_sums(rows)))
+        table.append((f"total of {len(self.rows)} arrays", "", "", "", *_sums(self.rows)))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for cells in table:
+            aligned = (c.rjust(w) if i >= 4 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+            lines.append("  ".join(aligned).rstrip())
+        if padding := sum(row.padding for row in self.rows):
+            lines.append(f"padding: {_bytes(padding)} of the total")
+
+        if replicated := [row for row in self.rows if row.replicated]:
+            lines += ["", f"replicated on every device: {len(replicated)} arrays, {_bytes(_sum(replicated))}"]
+            reasons: dict[tuple[str, str], list[Row]] = defaultdict(list)
+            for row in replicated:
+                reasons[_numbers_starred(row.array), row.why].append(row)
+            lines += [f"  {_times(name, len(rows))}: {why}" for (name, why), rows in reasons.items()]
+        if self.decisions:
+            lines += ["", "dimensions that do not divide:"]
+            alike: dict[str, int] = defaultdict(int)
+            for decision in self.decisions:
+                alike[str(decision)] += 1
+            lines += [f"  {what} (in {n} array{'s' * (n > 1)})" for what, n in alike.items()]
+        return "\n".join(lines)
+
+
+def report(plan: Plan) -> Report:
+    """The report of a plan; touches no device."""
+    of_array: dict[str, list[Decision]] = defaultdict(list)
+    for decision in plan.decisions:
+        of_array[decision.array].append(decision)
+    rows = []
+    for key, stored in plan.layout.items():
+        sharding = plan.shardings[key]
+        shard = math.prod(sharding.shard_shape(stored.shape)) * stored.dtype.itemsize
+        replicated = plan.mesh.size > 1 and not any(sharding.spec)
+        reasons = [str(d) for d in of_array[key]] or ([_why_whole(stored, plan.rules)] if replicated else [])
+        rows.append(
+            Row(
+                array=key,
+                shape=stored.shape,
+                dtype=str(stored.dtype),
+                spec=_spec(sharding.spec),
+                nbytes=stored.nbytes,
+                padding=stored.nbytes - sum(math.prod(p.shape) for p in stored.parts) * stored.dtype.itemsize,
+                nbytes_per_device=shard,
+                replicated=replicated,
+                why="; ".join(reasons),
+            )
+        )
+    return Report(dict(plan.mesh.shape), tuple(rows), plan.decisions)
+
+
+def _why_whole(stored: Stored, rules: Rules) -> str:
+    """Why no dimension of an array is split, none of them having failed to divide."""
+    if not stored.axes:
+        return "a scalar"
+    wanted = [
+        f"{axis} goes over {'+'.join(rules[axis].mesh_axes)}" for axis in stored.axes if axis and rules[axis].mesh_axes
+    ]
+    return f"{', '.join(wanted)}, of size 1" if wanted else f"no rule splits {', '.join(a or '-' for a in stored.axes)}"
+
+
+def _spec(spec: PartitionSpec) -> str:
+    return ",".join("-" if a is None else a if isinstance(a, str) else "+".join(a) for a in spec) or "-"
+
+
+def _numbers_starred(name: str) -> str:
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
+
+
+def _times(name: str, n: int) -> str:
+    return f"{name} x{n}" if n > 1 else name
+
+
+def _sum(rows: Sequence[Row]) -> int:
+    return sum(row.nbytes for row in rows)
+
+
+def _sums(rows: Sequence[Row]) -> tuple[str, str]:
+    return _bytes(_sum(rows)), _bytes(sum(row.nbytes_per_device for row in rows))
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if n < 1024 or unit == "TiB":
+            break
+        n /= 1024
+    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
