@@ -140,7 +140,9 @@ class Decoder(nnx.Module):
         """tokens [B, T] int32 to hidden states [B, T, D] after the last norm, and the carry."""
         c = self.config
         dtype = activation_dtype(self.embed.kernel.dtype)
-        x = self.embed.kernel[...][tokens].astype(dtype) * jnp.asarray(c.embed_scale, dtype)
+        # The factor is rounded to the kernel's dtype, as Gemma's own implementations do.
+        scale = jnp.asarray(c.embed_scale, self.embed.kernel.dtype).astype(dtype)
+        x = self.embed.kernel[...][tokens].astype(dtype) * scale
         x = constrain(x, ("batch", "seq", "act_embed"))
         angles = rotations(jnp.maximum(context.positions, 0), c, dtype)
         windows = {}

@@ -1,0 +1,143 @@
+"""What the Hugging Face files of all families have in common: shared fields, rotary embedding, name tables.
+
+transformers 5 writes ``rope_parameters`` and ``dtype`` where older versions write ``rope_theta``, ``rope_scaling`` and
+``torch_dtype``. Both are read, and both are written, so that either reads our files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxsys.models.config import Llama3Scaling, ModelConfig
+from jaxsys.models.families.fields import Fields
+from parallelism.errors import UserError
+
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# Says nothing of what the model computes: bookkeeping, token ids (the tokenizer's files have them), defaults of
+# generation and of fresh initialisation, and switches of one implementation.
+HARMLESS = {
+    *("_name_or_path", "_attn_implementation_autoset", "transformers_version", "transformers.js_config"),
+    *("is_llama_config", "unsloth_version", "unsloth_fixed", "id2label", "label2id", "return_dict"),
+    *("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
+    *("initializer_range", "use_cache", "cache_implementation", "pretraining_tp"),
+    *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "repetition_penalty"),
+}
+
+ATTENTION_AND_MLP = {
+    "attention.q.kernel": "self_attn.q_proj.weight",
+    "attention.k.kernel": "self_attn.k_proj.weight",
+    "attention.v.kernel": "self_attn.v_proj.weight",
+    "attention.o.kernel": "self_attn.o_proj.weight",
+    "mlp.gate.kernel": "mlp.gate_proj.weight",
+    "mlp.up.kernel": "mlp.up_proj.weight",
+    "mlp.down.kernel": "mlp.down_proj.weight",
+}
+EMBED, HEAD = "embed.kernel", "head.kernel"
+HF_EMBED, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def weight_names(config: ModelConfig, norms: Mapping[str, str]) -> dict[str, str]:
+    """Logical name -> tensor name; ``norms`` are a layer's, by the name inside the layer."""
+    names = {EMBED: HF_EMBED, "norm.scale": "model.norm.weight"}
+    for i in range(config.n_layers):
+        for ours, theirs in {**ATTENTION_AND_MLP, **norms}.items():
+            names[f"layers.{i}.{ours}"] = f"model.layers.{i}.{theirs}"
+    return names if config.tie_embeddings else {**names, HEAD: HF_HEAD}
+
+
+def take_shape(fields: Fields) -> dict[str, Any]:
+    """The arguments of ModelConfig that all families name alike; head_dim is the family's."""
+    heads = fields.take("num_attention_heads", int)
+    max_seq_len = fields.take("max_position_embeddings", int)
+    theta, scaling = _take_rope(fields, max_seq_len)
+    return {
+        "vocab_size": fields.take("vocab_size", int),
+        "d_model": fields.take("hidden_size", int),
+        "n_layers": fields.take("num_hidden_layers", int),
+        "n_heads": heads,
+        "n_kv_heads": fields.take("num_key_value_heads", int, heads),
+        "d_ff": fields.take("intermediate_size", int),
+        "max_seq_len": max_seq_len,
+        "norm_eps": fields.take("rms_norm_eps", float),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+    }
+
+
+def take_activation(fields: Fields, name: str) -> str:
+    """The activation that the field ``name`` says, by our name."""
+    theirs = fields.take(name, str)
+    if theirs not in ACTIVATIONS:
+        raise UserError(f"{fields.where}: {name} is {theirs!r}, supported are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[theirs]
+
+
+def activation_to_hf(config: ModelConfig) -> str:
+    """The inverse of ``take_activation``."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
+
+
+def shape_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of ``take_shape``, and the fields that hold for every model here."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        s = config.rope_scaling
+        rope = {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_position,
+        }
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.d_ff,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope if config.rope_scaling is not None else None,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+    }
+
+
+def _take_rope(fields: Fields, max_seq_len: int) -> tuple[float, Llama3Scaling | None]:
+    """rope_theta and scaling, from the old fields, the new one, or both where they agree."""
+    new, old = fields.take("rope_parameters", dict, {}), fields.take("rope_scaling", dict, {})
+    theta = fields.take("rope_theta", float, None)
+    told: dict[str, Any] = {}
+    for values in (new, old):
+        values = {"rope_type": values["type"], **values} if "type" in values else dict(values)
+        inner = Fields({"rope_theta": values.pop("rope_theta", None)}, fields.where).take("rope_theta", float, None)
+        if inner is not None and theta is not None and inner != theta:
+            raise UserError(f"{fields.where}: rope_theta is both {inner} and {theta}; remove the wrong one")
+        theta = inner if inner is not None else theta
+        values.pop("type", None)
+        if told and values and told != values:
+            raise UserError(f"{fields.where}: rope_parameters and rope_scaling disagree; remove the wrong one")
+        told = told or values
+    theta = 10_000.0 if theta is None else theta
+    rope = Fields(told, f"{fields.where}: rope_parameters")
+    kind = rope.take("rope_type", str, "default")
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{fields.where}: rope_type is {kind!r}, supported are default and llama3")
+    rope.expect("partial_rotary_factor", 1.0)
+    scaling = None
+    if kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=rope.take("factor", float),
+            low_freq_factor=rope.take("low_freq_factor", float),
+            high_freq_factor=rope.take("high_freq_factor", float),
+            original_max_position=rope.take("original_max_position_embeddings", int, max_seq_len),
+        )
+    rope.finish()
+    return theta, scaling

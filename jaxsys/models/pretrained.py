@@ -1,0 +1,335 @@
+"""Models in files: Hugging Face directories and GGUF files read strictly, Hugging Face directories written.
+
+Strictly: every weight that the configuration calls for is there, in its shape, and every weight that is there is used
+or is checked to repeat one that is. See docs/models.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from checkpoint.formats.gguf import GGUFFile
+from checkpoint.formats.safetensors import SafetensorsDir, write_safetensors
+from jaxsys.models.config import Llama3Scaling, ModelConfig
+from jaxsys.models.families import Family, family
+from jaxsys.models.state import build
+from parallelism.errors import UserError, unknown_name
+from parallelism.layout import Logical
+
+Box = tuple[slice, ...]
+Reader = Callable[[Logical, Box], np.ndarray]
+
+CONFIG = "config.json"
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+"""What weights are written in, and (with float64) read from, by the name in config.json."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model in files, opened and checked; no weight is in memory until it is read.
+
+    config: the model. reader: ``reader(logical, box)`` is that box (one slice of step 1 a dimension) of the
+    logical array, in ``logical.dtype``: what ``parallelism.put`` takes. It holds one tensor of the file at a time at
+    most, so ask for one array's boxes one after the other; not for several threads at once.
+    """
+
+    path: Path
+    config: ModelConfig
+    reader: Reader
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Pretrained:
+        """A Hugging Face directory (config.json and safetensors), or a GGUF file.
+
+        Raises UserError for files that are missing or damaged, an architecture or a configuration that is not
+        supported, and a weight that is missing, not used, of another shape, or not of a float type.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return _open_hf(path)
+        if path.is_file():
+            return _open_gguf(path)
+        raise UserError(f"{path}: no such file or directory, expected a Hugging Face directory or a GGUF file")
+
+
+def expected_weights(config: ModelConfig) -> dict[str, Logical]:
+    """Every logical array of the model by name, in float32."""
+    # Layers are alike: one is described, the others follow.
+    one = build(dataclasses.replace(config, n_layers=1, windows=()), storage="listed").layout.logical
+    weights = {}
+    for name, logical in one.items():
+        first = "layers.0."
+        numbers = range(config.n_layers) if name.startswith(first) else (None,)
+        for i in numbers:
+            full = name if i is None else f"layers.{i}.{name.removeprefix(first)}"
+            weights[full] = dataclasses.replace(logical, name=full)
+    return weights
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _open_hf(path: Path) -> Pretrained:
+    where = path / CONFIG
+    try:
+        values = json.loads(where.read_bytes())
+    except OSError as error:
+        raise UserError(f"{where}: cannot read the model's configuration ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); fetch the file again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: holds {type(values).__name__}, expected an object with a 'model_type'")
+    kind = family(values.get("model_type"), str(where))
+    config = _config(lambda: kind.config_from_hf(values, str(where)), str(where))
+    arrays = SafetensorsDir(path)
+    for name, info in arrays.items():
+        if info.dtype not in (*DTYPES.values(), np.float64):
+            raise UserError(f"{path}: weight {name!r} has dtype {info.dtype}, expected a float of 16 to 64 bits")
+    names = kind.weight_names(config)
+    extras = _check(path, config, names, {n: i.shape for n, i in arrays.items()}, kind.redundant_weights(config))
+
+    def read(logical: Logical, box: Box) -> np.ndarray:
+        name, box = names[logical.name], _bounded(box, logical.shape)
+        merged = _merge_box(logical, box)
+        if merged is None:
+            data = arrays.read(name).reshape(logical.shape)[box]
+        else:
+            data = arrays.read(name, merged).reshape([s.stop - s.start for s in box])
+        return data.astype(logical.dtype, copy=False)
+
+    _check_extras(path, extras, arrays.read, names)
+    return Pretrained(path, config, read)
+
+
+def _open_gguf(path: Path) -> Pretrained:
+    file = GGUFFile(path)
+    kind = family(file.metadata.get("general.architecture"), str(path))
+    config = _config(lambda: kind.config_from_gguf(file), str(path))
+    names = kind.gguf_names(config)
+    extras = _check(path, config, names, {n: t.shape for n, t in file.tensors.items()}, kind.redundant_gguf(config))
+    _check_extras(path, extras, file.read, names)
+    return Pretrained(path, config, _GGUFReader(file, config, kind, names))
+
+
+class _GGUFReader:
+    """Dequantises a tensor once for all boxes of it that are asked for in a row."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig, kind: Family, names: Mapping[str, str]):
+        self._file, self._config, self._kind, self._names = file, config, kind, names
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def __call__(self, logical: Logical, box: Box) -> np.ndarray:
+        if self._last is None or self._last[0] != logical.name:
+            self._last = None  # freed before the next one is read
+            array = self._kind.undo_gguf(self._config, logical.name, self._file.read(self._names[logical.name]))
+            array = array.reshape(logical.shape)
+            array.flags.writeable = False  # boxes may be views of it
+            self._last = (logical.name, array)
+        return self._last[1][box].astype(logical.dtype, copy=False)
+
+
+def _config(make: Callable[[], ModelConfig], where: str) -> ModelConfig:
+    try:
+        return make()
+    except UserError:
+        raise
+    except ValueError as error:  # fields that are valid one by one and not together
+        raise UserError(f"{where}: {error}") from error
+
+
+def file_shape(logical: Logical) -> tuple[int, ...]:
+    """The shape in files: [H, h, ...] there is [H * h, ...]."""
+    return tuple(math.prod(sizes) for sizes in _merged_dimensions(logical, logical.shape))
+
+
+def _merged_dimensions(logical: Logical, values: Iterable[Any]) -> list[list[Any]]:
+    """``values``, one a logical dimension, by the file's dimensions: head_dim goes with the heads before it."""
+    groups: list[list[Any]] = []
+    for axis, value in zip(logical.axes, values, strict=True):
+        if axis == "head_dim":
+            groups[-1].append(value)
+        else:
+            groups.append([value])
+    return groups
+
+
+def _bounded(box: Box, shape: tuple[int, ...]) -> Box:
+    return tuple(slice(*s.indices(n)[:2]) for s, n in zip(box, shape, strict=True))
+
+
+def _merge_box(logical: Logical, box: Box) -> Box | None:
+    """``box`` in the file's dimensions; None where it is no box there, as it cuts heads in two."""
+    merged = []
+    for pairs in _merged_dimensions(logical, zip(box, logical.shape, strict=True)):
+        (first, _), *rest = pairs
+        if any((s.start, s.stop) != (0, n) for s, n in rest):
+            return None
+        inner = math.prod(n for _, n in rest)
+        merged.append(slice(first.start * inner, first.stop * inner))
+    return tuple(merged)
+
+
+def _check(
+    path: Path,
+    config: ModelConfig,
+    names: Mapping[str, str],
+    found: Mapping[str, tuple[int, ...]],
+    redundant: Mapping[str, str | np.ndarray],
+) -> dict[str, str | np.ndarray]:
+    """Raises UserError unless files and model agree on names and shapes; returns the redundant weights found."""
+    expected = {names[name]: file_shape(logical) for name, logical in expected_weights(config).items()}
+    if missing := [name for name in expected if name not in found]:
+        raise UserError(f"{path}: missing {_listing(missing)}: the files are incomplete, or of another model")
+    if unused := [name for name in found if name not in expected and name not in redundant]:
+        raise UserError(f"{path}: not used: {_listing(unused)}: the configuration is of another model")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(f"{path}: weight {name!r} has shape {found[name]}, the configuration calls for {shape}")
+    return {name: source for name, source in redundant.items() if name in found}
+
+
+def _check_extras(
+    path: Path,
+    extras: Mapping[str, str | np.ndarray],
+    read: Callable[[str], np.ndarray],
+    names: Mapping[str, str],
+) -> None:
+    """Raises UserError for a redundant weight that says something else than what it repeats."""
+    for name, source in extras.items():
+        value = read(name)
+        if isinstance(source, str):
+            same, what = np.array_equal(value, read(names[source])), f"weight {names[source]!r}, which it should repeat"
+        else:
+            # Computed in the file's own precision, whichever that was.
+            rounding = 4 * float(ml_dtypes.finfo(value.dtype).eps) + 1e-5
+            wide = value.astype(np.float64)
+            same = value.shape == source.shape and np.allclose(wide, source, rtol=rounding, atol=1e-7)
+            what = "what the configuration gives"
+        if not same:
+            raise UserError(f"{path}: weight {name!r} differs from {what}")
+
+
+def _listing(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"{'weight' if len(names) == 1 else 'weights'} {shown}"
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def export_hf(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    arrays: Iterable[tuple[str, np.ndarray]],
+    *,
+    dtype: str,
+    token_ids: Mapping[str, int | list[int]],
+    save_tokenizer: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a Hugging Face model directory that transformers, vLLM and ``Pretrained.open`` load as the same model.
+
+    directory: new or empty; it appears when all is written, and after an error it is not there.
+    arrays: each logical array once, by name, in its logical shape and in any order; one is held at a time.
+    dtype: of the weights written, one of DTYPES. token_ids: ``bos``, ``eos`` (one or more) and ``pad``, as far as the
+    tokenizer has them. save_tokenizer: called with the directory to write the tokenizer's files into.
+    Raises UserError if the directory is not empty, if a config.json cannot express ``config``, for an array that is
+    missing, unknown, given twice or of another shape, a value too large for ``dtype``, and a full disk.
+    """
+    directory = Path(os.path.abspath(directory))
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    if wrong := token_ids.keys() - {"bos", "eos", "pad"}:
+        raise ValueError(f"token_ids has {sorted(wrong)}, expected bos, eos and pad")
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f"{directory}: exists and is not an empty directory; choose another or remove it")
+    kind = family(config.family, "model")
+    values = kind.config_to_hf(config)
+    back = kind.config_from_hf(values, f"{directory / CONFIG}")
+    if back != config:
+        different = ", ".join(f.name for f in dataclasses.fields(config) if vars(back)[f.name] != vars(config)[f.name])
+        raise UserError(f"{directory}: a {config.family} config.json cannot express this model's {different}")
+    ids = {f"{name}_token_id": token_ids.get(name) for name in ("bos", "eos", "pad")}
+    values |= {"dtype": dtype, "torch_dtype": dtype, **ids}
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        write_safetensors(temporary, _renamed(directory, config, kind.weight_names(config), arrays, DTYPES[dtype]))
+        (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+        if save_tokenizer is not None:
+            save_tokenizer(temporary)
+        temporary.rename(directory)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot write the model ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary)
+
+
+def _renamed(
+    directory: Path,
+    config: ModelConfig,
+    names: Mapping[str, str],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    dtype: np.dtype,
+) -> Iterable[tuple[str, np.ndarray]]:
+    left = expected_weights(config)
+    for name, array in arrays:
+        logical = left.pop(name, None)
+        if logical is None:
+            raise UserError(f"{directory}: array {name!r} is given twice or is none of the model's")
+        if array.shape != logical.shape:
+            raise UserError(f"{directory}: array {name!r} has shape {array.shape}, the model's is {logical.shape}")
+        with np.errstate(over="ignore"):
+            out = np.ascontiguousarray(array).reshape(file_shape(logical)).astype(dtype, copy=False)
+        if dtype == np.float16 and not np.isfinite(out).all() and np.isfinite(array).all():
+            raise UserError(f"{directory}: array {name!r} has values beyond float16; write bfloat16 or float32")
+        yield names[name], out
+    if left:
+        raise UserError(f"{directory}: missing {_listing(list(left))}: the checkpoint is incomplete")
+
+
+# ------------------------------------------------------------------------------------------------- native checkpoints
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """The configuration as JSON values, for the metadata of a native checkpoint."""
+    return {**dataclasses.asdict(config), "windows": list(config.windows)}
+
+
+def config_from_json(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The inverse of ``config_to_json``; ``where`` names the source in errors.
+
+    A field that is not there has its default, so that checkpoints outlive new fields. Raises UserError for an unknown
+    or missing field and for values that make no model.
+    """
+    scaling = values.get("rope_scaling")
+    values = {**values, "windows": tuple(values.get("windows", ()))}
+    if scaling is not None:
+        values["rope_scaling"] = _from_json(Llama3Scaling, scaling, f"{where}: rope_scaling")
+    return _from_json(ModelConfig, values, where)
+
+
+def _from_json(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := [name for name in values if name not in fields]:
+        raise UserError(f"{where}: {unknown_name('model field', unknown[0], fields)}")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: these fields make no model ({error})") from error
