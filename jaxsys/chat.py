@@ -67,4 +67,5 @@ def render(
             **special_tokens,
         )
     except (jinja2.TemplateError, TypeError) as error:
-        raise UserError(f"chat: the model's template cannot render these messages: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"chat: the model's template cannot render these messages: {reason}") from error

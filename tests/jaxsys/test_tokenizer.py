@@ -409,6 +409,7 @@ def test_template_has_what_hugging_face_templates_use(template, text):
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% if %}", "cannot render"),
+        ("{{ raise_exception('one\\ntwo') }}", "one two"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
     ],
 )

