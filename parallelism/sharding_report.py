@@ -65,9 +65,9 @@ class Report:
         for row in self.rows:
             groups[_numbers_starred(row.array), row.shape, row.dtype, row.spec].append(row)
         table = [("array", "shape", "dtype", "spec", "bytes", "per device")]
-        for (name, shape, dtype, spec), rows in groups.items():
-            table.append((_times(name, len(rows)), "x".join(map(str, shape)) or "scalar", dtype, spec, *_sums(rows)))
-        table.append((f"total of {len(self.rows)} arrays", "", "", "", *_sums(self.rows)))
+        for (_, shape, dtype, spec), rows in groups.items():
+            table.append((_name(rows), "x".join(map(str, shape)) or "scalar", dtype, spec, *_sums(rows)))
+        table.append((f"total of {_arrays(len(self.rows))}", "", "", "", *_sums(self.rows)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for cells in table:
             aligned = (c.rjust(w) if i >= 4 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
@@ -76,17 +76,17 @@ class Report:
             lines.append(f"padding: {_bytes(padding)} of the total")
 
         if replicated := [row for row in self.rows if row.replicated]:
-            lines += ["", f"replicated on every device: {len(replicated)} arrays, {_bytes(_sum(replicated))}"]
+            lines += ["", f"replicated on every device: {_arrays(len(replicated))}, {_bytes(_sum(replicated))}"]
             reasons: dict[tuple[str, str], list[Row]] = defaultdict(list)
             for row in replicated:
                 reasons[_numbers_starred(row.array), row.why].append(row)
-            lines += [f"  {_times(name, len(rows))}: {why}" for (name, why), rows in reasons.items()]
+            lines += [f"  {_name(rows)}: {why}" for (_, why), rows in reasons.items()]
         if self.decisions:
             lines += ["", "dimensions that do not divide:"]
             alike: dict[str, int] = defaultdict(int)
             for decision in self.decisions:
                 alike[str(decision)] += 1
-            lines += [f"  {what} (in {n} array{'s' * (n > 1)})" for what, n in alike.items()]
+            lines += [f"  {what} (in {_arrays(n)})" for what, n in alike.items()]
         return "\n".join(lines)
 
 
@@ -135,8 +135,13 @@ def _numbers_starred(name: str) -> str:
     return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
 
 
-def _times(name: str, n: int) -> str:
-    return f"{name} x{n}" if n > 1 else name
+def _name(rows: Sequence[Row]) -> str:
+    """One name for rows whose names differ in numbers only."""
+    return rows[0].array if len(rows) == 1 else f"{_numbers_starred(rows[0].array)} x{len(rows)}"
+
+
+def _arrays(n: int) -> str:
+    return f"{n} array" if n == 1 else f"{n} arrays"
 
 
 def _sum(rows: Sequence[Row]) -> int:

@@ -294,6 +294,12 @@ def test_constrain_is_the_identity_without_a_context():
     assert constrain(x, ("batch", "act_mlp")) is x
 
 
+def test_constrain_is_the_identity_on_one_device():
+    x = jnp.ones((8, 4))
+    with sharding_context(mesh("")):
+        assert constrain(x, ("batch", "act_mlp")) is x
+
+
 def test_constrain_lays_out_by_the_rules():
     m = mesh("data=2,tensor=4")
 
