@@ -1,0 +1,24 @@
+"""What survives: asynchronous, verified checkpoints of logical arrays that fit any mesh."""
+
+from checkpoint.levels import Level
+from checkpoint.manager import Failure, Manager, Restored, SaveHandle, SaveMetrics
+from checkpoint.manifest import CorruptError, Manifest
+from checkpoint.reader import CheckpointReader, VerifyReport, find_checkpoint, open_checkpoint
+from checkpoint.reshard import copy, load
+
+__all__ = [
+    "CheckpointReader",
+    "CorruptError",
+    "Failure",
+    "Level",
+    "Manager",
+    "Manifest",
+    "Restored",
+    "SaveHandle",
+    "SaveMetrics",
+    "VerifyReport",
+    "copy",
+    "find_checkpoint",
+    "load",
+    "open_checkpoint",
+]

@@ -17,8 +17,10 @@ import tokenizers
 import xxhash
 from tokenizers import processors
 
+from checkpoint.formats.gguf import GGUFFile
 from jaxsys.chat import render
 from jaxsys.gguf_tokenizer import backend_from_gguf, turn_ends
+from jaxsys.hub import ModelSource
 from parallelism.errors import UserError
 
 
@@ -108,6 +110,19 @@ class Tokenizer:
             if token is not None
         }
         return render(self.chat_template, messages, add_generation_prompt, special)
+
+    @classmethod
+    def of(cls, source: ModelSource) -> Tokenizer:
+        """The tokenizer that comes with a model: in its directory, its GGUF file, or beside its checkpoints."""
+        if source.kind == "gguf":
+            return cls.from_gguf(GGUFFile(source.path).metadata)
+        if source.kind == "hf":
+            return cls.from_hf(source.path)
+        beside = [d / "tokenizer" for d in (source.path, source.path.parent)]
+        found = [d for d in beside if d.is_dir()]
+        if not found:
+            raise UserError(f"{source.path}: no tokenizer beside the checkpoint, expected {beside[0]}: name one")
+        return cls.from_hf(found[0])
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> Tokenizer:

@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 # XLA:CPU runs a bfloat16 dot of fewer rows than this at scalar speed: 2 GB/s of weights against 20.
 CPU_BF16_MIN_ROWS = 4
@@ -22,7 +23,7 @@ def activation_dtype(compute_dtype: jnp.dtype) -> jnp.dtype:
     On CPU element-wise work in bfloat16 is slower than in float32 and a bfloat16 result of a dot costs
     a pass, so only the operands of matmuls are bfloat16 there.
     """
-    if jax.default_backend() == "cpu" and compute_dtype == jnp.bfloat16:
+    if _on_cpu() and compute_dtype == jnp.bfloat16:
         return jnp.dtype(jnp.float32)
     return jnp.dtype(compute_dtype)
 
@@ -38,12 +39,45 @@ def linear(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
     return y.reshape(*rows, *outer)
 
 
+@jax.custom_vjp
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     """[N, D] times [F, D] to [N, F] in x's dtype."""
     n = x.shape[0]
     a = x.astype(w.dtype)
-    if jax.default_backend() == "cpu" and w.dtype == jnp.bfloat16 and n < CPU_BF16_MIN_ROWS:
+    if _on_cpu() and w.dtype == jnp.bfloat16 and n < CPU_BF16_MIN_ROWS:
         a = jnp.pad(a, ((0, CPU_BF16_MIN_ROWS - n), (0, 0)))
-    accumulate = jnp.promote_types(w.dtype, jnp.float32)
-    y = lax.dot_general(a, w, (((1,), (1,)), ((), ())), preferred_element_type=accumulate)
-    return y[:n].astype(x.dtype)
+    return _contract(a, w, 1, 1)[:n].astype(x.dtype)
+
+
+def _dot_forward(x, w):
+    return _dot(x, w), (x.astype(w.dtype), w, jnp.zeros((0,), x.dtype))
+
+
+def _dot_backward(saved, g):
+    x, w, like = saved
+    g = g.astype(w.dtype)
+    dx = _contract(g, w, 1, 0).astype(like.dtype)
+    return dx, weight_gradient(g, x).astype(w.dtype)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def weight_gradient(g: jax.Array, x: jax.Array) -> jax.Array:
+    """sum over rows of g [N, F] times x [N, D]: [F, D], in at least float32.
+
+    XLA:CPU is two to four times slower when the contracted dimension of the left operand is not the minor
+    one (and computes bfloat16 in float32 then), so there g is transposed in memory first.
+    """
+    if _on_cpu():
+        return _contract(with_layout_constraint(g.T, Layout((0, 1))), x, 1, 0)
+    return _contract(g, x, 0, 0)
+
+
+def _contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
+    accumulate = jnp.promote_types(a.dtype, jnp.float32)
+    return lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=accumulate)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"

@@ -140,9 +140,10 @@ class Decoder(nnx.Module):
         """tokens [B, T] int32 to hidden states [B, T, D] after the last norm, and the carry."""
         c = self.config
         dtype = activation_dtype(self.embed.kernel.dtype)
+        # Whole rows, the vocabulary still split: a look-up in a table cut along the width has to be redone whole.
+        table = constrain(self.embed.kernel[...], ("act_vocab", None))
         # The factor is rounded to the kernel's dtype, as Gemma's own implementations do.
-        scale = jnp.asarray(c.embed_scale, self.embed.kernel.dtype).astype(dtype)
-        x = self.embed.kernel[...][tokens].astype(dtype) * scale
+        x = table[tokens].astype(dtype) * jnp.asarray(c.embed_scale, table.dtype).astype(dtype)
         x = constrain(x, ("batch", "seq", "act_embed"))
         angles = rotations(jnp.maximum(context.positions, 0), c, dtype)
         windows = {}
@@ -161,10 +162,11 @@ class Decoder(nnx.Module):
         return self.embed.kernel[...] if self.config.tie_embeddings else self.head.kernel[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] to logits [..., V] in at least float32, soft cap applied."""
-        return cap_logits(linear(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)), self.head_kernel), self.config)
-
-
-def cap_logits(logits: jax.Array, config: ModelConfig) -> jax.Array:
-    c = config.logit_softcap
-    return logits if c is None else c * jnp.tanh(logits / c)
+        """hidden [..., D] to logits [..., V] in at least float32: soft cap applied, -inf where padded."""
+        c, wide = self.config, jnp.promote_types(hidden.dtype, jnp.float32)
+        logits = linear(hidden.astype(wide), self.head_kernel)
+        if c.logit_softcap is not None:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        if logits.shape[-1] > c.vocab_size:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < c.vocab_size, logits, -jnp.inf)
+        return logits

@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.decoder import Decoder
+from jaxsys.models.layers import default_storage
 from parallelism.layout import Layout, Logical, Stored
 
 _STACK = re.compile(r"\b(\d+)-(\d+)\b")
@@ -43,10 +44,9 @@ class Model:
         return nnx.merge(self.graphdef, nnx.State.from_flat_path({_path(k): v for k, v in params.items()}))
 
     def init(self, seed: jax.Array) -> dict[str, jax.Array]:
-        """Fresh parameters (call it inside traced code); the same for both storages and for any sharding."""
+        """Fresh parameters, unpadded (call it inside traced code); the same for both storages and any sharding."""
         decoder = Decoder(self.config, rngs=nnx.Rngs(jax.random.key(seed)), dtype=self.dtype, storage=self.storage)
-        fresh = {key: variable[...] for key, variable in _variables(decoder).items()}
-        return {key: _pad(fresh[key], self.layout[key].shape) for key in self.layout}
+        return {key: variable[...] for key, variable in _variables(decoder).items()}
 
     @property
     def dtype(self) -> np.dtype:
@@ -59,16 +59,20 @@ class Model:
 
 def build(config: ModelConfig, *, dtype: Any = jnp.float32, storage: str | None = None) -> Model:
     """The model and its layout, without making an array."""
-    from jaxsys.models.layers import default_storage
-
     storage = storage or default_storage()
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, storage=storage))
-    layout = Layout(_stored(key, variable) for key, variable in _variables(abstract).items())
+    variables = sorted(_variables(abstract).items(), key=lambda item: _natural(item[0]))
+    layout = Layout(_stored(key, variable) for key, variable in variables)
     return Model(config, nnx.split(abstract)[0], layout, storage)
 
 
 def _variables(decoder: Decoder) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): v for path, v in nnx.state(decoder, nnx.Param).flat_state()}
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"[.-]", key)]
 
 
 def _path(key: str) -> tuple[str, ...]:
@@ -86,8 +90,3 @@ def _stored(key: str, variable: nnx.Variable) -> Stored:
     parts = tuple(Logical(name, shape[1:], dtype, axes) for name in names)
     return Stored(key, shape, dtype, ("layers", *axes), parts, stacked=True)
 
-
-def _pad(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    if array.shape == shape:
-        return array
-    return jnp.pad(array, [(0, want - have) for have, want in zip(array.shape, shape, strict=True)])

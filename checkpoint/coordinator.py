@@ -1,0 +1,102 @@
+"""How the processes of a job agree: all-gather of small JSON values between host threads.
+
+Nothing here launches a device program, so background threads may use it. ``SingleProcess`` is the
+one-process case; ``JaxCoordinator`` uses the key-value store of ``jax.distributed``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+TIMEOUT_SECONDS = 1800
+
+
+class PeerError(RuntimeError):
+    """Another process of the job failed in a step that all take together."""
+
+
+class Coordinator(Protocol):
+    """index, count: this process and how many there are."""
+
+    index: int
+    count: int
+
+    def gather(self, channel: str, value: Any) -> list[Any]:
+        """Every process's JSON value, by process index; also a barrier.
+
+        All processes call a channel equally often and in the same order; channels are independent of each other.
+        """
+
+
+class SingleProcess:
+    """The coordinator of a job of one process."""
+
+    index, count = 0, 1
+
+    def gather(self, channel: str, value: Any) -> list[Any]:
+        return [value]
+
+
+class JaxCoordinator:
+    """Gathers through the coordination service that ``jax.distributed.initialize`` connected to."""
+
+    def __init__(self) -> None:
+        from jax._src import distributed  # jax has no public name for its key-value store
+
+        client = distributed.global_state.client
+        if client is None:
+            raise ValueError("jax.distributed is not initialised in a job of several processes")
+        self._client: Any = client
+        self.index, self.count = jax.process_index(), jax.process_count()
+        self._calls: dict[str, int] = defaultdict(int)
+
+    def gather(self, channel: str, value: Any) -> list[Any]:
+        call = self._calls[channel]
+        self._calls[channel] += 1
+        self._client.key_value_set(self._key(channel, call, self.index), json.dumps(value))
+        values = [
+            json.loads(self._client.blocking_key_value_get(self._key(channel, call, i), TIMEOUT_SECONDS * 1000))
+            for i in range(self.count)
+        ]
+        if call:
+            # Everybody has entered this call, so everybody has read the one before.
+            self._client.key_value_delete(self._key(channel, call - 1, self.index))
+        return values
+
+    @staticmethod
+    def _key(channel: str, call: int, index: int) -> str:
+        return f"jaxsys/checkpoint/{channel}/{call}/{index}"
+
+
+@functools.cache
+def default_coordinator() -> Coordinator:
+    """The coordinator of this process: one for all managers, since keys of the store are used once."""
+    return SingleProcess() if jax.process_count() == 1 else JaxCoordinator()
+
+
+def together(coordinator: Coordinator, channel: str, work: Callable[[], T]) -> list[T]:
+    """Run ``work`` (whose result is JSON) in every process and gather the results; if it fails in one, it fails in all.
+
+    Raises this process's own exception, or PeerError quoting that of another.
+    """
+    error: Exception | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except Exception as e:
+        error = e
+    outcomes = coordinator.gather(channel, {"error": str(error) if error else None, "result": result})
+    if error:
+        raise error
+    for index, outcome in enumerate(outcomes):
+        if outcome["error"] is not None:
+            raise PeerError(f"process {index}: {outcome['error']}")
+    return [outcome["result"] for outcome in outcomes]

@@ -1,0 +1,324 @@
+"""Saving and restoring the state of a training job: ``Manager``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+
+from checkpoint.coordinator import Coordinator, default_coordinator, together
+from checkpoint.levels import Level, OpenLevel
+from checkpoint.manifest import CHUNK_BYTES, CorruptError
+from checkpoint.reader import VerifyReport
+from checkpoint.reshard import LoadMetrics, load
+from checkpoint.snapshot import Snapshot
+from checkpoint.storage import LocalStorage
+from checkpoint.writer import WriteMetrics
+from parallelism.errors import UserError
+from parallelism.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveMetrics:
+    """What one save cost this process.
+
+    stall_seconds: how long the caller was held up, in ``save`` (of which waiting_seconds for an earlier save to make
+    room) and in ``SaveHandle.copied``. copy_seconds: device to host. levels: by name, those that have committed.
+    """
+
+    step: int
+    stall_seconds: float
+    waiting_seconds: float
+    copy_seconds: float
+    levels: Mapping[str, WriteMetrics]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A save that one level did not take."""
+
+    step: int
+    level: str
+    error: Exception
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """arrays: by stored key, in the shardings asked for. source: the name of the level they came from."""
+
+    arrays: dict[str, jax.Array]
+    meta: Mapping[str, Any]
+    step: int
+    source: str
+    metrics: LoadMetrics
+    seconds: float
+
+
+class SaveHandle:
+    """A save under way."""
+
+    def __init__(self, step: int, snapshot: Snapshot):
+        self.step = step
+        self._snapshot = snapshot
+        self._futures: dict[str, Future[WriteMetrics]] = {}
+        self._entry_seconds = self._waiting_seconds = 0.0
+
+    def copied(self, keys: Iterable[str] | None = None) -> float:
+        """Block until the arrays of these stored keys (None: all) may be donated; return the seconds it took."""
+        return self._snapshot.wait(keys)
+
+    def wait(self) -> SaveMetrics:
+        """Block until every due level has committed. Raises the first level's failure, if there is one."""
+        for future in self._futures.values():
+            future.exception()
+        for future in self._futures.values():
+            future.result()
+        return self.metrics
+
+    @property
+    def done(self) -> bool:
+        return all(future.done() for future in self._futures.values())
+
+    @property
+    def metrics(self) -> SaveMetrics:
+        """The cost so far."""
+        written = {
+            name: future.result()
+            for name, future in self._futures.items()
+            if future.done() and future.exception() is None
+        }
+        stall = self._entry_seconds + self._snapshot.stalled_seconds
+        return SaveMetrics(self.step, stall, self._waiting_seconds, self._snapshot.copy_seconds, written)
+
+
+class Manager:
+    """Saves to a ladder of levels, fastest first, and restores the newest step that verifies.
+
+    A save writes the first due level from the snapshot and each further one from the level before; a level that
+    fails is passed over. Each level has one writing thread; at most one save is being written and one waits there,
+    the next caller of ``save`` blocks. Failures are logged and kept in ``failures``: they never raise in ``save``.
+
+    Processes of one job make the same calls in the same order. All of them must see every level's path.
+    Raises UserError if a level cannot be written or another run is writing it.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        coordinator: Coordinator | None = None,
+    ):
+        for what in ("name", "path"):
+            values = [str(getattr(level, what)) for level in levels]
+            if len(set(values)) != len(values) or not values:
+                raise UserError(f"checkpoint levels have {what}s {values}, expected at least one and all different")
+        self.failures: list[Failure] = []
+        self._coordinator = coordinator or default_coordinator()
+        self._levels = [OpenLevel(level, LocalStorage(level.path), self._coordinator, chunk_bytes) for level in levels]
+        self._handles: list[SaveHandle] = []
+        try:
+            together(self._coordinator, "open", self._acquire)
+        except BaseException:
+            self._release()
+            raise
+
+    def _acquire(self) -> None:
+        if self._coordinator.index == 0:
+            for level in self._levels:
+                level.storage.acquire()
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- saving
+
+    def due(self, step: int) -> bool:
+        """Whether some level takes this step."""
+        return any(level.due(step) for level in self._levels)
+
+    def save(
+        self,
+        step: int,
+        arrays: Mapping[str, jax.Array],
+        layout: Layout,
+        meta: Mapping[str, Any],
+        *,
+        everywhere: bool = False,
+    ) -> SaveHandle:
+        """Start saving and return before copies or writes are done.
+
+        Before ``arrays`` are donated, call ``copied`` of the handle. ``meta`` is JSON and is copied now.
+        everywhere: write to all levels, whatever their interval (the last save of a run).
+        Raises ValueError if no level is due or the arguments do not fit together, UserError if a level already
+        holds a later good step: another run's, or the future of a run that went back.
+        """
+        began = time.perf_counter()
+        due = [level for level in self._levels if everywhere or level.due(step)]
+        if not due:
+            raise ValueError(f"no checkpoint level is due at step {step}")
+        meta = json.loads(json.dumps(meta, allow_nan=False))  # the caller's may change while this is written
+        for level in due:
+            later = [s for s in level.steps() if s > step]
+            if later:
+                raise UserError(
+                    f"cannot save step {step}: {level.storage.where} already holds step {later[-1]}; "
+                    "resume from that, or continue in another directory"
+                )
+        self._finish(lambda handle: handle.step == step)
+        for level in due:
+            level.slots.acquire()
+        waited = time.perf_counter() - began
+        try:
+            snapshot = Snapshot(arrays, layout)
+        except BaseException:
+            for level in due:
+                level.slots.release()
+            raise
+        handle = SaveHandle(step, snapshot)
+        # Submitted here, in order, so that every process writes every level in the same order.
+        for level in due:
+            level.pin(step)
+            earlier = dict(handle._futures)
+            handle._futures[level.name] = level.executor.submit(self._write, level, step, snapshot, meta, earlier, due)
+        self._handles = [h for h in self._handles if not h.done] + [handle]
+        handle._waiting_seconds = waited
+        handle._entry_seconds = time.perf_counter() - began
+        return handle
+
+    def _write(
+        self,
+        level: OpenLevel,
+        step: int,
+        snapshot: Snapshot,
+        meta: Mapping[str, Any],
+        earlier: Mapping[str, Future[WriteMetrics]],
+        due: Sequence[OpenLevel],
+    ) -> WriteMetrics:
+        try:
+            # A level before this one that has the step, so that the snapshot can be let go; else the snapshot.
+            source = next((name for name, future in earlier.items() if future.exception() is None), None)
+            if source is None:
+                metrics = level.write(step, meta, snapshot.specs, snapshot.pieces())
+            else:
+                metrics = level.promote(step, next(x for x in self._levels if x.name == source))
+            snapshot.release()
+            logger.info(
+                "saved step %d to %s: %d bytes in %.2f s", step, level.storage.where, metrics.nbytes, metrics.seconds
+            )
+            return metrics
+        except Exception as e:
+            error: Exception = e
+            if isinstance(e, OSError):
+                error = UserError(
+                    f"step {step} was not saved to {level.storage.where}: {e.strerror or e}; "
+                    "earlier checkpoints are as they were"
+                )
+            logger.error("checkpoint failed: step %d, level %s: %s", step, level.name, error)
+            self.failures.append(Failure(step, level.name, error))
+            raise error from (None if error is e else e)
+        finally:
+            if level is due[-1]:
+                snapshot.release()
+                for each in due:
+                    each.unpin(step)
+            level.slots.release()
+
+    def wait(self) -> None:
+        """Block until every save has committed or failed (see ``failures``)."""
+        self._finish(lambda handle: True)
+
+    def _finish(self, which: Callable[[SaveHandle], bool]) -> None:
+        for handle in self._handles:
+            if which(handle):
+                for future in handle._futures.values():
+                    future.exception()
+
+    # -- restoring
+
+    def steps(self) -> list[int]:
+        """Committed steps of all levels, ascending."""
+        return sorted({step for level in self._levels for step in level.steps()})
+
+    def latest(self) -> int | None:
+        """The newest committed step, or None. It is verified when it is restored."""
+        return max(self.steps(), default=None)
+
+    def restore(
+        self,
+        step: int | None = None,
+        *,
+        layout: Layout,
+        shardings: Mapping[str, jax.sharding.Sharding],
+        partial: bool = False,
+        cast: bool = False,
+    ) -> Restored:
+        """Restore a step (None: the newest that verifies) into any layout and shardings, after pending saves.
+
+        A damaged checkpoint is passed over with a warning: the same step is tried at the next level, then, if no
+        step was named, the step before. ``partial`` and ``cast`` as in ``reshard.load``.
+        Raises UserError if nothing can be restored or checkpoint and layout do not match.
+        """
+        self.wait()
+        began = time.perf_counter()
+        steps = [step] if step is not None else self.steps()[::-1]
+        candidates = [(s, level) for s in steps for level in self._levels if s in level.steps()]
+        where = ", ".join(level.storage.where for level in self._levels)
+        if not candidates:
+            what = "no checkpoint" if step is None else f"no checkpoint of step {step} (there are {self.steps()})"
+            raise UserError(f"{what} in {where}; check the path")
+        for at, level in candidates:
+            damage: CorruptError | None = None
+            try:
+                reader = level.open(at)
+                arrays, metrics = load(reader, layout, shardings, partial=partial, cast=cast)
+            except CorruptError as e:
+                damage = e
+            reports = self._coordinator.gather("restore", str(damage) if damage else None)
+            if not any(reports):
+                return Restored(arrays, reader.manifest.meta, at, level.name, metrics, time.perf_counter() - began)
+            level.bad.add(at)
+            logger.warning(
+                "step %d of level %s is damaged, trying the next: %s", at, level.name, next(r for r in reports if r)
+            )
+        raise UserError(
+            f"none of {len(candidates)} checkpoints in {where} can be restored, all are damaged (see the log); "
+            "start anew or restore them from elsewhere"
+        )
+
+    def verify(self, step: int | None = None) -> list[VerifyReport]:
+        """Read every chunk of a step (None: the newest) at every level that holds it; one report a level."""
+        self.wait()
+        at = self.latest() if step is None else step
+        holding = [level for level in self._levels if at in level.storage.steps()]
+        if at is None or not holding:
+            raise UserError(f"no checkpoint of step {at} to verify (there are {self.steps()}); name another")
+        reports = []
+        for level in holding:
+            try:
+                reports.append(level.open(at).verify())
+            except CorruptError as e:
+                reports.append(VerifyReport(level.storage.open(at).where, at, 0, 0, (str(e),)))
+        return reports
+
+    def close(self) -> None:
+        """Finish pending saves and let another writer in."""
+        self.wait()
+        for level in self._levels:
+            level.executor.shutdown()
+        self._release()
+
+    def _release(self) -> None:
+        for level in self._levels:
+            level.storage.release()

@@ -1,0 +1,188 @@
+"""The checkpoint format, version 1: what ``manifest.json`` says (docs/checkpoint-format.md).
+
+A manifest names logical arrays and the chunks that hold their bytes. It knows no mesh, no process
+and no way of storing layers: a chunk is a box of a global logical array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import xxhash
+
+from parallelism.errors import UserError
+
+FORMAT = "jaxsys-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+CHUNK_BYTES = 16 << 20
+
+_TAIL = re.compile(rb'\n,"digest":"([0-9a-f]{32})"\}\n')
+_TAIL_BYTES = len('\n,"digest":""}\n') + 32
+
+_NUMPY = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128"
+_ML_DTYPES = (
+    "bfloat16 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz "
+    "float8_e8m0fnu float4_e2m1fn int2 int4 uint2 uint4"
+)
+DTYPES: dict[str, np.dtype] = {name: np.dtype(name) for name in _NUMPY.split()} | {
+    name: np.dtype(getattr(ml_dtypes, name)) for name in _ML_DTYPES.split() if hasattr(ml_dtypes, name)
+}
+
+
+class CorruptError(UserError):
+    """Bytes of a checkpoint are missing or are not what was written."""
+
+
+def digest(data: Any) -> str:
+    """xxh3_128 of a buffer, as 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A box of one global array (start and shape in elements) and the bytes of a file that hold it."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One logical array: its dtype, global shape, an axis name (or None) a dimension, and its chunks."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds: the step, free JSON ``meta``, and the arrays by logical name."""
+
+    step: int
+    meta: Mapping[str, Any]
+    arrays: Mapping[str, Array]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def encode(self) -> bytes:
+        """The bytes of ``manifest.json``. Raises TypeError or ValueError if ``meta`` is not JSON."""
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "meta": self.meta,
+            "arrays": {
+                name: {
+                    "dtype": array.dtype.name,
+                    "shape": array.shape,
+                    "axes": array.axes,
+                    "chunks": [dataclasses.asdict(chunk) for chunk in array.chunks],
+                }
+                for name, array in self.arrays.items()
+            },
+        }
+        head = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()[:-1]
+        return head + f'\n,"digest":"{digest(head)}"}}\n'.encode()
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> Manifest:
+        """Read and check the bytes of a manifest; ``where`` names it in errors.
+
+        Raises CorruptError if the bytes are not what was written, UserError if this program cannot read them.
+        """
+        head, tail = data[:-_TAIL_BYTES], _TAIL.fullmatch(data[-_TAIL_BYTES:])
+        if tail is None:
+            raise CorruptError(
+                f"{where} is truncated or not a {FORMAT} manifest: it does not end in a digest; use another checkpoint"
+            )
+        if digest(head) != tail[1].decode():
+            raise CorruptError(
+                f"{where} is damaged: digest {digest(head)}, expected {tail[1].decode()}; use another checkpoint"
+            )
+        body = json.loads(data)
+        if body.get("format") != FORMAT:
+            raise UserError(f"{where} has format {body.get('format')!r}, expected {FORMAT!r}; is it another program's?")
+        if body["version"] > VERSION:
+            raise UserError(
+                f"{where} has format version {body['version']}, newer than {VERSION}, the newest this program reads; "
+                "upgrade the program"
+            )
+        arrays = {name: _decode_array(name, entry, where) for name, entry in body["arrays"].items()}
+        return cls(body["step"], body["meta"], arrays)
+
+
+def chunk_from_json(c: Mapping[str, Any]) -> Chunk:
+    return Chunk(tuple(c["start"]), tuple(c["shape"]), c["file"], c["offset"], c["nbytes"], c["digest"])
+
+
+def _decode_array(name: str, entry: dict[str, Any], where: str) -> Array:
+    if entry["dtype"] not in DTYPES:
+        raise UserError(f"{where}: array {name!r} has dtype {entry['dtype']!r}, which is not known here; upgrade")
+    chunks = tuple(chunk_from_json(c) for c in entry["chunks"])
+    array = Array(DTYPES[entry["dtype"]], tuple(entry["shape"]), tuple(entry["axes"]), chunks)
+    check_coverage(name, array, where)
+    return array
+
+
+def check_coverage(name: str, array: Array, where: str) -> None:
+    """Raise CorruptError unless the chunks lie inside the array and hold as many elements as it has."""
+    elements = 0
+    for chunk in array.chunks:
+        size = math.prod(chunk.shape)
+        inside = len(chunk.start) == len(chunk.shape) == len(array.shape) and all(
+            lo >= 0 and lo + n <= whole for lo, n, whole in zip(chunk.start, chunk.shape, array.shape, strict=True)
+        )
+        if not inside or chunk.nbytes != size * array.dtype.itemsize:
+            raise CorruptError(
+                f"{where}: array {name!r} of shape {array.shape} has a chunk at {chunk.start} of shape {chunk.shape} "
+                f"and {chunk.nbytes} bytes, which does not fit; use another checkpoint"
+            )
+        elements += size
+    if elements != math.prod(array.shape):
+        raise CorruptError(
+            f"{where}: chunks of array {name!r} hold {elements} elements, expected {math.prod(array.shape)}; "
+            "use another checkpoint"
+        )
+
+
+def split(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut a box along its first axes into (start, shape) boxes of at most ``limit`` bytes, in row-major order.
+
+    Each is contiguous in the row-major bytes of the whole. A single element is never cut; an empty box has none.
+    """
+    if 0 in shape:
+        return
+    axis, inner = 0, math.prod(shape) * itemsize
+    while axis < len(shape) and inner > limit:
+        inner //= shape[axis]
+        axis += 1
+    if axis == 0:
+        yield (0,) * len(shape), shape
+        return
+    # Axes before ``axis - 1`` are cut into single rows, ``axis - 1`` into runs of rows, the rest stay whole.
+    cut, rows = axis - 1, max(1, limit // inner)
+    rest = shape[axis:]
+    for outer in np.ndindex(*shape[:cut]):
+        for row in range(0, shape[cut], rows):
+            run = min(rows, shape[cut] - row)
+            yield (*outer, row, *(0,) * len(rest)), (*(1,) * cut, run, *rest)

@@ -1,0 +1,302 @@
+"""Any checkpoint into any mesh: the read plan, the load that follows it, and the offline copy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from checkpoint.manifest import CHUNK_BYTES, DTYPES, Chunk, Manifest
+from checkpoint.reader import Box, CheckpointReader, Progress, find_checkpoint, intersect, open_checkpoint, slices
+from checkpoint.storage import LocalDraft, WriterLock
+from checkpoint.writer import Piece, write_chunks, write_manifest
+from parallelism.errors import UserError
+from parallelism.layout import Layout, Logical, Stored
+
+READ_THREADS = 4
+
+Index = tuple[slice, ...]
+"""The box of a stored array that one device holds, as in ``Shard.index``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """Elements ``source`` of a chunk go to ``target`` of host piece number ``piece``."""
+
+    piece: int
+    source: tuple[slice, ...]
+    target: tuple[slice | int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRead:
+    """One chunk, read once, and everywhere that its elements go."""
+
+    name: str
+    chunk: Chunk
+    moves: tuple[Move, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayPlan:
+    """How to fill the pieces (distinct boxes) of one stored array.
+
+    A chunk that is touched is read whole, because its digest is over the whole: bytes_read exceeds bytes_needed
+    where the boxes of the target cut through chunks.
+    """
+
+    stored: Stored
+    pieces: tuple[Index, ...]
+    reads: tuple[ChunkRead, ...]
+    bytes_needed: int
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(read.chunk.nbytes for read in self.reads)
+
+
+def plan_array(manifest: Manifest, stored: Stored, pieces: tuple[Index, ...]) -> ArrayPlan:
+    """Which chunks fill these pieces of a stored array. Pure: no file is read.
+
+    The manifest must hold every part with its shape (``check_match``).
+    """
+    moves: dict[tuple[str, int], list[Move]] = {}
+    needed = 0
+    for number, index in enumerate(pieces):
+        for region in stored.regions(index):
+            array = manifest.arrays[region.logical.name]
+            wanted: Box = region.start, region.size
+            needed += math.prod(region.size) * array.dtype.itemsize
+            for at, chunk in enumerate(array.chunks):
+                shared = intersect(wanted, (chunk.start, chunk.shape))
+                if shared is None:
+                    continue
+                inner = slices(*shared, region.start)
+                target = (*region.within[:1], *inner) if stored.stacked else inner
+                move = Move(number, slices(*shared, chunk.start), target)
+                moves.setdefault((region.logical.name, at), []).append(move)
+    reads = tuple(ChunkRead(name, manifest.arrays[name].chunks[at], tuple(m)) for (name, at), m in moves.items())
+    return ArrayPlan(stored, pieces, reads, needed)
+
+
+def distinct_boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> list[tuple[Index, list[jax.Device]]]:
+    """The boxes that devices of this process hold, each with its devices (several if replicated)."""
+    boxes: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        boxes.setdefault(key, []).append(device)
+    return [(tuple(slice(lo, hi) for lo, hi in key), devices) for key, devices in boxes.items()]
+
+
+def check_match(manifest: Manifest, layout: Layout, where: str, *, partial: bool = False, cast: bool = False) -> None:
+    """Raise UserError unless the checkpoint holds the arrays of the layout, in shapes and dtypes that fit.
+
+    partial: the checkpoint may hold more. cast: allow casts that lose bits (see ``castable``).
+    """
+    missing = sorted(layout.logical.keys() - manifest.arrays.keys())
+    unused = sorted(manifest.arrays.keys() - layout.logical.keys())
+    if missing or (unused and not partial):
+        wrong = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for names, what in ((missing, "missing from it"), ([] if partial else unused, "not in the model"))
+            if names
+        ]
+        raise UserError(
+            f"{where} does not match the model: {len(manifest.arrays)} arrays for {len(layout.logical)} of the model, "
+            f"{' and '.join(wrong)}; restore with the model that wrote it"
+        )
+    for stored in layout.values():
+        for part in stored.parts:
+            array = manifest.arrays[part.name]
+            if array.shape != part.shape:
+                raise UserError(
+                    f"{where}: array {part.name!r} has shape {array.shape}, the model expects {part.shape}; "
+                    "restore with the model that wrote it"
+                )
+            if not (castable(array.dtype, stored.dtype) if cast else exact(array.dtype, stored.dtype)):
+                advice = "use a float or integer dtype as it was" if cast else "ask for the cast or use that dtype"
+                raise UserError(
+                    f"{where}: array {part.name!r} has dtype {array.dtype.name}, which does not go into "
+                    f"{stored.dtype.name} without loss; {advice}"
+                )
+
+
+def exact(source: np.dtype, target: np.dtype) -> bool:
+    """Whether every value of ``source`` is a value of ``target``."""
+    if source == target:
+        return True
+    if _is_float(target) and target.itemsize == 1:
+        return False  # few of these casts are exact, and numpy calls more of them safe than are
+    if np.can_cast(source, target, "safe"):
+        return True
+    # numpy knows of no safe casts between the ml_dtypes floats.
+    if not (_is_float(source) and _is_float(target)):
+        return False
+    a, b = ml_dtypes.finfo(source), ml_dtypes.finfo(target)
+    return bool(
+        a.nmant <= b.nmant
+        and float(a.max) <= float(b.max)
+        and float(a.smallest_subnormal) >= float(b.smallest_subnormal)
+    )
+
+
+def castable(source: np.dtype, target: np.dtype) -> bool:
+    """Whether a cast is exact or only rounds: float to float, integer to integer."""
+    return exact(source, target) or any(word in source.name and word in target.name for word in ("float", "int"))
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    return "float" in dtype.name
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadMetrics:
+    """Bytes of chunks that this process read, and those of them that its shards needed."""
+
+    bytes_read: int
+    bytes_needed: int
+
+
+def load(
+    reader: CheckpointReader,
+    layout: Layout,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    *,
+    partial: bool = False,
+    cast: bool = False,
+) -> tuple[dict[str, jax.Array], LoadMetrics]:
+    """Restore the arrays of ``layout`` into ``shardings`` (by stored key), whatever mesh and storage wrote them.
+
+    Padding is filled with zeros. Each chunk that a shard of this process touches is read once and verified.
+    partial: leave arrays that the layout does not name unread. cast: round to the layout's dtypes where they are
+    narrower; otherwise only exact casts are made.
+    Raises UserError if checkpoint and layout do not match, CorruptError if a chunk is damaged.
+    """
+    check_match(reader.manifest, layout, reader.where, partial=partial, cast=cast)
+    boxes = {key: distinct_boxes(stored.shape, shardings[key]) for key, stored in layout.items()}
+    plans = [
+        plan_array(reader.manifest, stored, tuple(index for index, _ in boxes[key])) for key, stored in layout.items()
+    ]
+    arrays: dict[str, jax.Array] = {}
+    for plan, pieces in zip(plans, _read_ahead(reader, plans), strict=True):
+        stored, sharding = plan.stored, shardings[plan.stored.key]
+        shards = [
+            jax.device_put(piece, jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
+            for piece, (_, devices) in zip(pieces, boxes[stored.key], strict=True)
+            for device in devices
+        ]
+        arrays[stored.key] = jax.make_array_from_single_device_arrays(
+            stored.shape, sharding, shards, dtype=stored.dtype
+        )
+    return arrays, LoadMetrics(sum(p.bytes_read for p in plans), sum(p.bytes_needed for p in plans))
+
+
+def _read_ahead(reader: CheckpointReader, plans: list[ArrayPlan]) -> Iterator[list[np.ndarray]]:
+    """The filled pieces of each plan in order, a few stored arrays ahead: host memory is bounded by those."""
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpoint-read") as pool:
+        ahead: deque[Future[list[np.ndarray]]] = deque()
+        waiting = iter(plans)
+        try:
+            while True:
+                while len(ahead) < READ_THREADS and (plan := next(waiting, None)):
+                    ahead.append(pool.submit(fill, reader, plan))
+                if not ahead:
+                    return
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
+    """Carry out a plan: the host pieces, in the stored dtype, zero where padded."""
+    shapes = [tuple(len(range(*s.indices(n))) for s, n in zip(i, plan.stored.shape, strict=True)) for i in plan.pieces]
+    pieces = [np.zeros(shape, plan.stored.dtype) for shape in shapes]
+    for read in plan.reads:
+        data = reader.read_chunk(read.name, read.chunk)
+        for move in read.moves:
+            pieces[move.piece][move.target] = data[move.source].astype(plan.stored.dtype, copy=False)
+    return pieces
+
+
+def copy(
+    src_dir: str | os.PathLike[str],
+    dst_dir: str | os.PathLike[str],
+    dtype: str | None = None,
+    select: Callable[[str], bool] | None = None,
+    rename: Callable[[str], str] | None = None,
+    progress: Progress | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Path:
+    """Stream a checkpoint (or the newest good one of a run) into the new checkpoint directory ``dst_dir``.
+
+    Holds one chunk at a time. Every chunk is verified when read, and the whole result before it gets its name.
+    dtype: for floating-point arrays (others stay). select: which logical names to take. rename: their new names.
+    Raises UserError if ``dst_dir`` exists, nothing is selected or two arrays get one name, CorruptError on damage.
+    """
+    reader = open_checkpoint(find_checkpoint(src_dir))
+    dst = Path(dst_dir)
+    if dtype is not None and not (dtype in DTYPES and _is_float(DTYPES[dtype])):
+        raise UserError(f"dtype {dtype!r} is not a floating-point dtype; use float32, bfloat16 or float16")
+    targets: dict[str, Logical] = {}
+    for name, array in reader.manifest.arrays.items():
+        if select is None or select(name):
+            new = DTYPES[dtype] if dtype and _is_float(array.dtype) else array.dtype
+            targets[name] = Logical(rename(name) if rename else name, array.shape, new, array.axes)
+    if not targets:
+        raise UserError(f"no array of {reader.where} is selected; it holds {sorted(reader.manifest.arrays)[:3]}...")
+    by_new: dict[str, str] = {}
+    for name, logical in targets.items():
+        if logical.name in by_new:
+            raise UserError(f"arrays {by_new[logical.name]!r} and {name!r} are both renamed to {logical.name!r}")
+        by_new[logical.name] = name
+
+    total = sum(reader.manifest.arrays[name].nbytes for name in targets)
+
+    def pieces() -> Iterator[Piece]:
+        done = 0
+        for name, logical in targets.items():
+            for chunk in reader.manifest.arrays[name].chunks:
+                data = reader.read_chunk(name, chunk).astype(logical.dtype, copy=False)
+                yield Piece(logical, chunk.start, data)
+                done += chunk.nbytes
+                if progress:
+                    progress(done, total)
+
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = dst.with_name(f".{dst.name}.lock")
+    lock = WriterLock(lock_path, dst)
+    lock.acquire()
+    try:
+        if dst.exists():
+            raise UserError(f"{dst} exists already; choose a new directory or remove it")
+        draft = LocalDraft(dst)
+        draft.begin()
+        try:
+            chunks = write_chunks(draft, pieces(), chunk_bytes=chunk_bytes)
+            write_manifest(draft, reader.manifest.step, reader.manifest.meta, targets.values(), chunks)
+            report = CheckpointReader(draft.files()).verify()
+            if not report.ok:
+                raise UserError(f"{dst} did not verify after writing: {report.errors[0]}; check the disk")
+            draft.commit()
+        except OSError as e:
+            draft.abort()
+            needed = f"{total >> 20} MiB needed, {shutil.disk_usage(dst.parent).free >> 20} MiB free"
+            raise UserError(f"cannot write {dst}: {e.strerror} ({needed}); choose another place") from e
+        except BaseException:
+            draft.abort()
+            raise
+    finally:
+        lock_path.unlink(missing_ok=True)
+        lock.release()
+    return dst

@@ -1,0 +1,38 @@
+"""``jaxsys train | generate | reshard | graphs``: what a user cannot mend keeps its traceback, the rest is one line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from jaxsys.cli.generate import GenerateArgs
+from jaxsys.cli.graphs import GraphsArgs
+from jaxsys.cli.reshard import ReshardArgs
+from jaxsys.cli.train import TrainArgs
+from parallelism.errors import UserError
+
+Command = (
+    Annotated[TrainArgs, tyro.conf.subcommand("train")]
+    | Annotated[GenerateArgs, tyro.conf.subcommand("generate")]
+    | Annotated[ReshardArgs, tyro.conf.subcommand("reshard")]
+    | Annotated[GraphsArgs, tyro.conf.subcommand("graphs")]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the ``jaxsys`` command; returns the exit code."""
+    command = tyro.cli(Command, prog="jaxsys", args=argv, config=(tyro.conf.OmitArgPrefixes,))  # type: ignore[call-overload]
+    try:
+        return command.run()
+    except UserError as error:
+        print(f"jaxsys: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxsys: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""``jaxsys train``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+    """Train, or resume, the run of a recipe.
+
+    Ctrl-C or SIGTERM finishes the step, saves and exits; the same command resumes.
+    """
+
+    config: str
+    """A recipe by name, or path/to/file.py:function."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """KEY=VALUE, repeated: changes one key of the configuration, such as optim.learning_rate=1e-4."""
+    profile: str | None = None
+    """START:STOP: write a trace of these steps to the run directory."""
+    print_config: bool = False
+    """Print the resolved configuration as JSON, and do nothing else."""
+    report: bool = False
+    """Print every array with its sharding and bytes per device before training."""
+
+    def run(self) -> int:
+        from jaxsys import configuration
+        from jaxsys.train import recipes
+
+        config = configuration.override(recipes.find(self.config), self.set)
+        if self.profile is not None:
+            config = dataclasses.replace(config, profile=self.profile)
+        if self.print_config:
+            print(configuration.dumps(config))
+            return 0
+        from jaxsys.train.trainer import Trainer
+
+        with Trainer(config) as trainer:
+            if self.report:
+                print(trainer.report())
+            summary = trainer.run()
+        line = trainer.console.line
+        line(
+            f"step {summary.step} of {config.steps}, loss {summary.losses[-1]:.4f}" if summary.losses else "nothing to do"
+        )
+        line(f"{summary.tokens_per_second:,.0f} tokens/s, {summary.model_flops_per_second / 1e9:,.1f} model GFLOP/s")
+        if not summary.finished:
+            line(f"stopped; the same command resumes from step {summary.step}")
+        return 0

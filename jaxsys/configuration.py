@@ -1,0 +1,143 @@
+"""Configuration: frozen dataclasses, changed by dotted names, written as JSON.
+
+A field may hold one of several dataclasses (an optimizer, a schedule): it is chosen by name and its fields are
+then set below it. Every name that does not exist is an error with the nearest ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from parallelism.errors import UserError, unknown_name
+
+Config = TypeVar("Config")
+
+
+def kind(cls: type) -> str:
+    """The name by which a dataclass is chosen among alternatives: ``AdamW`` is ``adamw``."""
+    return cls.__name__.lower()
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as plain JSON values; a dataclass that was chosen among several says its ``kind``."""
+    if not dataclasses.is_dataclass(config):
+        return list(config) if isinstance(config, tuple) else config
+    out: dict[str, Any] = {}
+    for field, hint in _fields(type(config)).items():
+        value = getattr(config, field)
+        out[field] = to_dict(value)
+        if dataclasses.is_dataclass(value) and len(_dataclasses(hint)) > 1:
+            out[field] = {"kind": kind(type(value)), **out[field]}
+    return out
+
+
+def from_dict(cls: type[Config], values: dict[str, Any], where: str = "") -> Config:
+    """The inverse of ``to_dict``. Raises UserError for unknown keys and values of the wrong type."""
+    hints = _fields(cls)
+    for name in values:
+        if name not in hints:
+            raise unknown_name("configuration key", where + name, [where + known for known in hints])
+    return cls(**{name: _value(hints[name], value, where + name) for name, value in values.items()})
+
+
+def override(config: Config, assignments: Iterable[str]) -> Config:
+    """The configuration with ``"optim.learning_rate=1e-3"`` and the like applied, in order."""
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment!r}: expected KEY=VALUE, for example seed=1")
+        config = _set(config, name.strip().split("."), text.strip(), "")
+    return config
+
+
+def dumps(config: Any) -> str:
+    return json.dumps(to_dict(config), indent=2)
+
+
+def _set(config: Any, path: list[str], text: str, where: str) -> Any:
+    hints = _fields(type(config))
+    name = path[0]
+    if name not in hints:
+        raise unknown_name("configuration key", where + name, [where + known for known in hints])
+    if len(path) > 1:
+        inner = getattr(config, name)
+        if not dataclasses.is_dataclass(inner):
+            raise UserError(f"configuration key {where + '.'.join(path)!r}: {where + name} is {inner!r}, it has no keys")
+        return dataclasses.replace(config, **{name: _set(inner, path[1:], text, f"{where}{name}.")})
+    return dataclasses.replace(config, **{name: _value(hints[name], _parse(hints[name], text), where + name)})
+
+
+def _parse(hint: Any, text: str) -> Any:
+    """Command-line text to a plain value; text stays text where the field takes text."""
+    if text.lower() == "none" and type(None) in _members(hint):
+        return None
+    if str in _members(hint) or _dataclasses(hint):
+        return text
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except json.JSONDecodeError:
+        return text.split(",") if any(typing.get_origin(m) is tuple for m in _members(hint)) else text
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the field's type, or UserError."""
+    members = _members(hint)
+    if value is None and type(None) in members:
+        return None
+    classes = _dataclasses(hint)
+    if classes and isinstance(value, str):
+        return _choose(classes, value, where)()
+    if classes and isinstance(value, dict):
+        values = dict(value)
+        cls = _choose(classes, values.pop("kind"), where) if len(classes) > 1 else classes[0]
+        return from_dict(cls, values, where + ".")
+    for member in members:
+        if member is bool and isinstance(value, bool):
+            return value
+        if member is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if member is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if member is str and isinstance(value, str):
+            return value
+        if typing.get_origin(member) is tuple and isinstance(value, (list, tuple)):
+            return tuple(_value(typing.get_args(member)[0], item, where) for item in value)
+        if typing.get_origin(member) is typing.Literal and value in typing.get_args(member):
+            return value
+    expected = " or ".join(_describe(member) for member in members)
+    raise UserError(f"configuration key {where}: found {value!r}, expected {expected}")
+
+
+def _choose(classes: list[type], name: str, where: str) -> type:
+    by_name = {kind(cls): cls for cls in classes}
+    if name not in by_name:
+        raise unknown_name(where.rpartition(".")[2], name, by_name)
+    return by_name[name]
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _dataclasses(hint: Any) -> list[type]:
+    return [member for member in _members(hint) if dataclasses.is_dataclass(member)]
+
+
+def _describe(member: Any) -> str:
+    if member is type(None):
+        return "none"
+    if typing.get_origin(member) is typing.Literal:
+        return ", ".join(typing.get_args(member))
+    if dataclasses.is_dataclass(member):
+        return kind(member)
+    return getattr(member, "__name__", str(member))

@@ -1,0 +1,57 @@
+"""What a person sees: one line a stage, a progress bar on a terminal, plain lines in a log. All on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Between two plain lines of a bar in a log.
+LOG_SECONDS = 10.0
+
+
+class Console:
+    """Progress and messages. On a terminal bars move; elsewhere each bar prints a line every ten seconds."""
+
+    def __init__(self):
+        self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.terminal = self._rich.is_terminal
+
+    def line(self, text: str) -> None:
+        if self.terminal:
+            self._rich.print(text, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def stage(self, what: str) -> Iterator[list[str]]:
+        """Prints ``what``, what was appended to the yielded list, and the seconds it took."""
+        start = time.perf_counter()
+        said: list[str] = []
+        yield said
+        self.line(f"{what}: {', '.join(said)}{' ' if said else ''}({time.perf_counter() - start:.1f} s)")
+
+    @contextlib.contextmanager
+    def bar(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+        """Yields ``advance(steps, text)``, which shows the text beside the bar."""
+        if self.terminal:
+            columns = (
+                TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+            )  # fmt: skip
+            with Progress(*columns, console=self._rich, transient=True) as progress:
+                task = progress.add_task(what, total=total, completed=done, text="")
+                yield lambda n, text: progress.update(task, advance=n, text=text)
+            return
+        state = {"done": done, "next": time.monotonic()}
+
+        def advance(n: int, text: str) -> None:
+            state["done"] += n
+            if time.monotonic() >= state["next"] or state["done"] >= total:
+                state["next"] = time.monotonic() + LOG_SECONDS
+                self.line(f"{what} {state['done']}/{total} {text}")
+
+        yield advance

@@ -1,0 +1,228 @@
+"""The one place where anything is compiled: a registry of named graphs.
+
+A graph is a traced function with fixed shapes, dtypes and shardings; weights are always its arguments. The
+registry knows what each cost to compile, what memory it takes and what it computes, writes that list
+beside a run, and, once frozen, refuses to compile: after warm-up a compile is a defect, not a pause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxsys.dispatch import dispatcher
+from parallelism.rules import ACTIVATIONS, Rules
+from parallelism.sharding import sharding_context
+
+
+class LateCompileError(RuntimeError):
+    """Something was compiled after warm-up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphStats:
+    """What one graph costs. Bytes are per device; flops and bytes accessed count a scan's body once.
+
+    cached: the executable came out of the persistent cache. None where the backend does not say.
+    """
+
+    name: str
+    trace_seconds: float
+    compile_seconds: float
+    cached: bool
+    argument_bytes: int | None
+    output_bytes: int | None
+    temporary_bytes: int | None
+    aliased_bytes: int | None
+    flops: float | None
+    bytes_accessed: float | None
+
+
+class Graph:
+    """A compiled function. Calling it launches it on the dispatcher's thread and returns device arrays."""
+
+    def __init__(self, compiled: Any, stats: GraphStats):
+        self.compiled = compiled
+        self.stats = stats
+
+    @property
+    def name(self) -> str:
+        return self.stats.name
+
+    @property
+    def outputs(self) -> Any:
+        """The results' shapes, dtypes and shardings, as ShapeDtypeStructs."""
+        return jax.tree.map(
+            lambda out, sharding: jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=sharding),
+            self.compiled.out_info,
+            self.compiled.output_shardings,
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        return dispatcher().call(self.compiled, *args)
+
+
+class Graphs:
+    """The graphs of one mesh.
+
+    mesh, rules: the context that ``parallelism.sharding.constrain`` sees while tracing.
+    """
+
+    def __init__(self, mesh: Mesh | None = None, rules: Rules = ACTIVATIONS):
+        self.mesh, self.rules = mesh, rules
+        self._graphs: dict[tuple, Graph] = {}
+        self._frozen = False
+
+    def compile(
+        self,
+        name: str,
+        fn: Callable,
+        *args: Any,
+        donate: Sequence[int] = (),
+        out_shardings: Any = None,
+        compiler_options: dict[str, Any] | None = None,
+    ) -> Graph:
+        """The graph ``name`` for arguments like ``args`` (arrays or ShapeDtypeStructs with shardings).
+
+        Asked again with the same name and the same shapes it returns the graph it has.
+        Raises LateCompileError when frozen.
+        """
+        key = (name, _signature(args), tuple(donate))
+        if key in self._graphs:
+            return self._graphs[key]
+        if self._frozen:
+            raise LateCompileError(f"graph {name!r} would be compiled after warm-up, for {_signature(args)}")
+        options = {} if out_shardings is None else {"out_shardings": out_shardings}
+
+        def traced_fn(*args):
+            # Inside, because JAX's trace cache knows nothing of the context.
+            with sharding_context(self.mesh, self.rules) if self.mesh is not None else contextlib.nullcontext():
+                return fn(*args)
+
+        with _Events() as events:
+            start = time.perf_counter()
+            lowered = jax.jit(traced_fn, donate_argnums=tuple(donate), **options).lower(*args)
+            traced = time.perf_counter()
+            compiled = lowered.compile(compiler_options)
+            done = time.perf_counter()
+        stats = _stats(name, compiled, traced - start, done - traced, events.hits > 0 and events.misses == 0)
+        self._graphs[key] = Graph(compiled, stats)
+        return self._graphs[key]
+
+    def freeze(self) -> None:
+        """Warm-up is over: from now on ``compile`` only returns what it has."""
+        self._frozen = True
+
+    def __iter__(self):
+        return iter(self._graphs.values())
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def save(self, path: Path) -> None:
+        """Writes the list of graphs as JSON, for ``jaxsys graphs``."""
+        rows = [dataclasses.asdict(graph.stats) for graph in self]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(rows, indent=1))
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def no_compiles(what: str):
+    """Raises LateCompileError if anything at all, an eager operation included, was compiled inside."""
+    with _Events() as events:
+        yield
+    if events.compiles:
+        raise LateCompileError(f"{events.compiles} programs were compiled during {what}")
+
+
+def enable_persistent_cache(directory: str | os.PathLike | None = None) -> Path:
+    """Keeps compiled programs on disk, so that the second start of the same job compiles nothing.
+
+    Default: ``$JAXSYS_CACHE/xla``, else ``~/.cache/jaxsys/xla``. A directory that is already set
+    (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    path = Path(directory or jax.config.jax_compilation_cache_dir or cache_root() / "xla")
+    path.mkdir(parents=True, exist_ok=True)
+    if jax.config.jax_compilation_cache_dir != str(path):
+        jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+def cache_root() -> Path:
+    """Where jaxsys keeps what can be made again: ``$JAXSYS_CACHE``, else ``~/.cache/jaxsys``."""
+    return Path(os.environ.get("JAXSYS_CACHE") or Path.home() / ".cache" / "jaxsys")
+
+
+def _signature(args: Any) -> tuple:
+    leaves, tree = jax.tree.flatten(args)
+    return (str(tree), tuple(_abstract(leaf) for leaf in leaves))
+
+
+def _abstract(leaf: Any) -> tuple:
+    sharding = getattr(leaf, "sharding", None)
+    return (np.shape(leaf), str(getattr(leaf, "dtype", np.asarray(leaf).dtype)), sharding)
+
+
+def _stats(name: str, compiled: Any, trace: float, seconds: float, cached: bool) -> GraphStats:
+    memory, cost = compiled.memory_analysis(), {}
+    with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):
+        cost = compiled.cost_analysis() or {}
+    return GraphStats(
+        name,
+        trace,
+        seconds,
+        cached,
+        getattr(memory, "argument_size_in_bytes", None),
+        getattr(memory, "output_size_in_bytes", None),
+        getattr(memory, "temp_size_in_bytes", None),
+        getattr(memory, "alias_size_in_bytes", None),
+        cost.get("flops"),
+        cost.get("bytes accessed"),
+    )
+
+
+class _Events:
+    """Counts compiles and persistent-cache hits while open, from JAX's own monitoring events."""
+
+    _open: list[_Events] = []
+    _registered = False
+
+    def __init__(self):
+        self.compiles = self.hits = self.misses = 0
+
+    def __enter__(self) -> _Events:
+        if not _Events._registered:
+            jax.monitoring.register_event_listener(_Events._event)
+            jax.monitoring.register_event_duration_secs_listener(_Events._duration)
+            _Events._registered = True
+        _Events._open.append(self)
+        return self
+
+    def __exit__(self, *_):
+        _Events._open.remove(self)
+
+    @staticmethod
+    def _event(name: str, **_):
+        for events in _Events._open:
+            events.hits += name == "/jax/compilation_cache/cache_hits"
+            events.misses += name == "/jax/compilation_cache/cache_misses"
+
+    @staticmethod
+    def _duration(name: str, seconds: float, **_):
+        for events in _Events._open:
+            events.compiles += name == "/jax/core/compile/backend_compile_duration"

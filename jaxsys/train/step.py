@@ -1,0 +1,135 @@
+"""The train step, fused and split: the same arithmetic, cut at the places where others come in between.
+
+Fused, one graph takes a batch of A microbatches and donates the whole state. Split, ``grads`` runs once a
+microbatch, ``finish`` once, and ``update`` once for each group of parameters, each donating only its group: a
+lazy snapshot, a streamed optimizer and a decode step need such places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from jaxsys.kernels.attention import Rows
+from jaxsys.kernels.loss import cross_entropy
+from jaxsys.models.state import Model
+from jaxsys.optim import Optimizer
+from parallelism.errors import unknown_name
+
+Arrays = dict[str, jax.Array]
+Batch = Mapping[str, jax.Array]  # tokens, targets, segments, positions: [B, T] int32; a batch of A is [A, B, T]
+
+REMAT: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What of a layer's forward pass is kept for its backward pass: everything, nothing, all matmuls, or those
+without a batch dimension (all but attention's)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Traceable pieces of a train step for one model, optimizer and precision.
+
+    compute_dtype: kernels are cast to it for forward and backward; gradients and updates are in the parameters'.
+    shardings: of the parameters; gradients are kept in them.
+    """
+
+    model: Model
+    optimizer: Optimizer
+    compute_dtype: Any
+    remat: str
+    shardings: Mapping[str, NamedSharding]
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise unknown_name("remat policy", self.remat, REMAT)
+
+    def losses(self, params: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Sum of -log p over the targets of one microbatch [B, T], and their number."""
+        layout = self.model.layout
+        cast = {k: p if "norm" in layout[k].axes else p.astype(self.compute_dtype) for k, p in params.items()}
+        decoder = self.model.bind(cast)
+        policy = REMAT[self.remat]
+        remat = None if policy is None else lambda f: jax.checkpoint(f, policy=policy)
+        context = Rows(batch["segments"], batch["positions"])
+        hidden, _ = decoder(batch["tokens"], context, remat=remat)
+        config = self.model.config
+        return cross_entropy(hidden, decoder.head_kernel, batch["targets"], config.vocab_size, config.logit_softcap)
+
+    def grads(self, params: Arrays, batch: Batch) -> tuple[Arrays, Arrays]:
+        """Sums over one microbatch: gradients, and {"loss", "targets"}."""
+
+        def loss(params):
+            total, count = self.losses(params, batch)
+            return total, count
+
+        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return self._keep(grads), {"loss": total, "targets": count}
+
+    def accumulate(self, sums: tuple[Arrays, Arrays], params: Arrays, batch: Batch) -> tuple[Arrays, Arrays]:
+        """``sums`` (donated) plus those of one more microbatch."""
+        return jax.tree.map(jnp.add, sums, self.grads(params, batch))
+
+    def finish(self, sums: tuple[Arrays, Arrays], step: jax.Array) -> tuple[jax.Array, Arrays]:
+        """The factor that turns summed gradients into clipped means, and the step's metrics."""
+        grads, totals = sums
+        mean = 1.0 / jnp.maximum(totals["targets"], 1.0)
+        squares = [jnp.sum(jnp.square(g.astype(jnp.promote_types(g.dtype, jnp.float32)))) for g in grads.values()]
+        norm = jnp.sqrt(sum(squares)) * mean
+        metrics = {
+            "loss": totals["loss"] * mean,
+            "targets": totals["targets"],
+            "grad_norm": norm,
+            "learning_rate": self.optimizer.learning_rate(step),
+        }
+        return mean * self.optimizer.clip_scale(norm), metrics
+
+    def update(
+        self, params: Arrays, state: Any, grads: Arrays, scale: jax.Array, step: jax.Array
+    ) -> tuple[Arrays, Any]:
+        """One group's new parameters and optimizer state."""
+        params, state = self.optimizer.update(params, state, grads, scale, step)
+        return self._keep(params), state
+
+    def fused(self, params: Arrays, state: Any, step: jax.Array, batches: Batch) -> tuple[Arrays, Any, Arrays]:
+        """A whole step over A microbatches [A, B, T]: new parameters, optimizer state, metrics."""
+        count = batches["tokens"].shape[0]
+        sums = self.grads(params, {name: value[0] for name, value in batches.items()})
+        if count > 1:
+
+            def more(sums, batch):
+                return self.accumulate(sums, params, batch), None
+
+            sums, _ = lax.scan(more, sums, {name: value[1:] for name, value in batches.items()})
+        scale, metrics = self.finish(sums, step)
+        params, state = self.update(params, state, sums[0], scale, step)
+        return params, state, metrics
+
+    def _keep(self, arrays: Arrays) -> Arrays:
+        """Each array in its parameter's sharding."""
+        return {
+            key: lax.with_sharding_constraint(array, self.shardings[key])
+            if self.shardings[key].mesh.size > 1
+            else array
+            for key, array in arrays.items()
+        }
+
+
+def groups(keys: Sequence[str], sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """``keys`` in order, cut into at most ``count`` groups of about equal bytes."""
+    total, out, filled = sum(sizes[k] for k in keys), [[]], 0
+    for key in keys:
+        if out[-1] and filled >= total * len(out) / count:
+            out.append([])
+        out[-1].append(key)
+        filled += sizes[key]
+    return out

@@ -1,0 +1,502 @@
+"""A training run: from a configuration to a mesh full of state, through the loop, to checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from checkpoint import Level, Manager, SaveHandle
+from jaxsys import configuration
+from jaxsys.console import Console
+from jaxsys.data import Loader, build_dataset, documents, prefetch
+from jaxsys.dispatch import dispatcher
+from jaxsys.graphs import Graphs, cache_root, enable_persistent_cache
+from jaxsys.hub import resolve
+from jaxsys.live import Live
+from jaxsys.models.config import ModelConfig
+from jaxsys.models.pretrained import Pretrained
+from jaxsys.models.state import build
+from jaxsys.optim import Optimizer
+from jaxsys.tokenizer import Tokenizer
+from jaxsys.train.config import TrainConfig
+from jaxsys.train.metrics import Metrics
+from jaxsys.train.step import Step, groups
+from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, create, detect, plan, put, target
+from parallelism.errors import UserError
+from parallelism.sharding_report import report
+
+BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
+
+
+class NonFiniteLoss(UserError):
+    """The loss became NaN or infinite."""
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a run did. Losses are means over targets, in nats. stall: seconds training waited for checkpoints.
+
+    finished: False when a signal or a stop step ended it early.
+    """
+
+    first_step: int
+    step: int
+    finished: bool
+    losses: list[float]
+    heldout_before: float | None
+    heldout_after: float | None
+    tokens_per_second: float
+    model_flops_per_second: float
+    utilisation: float | None
+    stall_seconds: float
+    checkpoint_bytes: int
+
+
+class Trainer:
+    """Sets a run up (or resumes it) and runs it. Use it as a context manager: it holds the run's directory.
+
+    Raises UserError for what the configuration, the data or the checkpoints have wrong.
+    """
+
+    def __init__(self, config: TrainConfig, console: Console | None = None):
+        self.config, self.console = config, console or Console()
+        enable_persistent_cache()
+        if "float64" in (config.parameter_dtype, config.compute_dtype):
+            jax.config.update("jax_enable_x64", True)
+        self.run_directory = Path(config.run)
+        self.mesh = MeshSpec.parse(config.mesh).build()
+        self.activation_rules = ACTIVATIONS.override(config.activation_rules)
+        self.graphs = Graphs(self.mesh, self.activation_rules)
+        pretrained = self._pretrained()
+        model_config = pretrained.config if pretrained else config.model
+        assert model_config is not None
+        self.tokenizer = self._tokenizer()
+        model = build(model_config, dtype=config.parameter_dtype, storage=config.storage)
+        self.plan = plan(model.layout, self.mesh, PARAMETERS.override(config.parameter_rules), model.units)
+        self.model = model.with_layout(self.plan.layout)
+        self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
+        self.step_functions = Step(
+            self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.plan.shardings
+        )
+        self._data(model_config)
+        self._batch_shardings()
+        self.manager = self._open_checkpoints()
+        try:
+            self._restore_or_begin(pretrained, model)
+            self._compile()
+        except BaseException:
+            self.manager.close()
+            raise
+        self.live = Live(self.params, self.graphs)
+        self._stop: str | None = None
+        self._save: SaveHandle | None = None
+
+    # ---------------------------------------------------------------------------------------------------- set-up
+
+    def _pretrained(self) -> Pretrained | None:
+        c = self.config
+        if (c.init_from is None) == (c.model is None):
+            raise UserError("configuration: give either init_from (a pretrained model) or model (to make from scratch)")
+        return Pretrained.open(resolve(c.init_from).path) if c.init_from else None
+
+    def _tokenizer(self) -> Tokenizer:
+        name = self.config.data.tokenizer or self.config.init_from
+        if name is None:
+            raise UserError("configuration key data.tokenizer: a model from scratch needs one: a directory, file or name")
+        return Tokenizer.of(resolve(name))
+
+    def _data(self, model: ModelConfig) -> None:
+        c = self.config.data
+        if c.seq_len > model.max_seq_len:
+            raise UserError(f"data.seq_len {c.seq_len} is over the model's context of {model.max_seq_len}: make it less")
+        if self.tokenizer.vocab_size > model.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {model.vocab_size}: "
+                "use the model's own tokenizer, or a larger model.vocab_size"
+            )
+        source = documents(c.source, c.limit)
+        with self.console.stage(f"data {c.source}") as said:
+            dataset = build_dataset(source, self.tokenizer, cache_root() / "data")
+            said.append(f"{dataset.documents} documents, {dataset.tokens:,} tokens")
+        if c.batch_size % self.config.accumulate:
+            raise UserError(
+                f"data.batch_size {c.batch_size} does not divide by accumulate={self.config.accumulate}: change one"
+            )
+        self.train_data = Loader(dataset, c.batch_size, c.seq_len, self.config.seed, "train", c.heldout)
+        rows = c.batch_size // self.config.accumulate
+        self.heldout_data = Loader(dataset, rows, c.seq_len, self.config.seed, "heldout", c.heldout)
+
+    def _batch_shardings(self) -> None:
+        rows = self.config.data.batch_size // self.config.accumulate
+        axes = self.activation_rules["batch"].mesh_axes
+        shards = math.prod(self.mesh.shape[axis] for axis in axes)
+        if rows % shards:
+            raise UserError(
+                f"a microbatch of {rows} rows (data.batch_size / accumulate) does not divide over the {shards} shards of "
+                f"mesh axes {'*'.join(axes)}: make data.batch_size a multiple of {shards * self.config.accumulate}"
+            )
+        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, axes))
+        self.eval_sharding = NamedSharding(self.mesh, PartitionSpec(axes))
+
+    def _open_checkpoints(self) -> Manager:
+        c, root = self.config.checkpoint, self.run_directory / "checkpoints"
+        levels = [Level("ram", c.ram, keep=2, every=c.ram_every)] if c.ram else []
+        return Manager([*levels, Level("disk", root, keep=c.keep, every=c.every)])
+
+    def _restore_or_begin(self, pretrained: Pretrained | None, model: Any) -> None:
+        """Parameters, optimizer state and step: from the newest checkpoint, else from the beginning."""
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        opt_layout, like = self.optimizer.layout_of_state()
+        opt_shardings = {k: self.plan.shardings[p] if p else replicated for k, p in like.items()}
+        self.layout = self.plan.layout | opt_layout
+        if self.manager.latest() is not None:
+            with self.console.stage("resume") as said:
+                restored = self.manager.restore(layout=self.layout, shardings={**self.plan.shardings, **opt_shardings})
+                self._check_resume(restored.meta)
+                said.append(f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}")
+            self.step = restored.step
+            self.params = {key: restored.arrays[key] for key in self.plan.layout}
+            self.opt_state = {name: restored.arrays[name] for name in opt_layout}
+            return
+        self.step = 0
+        if pretrained:
+            with self.console.stage(f"load {self.config.init_from}") as said:
+                self.params = put(self.plan, pretrained.reader)
+                said.append(f"{sum(s.nbytes for s in self.plan.layout.values()) / 1e6:.0f} MB")
+        else:
+            seed = np.int32(self.config.seed)
+
+            def compile_init(fn, out_shardings):
+                return self.graphs.compile("init", fn, seed, out_shardings=out_shardings)
+
+            self.params = create(dataclasses.replace(self.plan), model.init, compile_init, seed)
+        begin = self.graphs.compile("init_optimizer", self.optimizer.init, self.params, out_shardings=opt_shardings)
+        self.opt_state = begin(self.params)
+
+    def _check_resume(self, meta: dict[str, Any]) -> None:
+        ours, theirs = self._meta(), meta
+        for part in ("model", "rng", "data"):
+            if ours[part] != theirs[part]:
+                changed = [k for k in ours[part] if ours[part][k] != theirs[part].get(k)]
+                raise UserError(
+                    f"{self.run_directory} was trained with another {part}: "
+                    + ", ".join(f"{k}={theirs[part].get(k)!r} there, {ours[part][k]!r} now" for k in changed)
+                    + "; resume with the same, or give another run directory"
+                )
+
+    def _meta(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "model": configuration.to_dict(self.model.config),
+            "config": configuration.to_dict(c),
+            "rng": {"seed": c.seed},
+            "data": {
+                "source": c.data.source,
+                "fingerprint": self.train_data.dataset.fingerprint,
+                "batch_size": c.data.batch_size,
+                "seq_len": c.data.seq_len,
+                "heldout": c.data.heldout,
+            },
+            "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
+        }
+
+    def _compile(self) -> None:
+        """Every graph of the run, before its first step."""
+        c, f = self.config, self.step_functions
+        rows, T = c.data.batch_size // c.accumulate, c.data.seq_len
+        step = np.int32(0)
+
+        def batch(shape, sharding):
+            return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in BATCH_ARRAYS}
+
+        micro = batch((rows, T), self.eval_sharding)
+        whole = batch((c.accumulate, rows, T), self.batch_sharding)
+        state = (self.params, self.opt_state)
+        with self.console.stage("compile") as said:
+            self.evaluate_graph = self.graphs.compile("evaluate", f.losses, self.params, micro)
+            if c.step_form == "fused":
+                out = (*_shardings(state), None)
+                self.fused = self.graphs.compile(
+                    "train_step", f.fused, *state, step, whole, donate=(0, 1), out_shardings=out
+                )
+            else:
+                self._compile_split(micro, step)
+            said.append(f"{len(self.graphs)} graphs")
+        self.graphs.save(self.run_directory / "graphs.json")
+
+    def _compile_split(self, micro: Any, step: Any) -> None:
+        f = self.step_functions
+        scalar = NamedSharding(self.mesh, PartitionSpec())
+        sums = (self.plan.shardings, {"loss": scalar, "targets": scalar})
+        self.grads_graph = self.graphs.compile("grads", f.grads, self.params, micro, out_shardings=sums)
+        acc = self.grads_graph.outputs
+        self.accumulate_graph = self.graphs.compile(
+            "accumulate", f.accumulate, acc, self.params, micro, donate=(0,), out_shardings=sums
+        )
+        self.finish_graph = self.graphs.compile("finish", f.finish, acc, step, out_shardings=(scalar, None))
+        sizes = {key: stored.nbytes for key, stored in self.plan.layout.items()}
+        self.groups = groups(list(self.plan.layout), sizes, self.config.update_groups)
+        scale = jax.ShapeDtypeStruct((), jnp.promote_types(self.config.parameter_dtype, jnp.float32), sharding=scalar)
+        # What all groups share is no group's to donate.
+        def update(params, own, shared, grads, scale, step):
+            return f.update(params, {**own, **shared}, grads, scale, step)
+
+        self.update_graphs = []
+        for i, keys in enumerate(self.groups):
+            params, own, shared = self._group(self.params, keys)
+            grads = {k: acc[0][k] for k in keys}
+            out = _shardings((params, {**own, **shared}))
+            self.update_graphs.append(
+                self.graphs.compile(
+                    f"update[{i}]", update, params, own, shared, grads, scale, step, donate=(0, 1), out_shardings=out
+                )
+            )
+
+    def _group(self, params: dict[str, jax.Array], keys: list[str]) -> tuple[dict, dict, dict]:
+        """A group's parameters, its own optimizer state, and the state that it shares."""
+        return (
+            {k: params[k] for k in keys},
+            {k: self.opt_state[k] for k in self.optimizer.owned(keys)},
+            {k: self.opt_state[k] for k in self.optimizer.shared},
+        )
+
+    # ------------------------------------------------------------------------------------------------------ run
+
+    def report(self) -> str:
+        return str(report(self.plan))
+
+    def run(self, stop_at: int | None = None) -> Summary:
+        """Trains from where it stands to the last step, or to ``stop_at``; saves at the end."""
+        c = self.config
+        last = min(c.steps, stop_at or c.steps)
+        begun = self.step
+        metrics = Metrics(self.run_directory, self.step)
+        losses: list[float] = []
+        before = self._evaluated(metrics) if c.eval_batches else None
+        spent = tokens = flops = stall = 0.0
+        pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+
+        def drain() -> str:
+            """Reads the metrics of the last launched step: the only place that waits for the device."""
+            nonlocal pending, spent, tokens, flops
+            if pending is None:
+                return ""
+            step, device, host = pending
+            pending = None
+            values = {name: float(value) for name, value in jax.device_get(device).items()}
+            seconds = time.perf_counter() - self._clock
+            self._clock = time.perf_counter()
+            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+                raise NonFiniteLoss(self._non_finite(step, values))
+            losses.append(values["loss"])
+            values |= {
+                "tokens_per_second": host["tokens"] / seconds,
+                "model_flops_per_second": host["flops"] / seconds,
+                "seconds": seconds,
+            }
+            if step > begun:  # the first step of a start includes loading its programs
+                spent, tokens, flops = spent + seconds, tokens + host["tokens"], flops + host["flops"]
+            if (step + 1) % c.log_every == 0:
+                metrics.write(step + 1, values)
+            return f"loss {values['loss']:.4f} {values['tokens_per_second']:,.0f} tokens/s"
+
+        with self._signals(), self._profiler() as profile, contextlib.ExitStack() as stack:
+            stack.callback(metrics.close)
+            advance = stack.enter_context(self.console.bar("train", c.steps, self.step))
+            batches = stack.enter_context(contextlib.closing(prefetch(self.train_data, self.step, last)))
+            self._clock = time.perf_counter()
+            saved = self.step if self.manager.latest() == self.step else -1
+            for step, host_batch in batches:
+                profile(step)
+                stall += self._launch(self._place(host_batch), step)
+                text = drain()
+                pending = (step, self._metrics, self._work(host_batch))
+                self.step = step + 1
+                due = self.manager.due(self.step) or self.step == last or self._stop is not None
+                if due or (c.eval_every and self.step % c.eval_every == 0 and self.step < last):
+                    text = drain()
+                advance(1, text)
+                if due:
+                    stall += self._checkpoint(final=self.step == last or self._stop is not None)
+                    saved = self.step
+                    self._clock = time.perf_counter()
+                if c.eval_every and self.step % c.eval_every == 0 and self.step < last:
+                    self._evaluated(metrics)
+                    self._clock = time.perf_counter()
+                if self._stop is not None:
+                    break
+            profile(None)
+            after = self._evaluated(metrics) if c.eval_batches and self._stop is None else None
+            self.manager.wait()
+            if self.manager.failures and saved not in self.manager.steps():
+                self.console.line(f"checkpoint of step {saved} FAILED: {self.manager.failures[-1]}")
+        peak = self._peak()
+        written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
+        return Summary(
+            begun, self.step, self.step >= c.steps, losses, before, after,
+            tokens / spent if spent else 0.0, flops / spent if spent else 0.0,
+            flops / spent / peak if peak and spent else None, stall, written,
+        )  # fmt: skip
+
+    def _launch(self, batches: Any, step: int) -> float:
+        """One step on the dispatcher's thread; returns seconds waited for a snapshot of what it donates."""
+        number, stall = np.int32(step), 0.0
+        if self.config.step_form == "fused":
+            stall += self._save.copied() if self._save else 0.0
+
+            def work():
+                self.params, self.opt_state, self._metrics = self.fused(self.params, self.opt_state, number, batches)
+                self.live.publish(self.params)
+
+            dispatcher().call(work)
+            return stall
+        sums = self.grads_graph(self.params, batches[0])
+        for more in batches[1:]:
+            sums = self.accumulate_graph(sums, self.params, more)
+        scale, self._metrics = self.finish_graph(sums, number)
+        params, state = dict(self.params), dict(self.opt_state)
+        for keys, graph in zip(self.groups, self.update_graphs, strict=True):
+            group, own, shared = self._group(params, keys)
+            stall += self._save.copied([*group, *own]) if self._save else 0.0
+            new, opt = graph(group, own, shared, {k: sums[0][k] for k in keys}, scale, number)
+            params, state = {**params, **new}, {**state, **opt}
+        self.params, self.opt_state = params, state
+        self.live.publish(self.params)
+        return stall
+
+    def _checkpoint(self, final: bool) -> float:
+        arrays = {**self.params, **self.opt_state}
+        start = time.perf_counter()
+        self._save_tokenizer()
+        self._save = self.manager.save(self.step, arrays, self.layout, self._meta(), everywhere=final)
+        return time.perf_counter() - start
+
+    def evaluate(self) -> float:
+        """Mean loss over the first ``eval_batches`` held-out batches, in nats a token."""
+        total = count = 0.0
+        for i in range(min(self.config.eval_batches, self.heldout_data.steps_per_epoch)):
+            host = self.heldout_data.batch(i)
+            batch = {k: jax.device_put(host[k], self.eval_sharding) for k in BATCH_ARRAYS}
+            loss, targets = self.evaluate_graph(self.params, batch)
+            total, count = total + float(loss), count + float(targets)
+        return total / max(count, 1.0)
+
+    def _evaluated(self, metrics: Metrics) -> float:
+        with self.console.stage(f"held-out loss at step {self.step}") as said:
+            loss = self.evaluate()
+            said.append(f"{loss:.4f}")
+        metrics.write(self.step, {"heldout_loss": loss})
+        return loss
+
+    # -------------------------------------------------------------------------------------------------- helpers
+
+    def _place(self, host: dict[str, np.ndarray]) -> Any:
+        """The batch on its devices: one array [A, B, T] a name, or for the split step a list of A microbatches."""
+        A = self.config.accumulate
+        whole = {k: host[k].reshape(A, -1, host[k].shape[-1]) for k in BATCH_ARRAYS}
+        if self.config.step_form == "fused":
+            return {k: jax.device_put(v, self.batch_sharding) for k, v in whole.items()}
+        return [{k: jax.device_put(v[i], self.eval_sharding) for k, v in whole.items()} for i in range(A)]
+
+    def _work(self, host: dict[str, np.ndarray]) -> dict[str, float]:
+        """Tokens of a batch (padding not counted) and the model's floating-point operations on them."""
+        used = host["segments"] > 0
+        n = int(used.sum())
+        context = float((host["positions"][used] + 1).mean()) if n else 0.0
+        return {"tokens": n, "flops": n * self.model.config.flops_per_token(context)}
+
+    def _peak(self) -> float | None:
+        found = target(self.config.target) if self.config.target else detect(self.mesh.devices.flat[0])
+        peak = found.peak(self.config.compute_dtype) if found else None
+        return peak * self.mesh.size if peak else None
+
+    def _non_finite(self, step: int, values: dict[str, float]) -> str:
+        self.manager.wait()
+        good = self.manager.latest()
+        where = f"the last good checkpoint is step {good} in {self.run_directory}" if good else "there is no checkpoint"
+        return (
+            f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {step} "
+            f"({self.train_data.identity(step)}); {where}: lower the learning rate or look at that batch"
+        )
+
+    def _save_tokenizer(self) -> None:
+        directory = self.run_directory / "checkpoints" / "tokenizer"
+        if not directory.exists():
+            self.tokenizer.save(directory)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after its step, with a checkpoint; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number, _frame):
+            if self._stop is not None:
+                os._exit(128 + number)
+            self._stop = signal.Signals(number).name
+            self.console.line(f"{self._stop}: finishing the step, saving, then exiting; again to exit at once")
+
+        old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator[Any]:
+        """Yields ``at(step)``, called before each step and with None after the last."""
+        start, stop = _profile_range(self.config.profile)
+        on = False
+
+        def at(step: int | None) -> None:
+            nonlocal on
+            if not on and step is not None and start <= step < stop:
+                jax.profiler.start_trace(str(self.run_directory / "profile"))
+                on = True
+            elif on and (step is None or step >= stop):
+                jax.block_until_ready(self.params)
+                jax.profiler.stop_trace()
+                on = False
+                self.console.line(f"profile of steps {start}:{stop} written to {self.run_directory / 'profile'}")
+
+        yield at
+        at(None)
+
+    def close(self) -> None:
+        """Finishes pending saves and gives the run's directory back."""
+        self.manager.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda array: array.sharding, tree)
+
+
+def _profile_range(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 0
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+        raise UserError(f"profile {text!r}: expected START:STOP with START below STOP, for example 10:13")
+    return int(start), int(stop)

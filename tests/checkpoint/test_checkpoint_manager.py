@@ -1,0 +1,532 @@
+"""Saving and restoring through levels: asynchrony, donation, failures, retention, fallback."""
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from checkpoint import Level, Manager, find_checkpoint, open_checkpoint
+from checkpoint.snapshot import Snapshot
+from checkpoint.storage import LocalDraft
+from parallelism.errors import UserError
+from parallelism.layout import Layout, Logical, Stored
+
+
+@pytest.fixture
+def state(h):
+    return h.make_state()
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return tmp_path / "ram", tmp_path / "disk"
+
+
+def levels(paths, ram_keep=2, disk_keep=2, disk_every=1):
+    return [Level("ram", paths[0], keep=ram_keep), Level("disk", paths[1], keep=disk_keep, every=disk_every)]
+
+
+def save(manager, step, state, meta=None, **how):
+    return manager.save(step, state.arrays, state.layout, meta or {"at": step}, **how)
+
+
+def restore(manager, state, step=None):
+    return manager.restore(step, layout=state.layout, shardings=state.shardings)
+
+
+def damage(root, step):
+    file = root / f"step-{step:08d}" / "data-00000.bin"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+class Gate:
+    """Holds every write of chunk files until it is opened."""
+
+    def __init__(self, monkeypatch):
+        self.open, self.waiting = threading.Event(), threading.Event()
+        write = LocalDraft.write
+
+        def gated(draft, name):
+            self.waiting.set()
+            assert self.open.wait(30)
+            return write(draft, name)
+
+        monkeypatch.setattr(LocalDraft, "write", gated)
+
+
+# -- the ordinary case
+
+
+def test_what_is_saved_is_restored(paths, state, h):
+    with Manager(levels(paths)) as manager:
+        assert manager.latest() is None
+        save(manager, 3, state, {"loss": 0.5, "data": [1, 2]}).wait()
+        assert (manager.latest(), manager.steps()) == (3, [3])
+        restored = restore(manager, state)
+    h.check(restored, state)
+    assert (restored.step, restored.source, restored.meta) == (3, "ram", {"loss": 0.5, "data": [1, 2]})
+    assert all(restored.arrays[key].sharding == state.shardings[key] for key in state.arrays)
+
+
+def test_a_new_manager_restores_onto_another_mesh(paths, state, h):
+    with Manager(levels(paths)) as manager:
+        save(manager, 3, state)
+    other = h.make_state("stage=4,tensor=2", pad=14)
+    with Manager(levels(paths)) as manager:
+        h.check(restore(manager, other), other)
+
+
+def test_restored_arrays_can_be_donated(paths, state):
+    with Manager(levels(paths)) as manager:
+        save(manager, 3, state)
+        arrays = restore(manager, state).arrays
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    before = np.asarray(state.arrays["layers.w"])
+    np.testing.assert_array_equal(np.asarray(step(arrays["layers.w"])), before + 1)
+    assert arrays["layers.w"].is_deleted()
+
+
+def test_a_level_takes_only_steps_that_its_interval_divides(paths, state):
+    with Manager(levels(paths, disk_every=2)) as manager:
+        assert manager.due(3)
+        save(manager, 2, state)
+        save(manager, 3, state).wait()
+    assert [p.name for p in paths[1].glob("step-*")] == ["step-00000002"]
+
+
+def test_everywhere_overrides_intervals(paths, state):
+    with Manager(levels(paths, disk_every=2)) as manager:
+        save(manager, 3, state, everywhere=True).wait()
+    assert (paths[1] / "step-00000003").exists()
+
+
+def test_saving_when_nothing_is_due_is_an_error(paths, state):
+    with Manager([Level("disk", paths[1], every=2)]) as manager, pytest.raises(ValueError, match="due at step 3"):
+        save(manager, 3, state)
+
+
+def test_disk_is_promoted_from_the_ram_level_not_from_the_snapshot(paths, state, h, monkeypatch):
+    released = []
+    release = Snapshot.release
+    monkeypatch.setattr(Snapshot, "release", lambda self: (released.append(self), release(self)))
+    calls = []
+    pieces = Snapshot.pieces
+    monkeypatch.setattr(Snapshot, "pieces", lambda self: (calls.append(self), pieces(self))[1])
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state).wait()
+    assert len(calls) == 1
+    assert released
+    reader = open_checkpoint(paths[1] / "step-00000001")
+    h.assert_same({name: reader.read(name) for name in reader.manifest.arrays}, state.logical)
+
+
+def test_retention_keeps_the_newest_of_each_level(paths, state):
+    with Manager(levels(paths, ram_keep=1, disk_keep=3)) as manager:
+        for step in range(1, 6):
+            save(manager, step, state)
+        manager.wait()
+        assert manager.steps() == [3, 4, 5]
+    assert [p.name for p in paths[0].glob("step-*")] == ["step-00000005"]
+
+
+def test_a_step_waiting_for_promotion_is_not_deleted(paths, state, monkeypatch):
+    gate = Gate(monkeypatch)
+    gate.open.set()
+    promote = threading.Event()
+    original = LocalDraft.commit
+    monkeypatch.setattr(
+        LocalDraft, "commit", lambda self: (("disk" in str(self._path)) and promote.wait(30), original(self))[1]
+    )
+    with Manager(levels(paths, ram_keep=1, disk_keep=None, disk_every=2)) as manager:
+        for step in (2, 3, 4, 5):
+            handle = save(manager, step, state)
+        handle.wait()
+        assert [p.name[-1] for p in sorted(paths[0].glob("step-*"))] == ["2", "4", "5"]
+        promote.set()
+        manager.wait()
+        assert manager.steps() == [2, 4, 5]
+        assert not manager.failures
+
+
+def test_verify_reports_every_level(paths, state):
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state).wait()
+        assert [r.ok for r in manager.verify()] == [True, True]
+        damage(paths[1], 1)
+        ram, disk = manager.verify(1)
+        assert ram.ok
+        assert not disk.ok
+        assert str(paths[1]) in disk.errors[0]
+        with pytest.raises(UserError, match="no checkpoint of step 9"):
+            manager.verify(9)
+
+
+def test_metrics_count_bytes_and_seconds(paths, state):
+    with Manager(levels(paths)) as manager:
+        metrics = save(manager, 1, state).wait()
+    nbytes = sum(value.nbytes for value in state.logical.values())
+    assert {name: m.nbytes for name, m in metrics.levels.items()} == {"ram": nbytes, "disk": nbytes}
+    assert metrics.copy_seconds > 0
+    assert metrics.stall_seconds >= metrics.waiting_seconds >= 0
+
+
+# -- asynchrony and donation
+
+
+def test_save_returns_before_the_write_is_done(paths, state, monkeypatch):
+    gate = Gate(monkeypatch)
+    with Manager(levels(paths)) as manager:
+        handle = save(manager, 1, state)
+        handle.copied()
+        assert not handle.done
+        assert manager.steps() == []
+        gate.open.set()
+        handle.wait()
+        assert manager.steps() == [1]
+
+
+def test_arrays_may_be_donated_as_soon_as_they_are_copied(paths, h, monkeypatch):
+    gate = Gate(monkeypatch)
+    state = h.make_state()
+    update = jax.jit(lambda x: x * 0, donate_argnums=0)
+    # Out of a program, as in training: buffers that device_put made of numpy arrays are not always reused.
+    state.arrays = jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda x: x + 0, tree))(state.arrays))
+    with Manager(levels(paths)) as manager:
+        handle, copied = save(manager, 1, state), []
+        for key in list(state.arrays):
+            handle.copied([key])
+            before = [shard.data.unsafe_buffer_pointer() for shard in state.arrays[key].addressable_shards]
+            new = jax.block_until_ready(update(state.arrays.pop(key)))
+            after = [shard.data.unsafe_buffer_pointer() for shard in new.addressable_shards]
+            copied += [key] if after != before else []
+        gate.open.set()
+        handle.wait()
+        assert not copied, "donation was turned into a copy"
+        h.check(restore(manager, state), state)
+
+
+def test_donating_before_the_copy_is_a_loud_failure_not_damage(paths, state, monkeypatch, caplog):
+    hold = threading.Event()
+    copy = Snapshot._copy
+    monkeypatch.setattr(Snapshot, "_copy", lambda self: (hold.wait(30), copy(self)))
+    update = jax.jit(lambda x: x * 0, donate_argnums=0)
+    with Manager(levels(paths)) as manager:
+        handle = save(manager, 1, state)
+        update(state.arrays["embed"])
+        hold.set()
+        with pytest.raises(RuntimeError, match="deleted"):
+            handle.copied()
+        with pytest.raises(RuntimeError, match="deleted"):
+            handle.wait()
+        assert manager.steps() == []
+        assert {f.level for f in manager.failures} == {"ram", "disk"}
+
+
+def test_copied_waits_only_for_the_keys_asked_for(state, monkeypatch):
+    hold = threading.Event()
+    regions = Stored.regions
+
+    def slow(self, index):
+        assert self.key != "count" or hold.wait(30)
+        return regions(self, index)
+
+    monkeypatch.setattr(Stored, "regions", slow)
+    snapshot = Snapshot(state.arrays, state.layout)
+    assert snapshot.wait(["layers.w", "embed"]) >= 0
+    assert "count" not in snapshot._copied
+    hold.set()
+    snapshot.wait()
+    with pytest.raises(ValueError, match="no such keys"):
+        snapshot.wait(["nope"])
+
+
+def test_the_stall_of_waiting_for_a_copy_is_reported(paths, state, monkeypatch):
+    copy = Snapshot._copy
+    monkeypatch.setattr(Snapshot, "_copy", lambda self: (threading.Event().wait(0.1), copy(self)))
+    with Manager(levels(paths)) as manager:
+        handle = save(manager, 1, state)
+        assert handle.copied() >= 0.09
+        assert handle.wait().stall_seconds >= 0.09
+
+
+def test_a_third_save_waits_for_the_first(paths, state, monkeypatch):
+    gate = Gate(monkeypatch)
+    with Manager([Level("disk", paths[1])]) as manager:
+        save(manager, 1, state)
+        assert save(manager, 2, state).metrics.waiting_seconds < 0.1
+        timer = threading.Timer(0.2, gate.open.set)
+        timer.start()
+        assert save(manager, 3, state).metrics.waiting_seconds >= 0.15
+        manager.wait()
+        assert manager.steps() == [2, 3]
+
+
+def test_saving_a_step_again_waits_for_it_and_replaces_it(paths, state):
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state, {"which": "first"})
+        save(manager, 1, state, {"which": "second"})
+        assert restore(manager, state).meta == {"which": "second"}
+        assert not manager.failures
+
+
+def test_meta_is_taken_when_save_is_called(paths, state, monkeypatch):
+    gate = Gate(monkeypatch)
+    meta = {"position": [1]}
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state, meta)
+        meta["position"].append(2)
+        gate.open.set()
+        assert restore(manager, state).meta == {"position": [1]}
+
+
+def test_arrays_that_do_not_fit_the_layout_are_an_error_and_block_nothing(paths, state):
+    with Manager([Level("disk", paths[1])]) as manager:
+        wrong = {**state.arrays, "count": state.arrays["embed"]}
+        for _ in range(3):
+            with pytest.raises(ValueError, match="count: array is bfloat16"):
+                manager.save(1, wrong, state.layout, {})
+        with pytest.raises(ValueError, match="differ in keys"):
+            manager.save(1, {}, state.layout, {})
+        save(manager, 1, state).wait()
+
+
+# -- failure
+
+
+def full(monkeypatch, where):
+    """Every write under ``where`` fails as on a full disk, until the context ends."""
+    write = LocalDraft.write
+
+    @contextlib.contextmanager
+    def fails(draft, name):
+        with write(draft, name) as file:
+            if str(draft._path).startswith(str(where)):
+                file.write(b"part")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield file
+
+    context = monkeypatch.context()
+    context.__enter__().setattr(LocalDraft, "write", fails)
+    return context
+
+
+def test_a_full_disk_is_loud_and_leaves_earlier_checkpoints(paths, state, h, monkeypatch, caplog):
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state).wait()
+        with contextlib.ExitStack() as stack, monkeypatch.context() as m:
+            stack.callback(full(m, paths[1]).__exit__, None, None, None)
+            handle = save(manager, 2, state)
+            with pytest.raises(UserError, match=r"step 2 was not saved to .*disk: No space left"):
+                handle.wait()
+        assert [(f.step, f.level) for f in manager.failures] == [(2, "disk")]
+        assert any(r.levelno == logging.ERROR for r in caplog.records)
+        assert sorted(p.name for p in paths[1].iterdir()) == [".lock", "step-00000001"]
+        save(manager, 3, state).wait()
+    with Manager([Level("disk", paths[1])]) as manager:
+        assert manager.steps() == [1, 3]
+        h.check(restore(manager, state), state)
+
+
+def test_when_ram_is_full_the_disk_is_written_from_the_snapshot(paths, state, h, monkeypatch):
+    with Manager(levels(paths)) as manager:
+        with monkeypatch.context() as m:
+            context = full(m, paths[0])
+            handle = save(manager, 2, state)
+            with pytest.raises(UserError, match="ram: No space"):
+                handle.wait()
+            context.__exit__(None, None, None)
+        restored = restore(manager, state)
+        assert restored.source == "disk"
+        h.check(restored, state)
+
+
+def test_a_file_system_that_is_really_full(tmp_path, h, state):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(mount)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        big = Logical("big", (1 << 16,), np.dtype(np.float32), (None,))
+        layout = Layout([Stored("big", big.shape, big.dtype, big.axes, (big,))])
+        with Manager([Level("disk", mount / "c")]) as manager:
+            save(manager, 1, state).wait()
+            array = jax.device_put(np.ones(big.shape, np.float32), jax.devices()[0])
+            with pytest.raises(UserError, match="No space left"):
+                manager.save(2, {"big": array}, layout, {}).wait()
+            assert sorted(p.name for p in (mount / "c").iterdir()) == [".lock", "step-00000001"]
+            h.check(restore(manager, state), state)
+    finally:
+        subprocess.run(["umount", str(mount)], check=False)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(paths, state):
+    with Manager(levels(paths)) as manager:
+        with pytest.raises(UserError, match="being written by process"):
+            Manager([Level("other", paths[0].parent / "x"), Level("disk", paths[1])])
+        save(manager, 1, state).wait()
+    with Manager([Level("other", paths[0].parent / "x"), Level("disk", paths[1])]):
+        pass
+
+
+def test_a_later_step_of_another_run_is_not_mixed_with(paths, state):
+    with Manager(levels(paths)) as manager:
+        save(manager, 9, state).wait()
+        with pytest.raises(UserError, match="already holds step 9"):
+            save(manager, 4, state)
+        assert manager.steps() == [9]
+
+
+@pytest.mark.parametrize(("how", "message"), [({"keep": 0}, "keep=0"), ({"every": 0}, "every=0")])
+def test_a_level_with_senseless_numbers_is_refused(tmp_path, how, message):
+    with pytest.raises(UserError, match=message):
+        Level("disk", tmp_path, **how)
+
+
+def test_levels_must_differ(tmp_path):
+    with pytest.raises(UserError, match="all different"):
+        Manager([Level("disk", tmp_path / "a"), Level("disk", tmp_path / "b")])
+
+
+# -- damage
+
+
+def test_a_damaged_ram_step_is_restored_from_disk(paths, state, h, caplog):
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state).wait()
+        damage(paths[0], 1)
+        restored = restore(manager, state)
+    assert (restored.step, restored.source) == (1, "disk")
+    h.check(restored, state)
+    assert any("step 1 of level ram is damaged" in r.getMessage() for r in caplog.records)
+
+
+def test_a_step_damaged_everywhere_falls_back_to_the_one_before(paths, state, h):
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state)
+        save(manager, 2, h.make_state(seed=1)).wait()
+        for path in paths:
+            damage(path, 2)
+        restored = restore(manager, state)
+        assert restored.step == 1
+        h.check(restored, state)
+        save(manager, 2, state).wait()
+        assert restore(manager, state).step == 2
+
+
+def test_naming_a_damaged_step_does_not_give_another(paths, state):
+    with Manager([Level("disk", paths[1])]) as manager:
+        save(manager, 1, state)
+        save(manager, 2, state).wait()
+        damage(paths[1], 2)
+        with pytest.raises(UserError, match="all are damaged"):
+            restore(manager, state, 2)
+
+
+def test_a_damaged_ram_step_is_not_promoted(paths, state, monkeypatch):
+    commit = LocalDraft.commit
+
+    def damaging(self):
+        commit(self)
+        if "ram" in str(self._path):
+            damage(paths[0], 1)
+
+    monkeypatch.setattr(LocalDraft, "commit", damaging)
+    with Manager(levels(paths)) as manager:
+        with pytest.raises(UserError, match="are damaged"):
+            save(manager, 1, state).wait()
+        assert not (paths[1] / "step-00000001").exists()
+
+
+def test_a_step_under_another_steps_name_is_damage(paths, state):
+    with Manager([Level("disk", paths[1])]) as manager:
+        save(manager, 1, state).wait()
+        os.rename(paths[1] / "step-00000001", paths[1] / "step-00000007")
+        with pytest.raises(UserError, match="all are damaged"):
+            restore(manager, state)
+
+
+def test_restoring_from_nothing_is_a_user_error(paths, state):
+    with Manager(levels(paths)) as manager:
+        with pytest.raises(UserError, match="no checkpoint in"):
+            restore(manager, state)
+        save(manager, 1, state).wait()
+        with pytest.raises(UserError, match=r"no checkpoint of step 4 \(there are \[1\]\)"):
+            restore(manager, state, 4)
+
+
+def test_another_model_is_refused_without_falling_back(paths, state):
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state).wait()
+        smaller = Layout(s for s in state.layout.values() if s.key != "embed")
+        with pytest.raises(UserError, match="does not match the model"):
+            manager.restore(layout=smaller, shardings=state.shardings)
+
+
+# -- crashes
+
+KILLED = """
+import os, signal, sys
+import jax, numpy as np
+from checkpoint import Level, Manager
+from parallelism.layout import Layout, Logical, Stored
+
+root, at = sys.argv[1], int(sys.argv[2])
+spec = Logical("x", (64,), np.dtype(np.float32), (None,))
+layout = Layout([Stored("x", spec.shape, spec.dtype, spec.axes, (spec,))])
+def arrays(step):
+    return {"x": jax.device_put(np.full(64, step, np.float32), jax.devices()[0])}
+manager = Manager([Level("ram", root + "/ram"), Level("disk", root + "/disk", keep=1)])
+manager.save(1, arrays(1), layout, {}).wait()
+calls = [0]
+def dying(call):
+    def wrapped(*args, **kw):
+        calls[0] += 1
+        if calls[0] == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kw)
+    return wrapped
+for name in ("fsync", "rename"):
+    setattr(os, name, dying(getattr(os, name)))
+manager.save(2, arrays(2), layout, {}).wait()
+manager.close()
+print("finished", calls[0])
+"""
+
+# Each level's save: sync data, manifest, directory; rename; sync root. Disk then deletes step 1: rename; sync root.
+LAST_CALL = 12
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 6, 8, 9, 11, LAST_CALL + 1])
+def test_a_kill_during_a_save_leaves_a_good_checkpoint_and_a_clean_start(tmp_path, at):
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(at)],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if at > LAST_CALL:
+        assert run.stdout == f"finished {LAST_CALL}\n", run.stderr
+    else:
+        assert run.returncode == -signal.SIGKILL, run.stderr
+    spec = Logical("x", (64,), np.dtype(np.float32), (None,))
+    layout = Layout([Stored("x", spec.shape, spec.dtype, spec.axes, (spec,))])
+    disk = 1 if at < 10 else 2
+    assert open_checkpoint(find_checkpoint(tmp_path / "disk")).manifest.step == disk
+    with Manager([Level("ram", tmp_path / "ram"), Level("disk", tmp_path / "disk")]) as manager:
+        restored = manager.restore(layout=layout, shardings={"x": SingleDeviceSharding(jax.devices()[0])})
+        assert restored.step == (1 if at < 5 else 2)
+        np.testing.assert_array_equal(np.asarray(restored.arrays["x"]), restored.step)
+        assert not [p for p in tmp_path.glob("*/.*") if p.name != ".lock"]

@@ -1,0 +1,105 @@
+"""Two processes of one job: one checkpoint, restored by one process, and failures that all of them see."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from checkpoint import Level, Manager, open_checkpoint
+from parallelism.layout import Layout, Logical, Stored
+
+SPEC = Logical("x", (8, 4), np.dtype(np.float32), ("a", "b"))
+LAYOUT = Layout([Stored("x", SPEC.shape, SPEC.dtype, SPEC.axes, (SPEC,))])
+
+WORKER = """
+import logging, os, sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+index, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize("127.0.0.1:" + port, 2, index)
+from checkpoint import Level, Manager
+from checkpoint.coordinator import PeerError
+from checkpoint.storage import LocalDraft
+from parallelism.layout import Layout, Logical, Stored
+
+spec = Logical("x", (8, 4), np.dtype(np.float32), ("a", "b"))
+layout = Layout([Stored("x", spec.shape, spec.dtype, spec.axes, (spec,))])
+sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), PartitionSpec("fsdp"))
+host = np.arange(32, dtype=np.float32).reshape(8, 4)
+x = jax.make_array_from_callback((8, 4), sharding, lambda index: host[index])
+manager = Manager([Level("ram", root + "/ram"), Level("disk", root + "/disk")])
+manager.save(1, {"x": x}, layout, {}).wait()
+
+write = LocalDraft.write
+def fails(draft, name):
+    raise OSError(28, "No space left on device")
+if index == 1:
+    LocalDraft.write = fails
+try:
+    manager.save(2, {"x": x}, layout, {}).wait()
+except Exception as e:
+    print(index, type(e).__name__)
+LocalDraft.write = write
+restored = manager.restore(layout=layout, shardings={"x": sharding})
+for shard in restored.arrays["x"].addressable_shards:
+    np.testing.assert_array_equal(np.asarray(shard.data), host[shard.index])
+print(index, restored.step, restored.metrics.bytes_read, flush=True)
+manager.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The output lines of both workers, and the directory that they wrote."""
+    root = tmp_path_factory.mktemp("processes")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": os.getcwd(), "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(i), str(port), str(root)],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=90) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    return [out.splitlines() for out, _ in outputs], root
+
+
+def test_processes_write_one_checkpoint_that_one_process_restores(run):
+    _, root = run
+    assert sorted(p.name for p in (root / "disk" / "step-00000001").iterdir()) == [
+        "data-00000.bin",
+        "data-00001.bin",
+        "manifest.json",
+    ]
+    assert open_checkpoint(root / "disk" / "step-00000001").verify().ok
+    with Manager([Level("disk", root / "disk")]) as manager:
+        restored = manager.restore(layout=LAYOUT, shardings={"x": SingleDeviceSharding(jax.devices()[0])})
+    np.testing.assert_array_equal(np.asarray(restored.arrays["x"]), np.arange(32).reshape(8, 4))
+
+
+def test_a_failure_in_one_process_fails_the_save_in_all_and_commits_nothing(run):
+    (first, second), root = run
+    assert first[0] == "0 PeerError"
+    assert second[0] == "1 UserError"
+    assert not list(root.glob("*/step-00000002")) + list(root.glob("*/.tmp*"))
+
+
+def test_each_process_reads_only_its_shards(run):
+    (first, second), _ = run
+    assert (first[1], second[1]) == ("0 1 64", "1 1 64")

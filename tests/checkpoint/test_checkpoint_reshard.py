@@ -1,0 +1,354 @@
+"""Read plans against numpy slicing, loading into other meshes and layouts, the offline copy, the reader."""
+
+import itertools
+import logging
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint import CorruptError, Level, Manager, copy, find_checkpoint, load, open_checkpoint
+from checkpoint.manifest import DTYPES
+from checkpoint.reader import CheckpointReader
+from checkpoint.reshard import castable, exact, fill, plan_array
+from checkpoint.storage import LocalDraft, LocalFiles
+from checkpoint.writer import Piece, write_chunks, write_manifest
+from parallelism.errors import UserError
+from parallelism.layout import Logical, Stored
+
+
+def grid(draw, shape):
+    """Random cuts of every axis -> boxes (tuples of slices) that tile ``shape``."""
+    axes = []
+    for n in shape:
+        cuts = sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=2))})
+        axes.append([slice(a, b) for a, b in itertools.pairwise(cuts)] or [slice(0, n)])
+    return list(itertools.product(*axes))
+
+
+def write(path, values, boxes, chunk_bytes=32):
+    """A checkpoint of ``values`` whose pieces are ``boxes[name]``."""
+    draft = LocalDraft(path)
+    draft.begin()
+    specs = {k: Logical(k, v.shape, v.dtype, (None,) * v.ndim) for k, v in values.items()}
+    pieces = [
+        Piece(specs[k], tuple(s.start for s in box), np.array(values[k][box], order="C"))
+        for k in values
+        for box in boxes[k]
+    ]
+    write_manifest(draft, 3, {"a": 1}, specs.values(), write_chunks(draft, pieces, chunk_bytes=chunk_bytes))
+    draft.commit()
+    return path
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_any_boxes_written_read_back_as_any_other_boxes(tmp_path_factory, data):
+    draw = data.draw
+    shape = tuple(draw(st.lists(st.integers(0, 7), max_size=3)))
+    dtype = draw(st.sampled_from(["float32", "bfloat16", "int4", "bool", "float8_e4m3fn"]))
+    parts = draw(st.integers(1, 3)) if draw(st.booleans()) else None
+    names = [f"a.{i}" for i in range(parts or 1)]
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    values = {name: rng.integers(0, 2, shape).astype(DTYPES[dtype]) for name in names}
+    path = tmp_path_factory.mktemp("plan") / "c"
+    write(path, values, {name: grid(draw, shape) for name in names}, draw(st.integers(1, 64)))
+
+    padded = tuple(n + draw(st.integers(0, 2)) for n in shape)
+    logical = tuple(Logical(name, shape, DTYPES[dtype], (None,) * len(shape)) for name in names)
+    whole_shape = (parts, *padded) if parts else padded
+    stored = Stored("a", whole_shape, DTYPES[dtype], (None,) * len(whole_shape), logical, parts is not None)
+    boxes = tuple(grid(draw, whole_shape))
+    reader = CheckpointReader(LocalFiles(path))
+    plan = plan_array(reader.manifest, stored, boxes)
+    pieces = fill(reader, plan)
+
+    inner = tuple(slice(0, n) for n in shape)
+    whole = np.zeros(whole_shape, DTYPES[dtype])
+    for row, name in enumerate(names):
+        whole[(row, *inner) if parts else inner] = values[name]
+    for box, piece in zip(boxes, pieces, strict=True):
+        np.testing.assert_array_equal(piece, whole[box])
+    assert len({(r.name, r.chunk) for r in plan.reads}) == len(plan.reads), "a chunk is read twice"
+    assert reader.bytes_read == plan.bytes_read
+    assert plan.bytes_needed == sum(v.nbytes for v in values.values())
+    for name in names:
+        box = draw(st.sampled_from(grid(draw, shape)))
+        np.testing.assert_array_equal(reader.read(name, box), values[name][box])
+
+
+def save(h, root, chunk_bytes=64, **how):
+    state = h.make_state(**how)
+    with Manager([Level("disk", root)], chunk_bytes=chunk_bytes) as manager:
+        manager.save(5, state.arrays, state.layout, {"seed": 1}).wait()
+    return state
+
+
+LAYOUTS = [
+    ("fsdp=8", False, 10),
+    ("fsdp=2,tensor=4", True, 12),
+    ("stage=4,tensor=2", True, 16),
+    ("replicated", False, 11),
+]
+
+
+@pytest.mark.parametrize("source", LAYOUTS, ids=str)
+@pytest.mark.parametrize("target", LAYOUTS, ids=str)
+def test_any_mesh_and_layout_restores_into_any_other(tmp_path, h, source, target):
+    mesh, stacked, pad = source
+    save(h, tmp_path, mesh=mesh, stacked=stacked, pad=pad)
+    mesh, stacked, pad = target
+    state = h.make_state(mesh, stacked=stacked, pad=pad)
+    arrays, _ = load(open_checkpoint(tmp_path / "step-00000005"), state.layout, state.shardings)
+    h.assert_same(h.to_logical(arrays, state.layout), state.logical)
+    assert all(arrays[key].sharding == state.shardings[key] for key in arrays)
+    np.testing.assert_array_equal(np.asarray(arrays["embed"])[10:], 0)
+
+
+def test_padding_is_not_in_the_checkpoint(tmp_path, h):
+    state = save(h, tmp_path, pad=16)
+    reader = open_checkpoint(tmp_path / "step-00000005")
+    h.assert_same({name: reader.read(name) for name in reader.manifest.arrays}, state.logical)
+    size = (tmp_path / "step-00000005" / "data-00000.bin").stat().st_size
+    assert size == sum(value.nbytes for value in state.logical.values())
+
+
+def test_widening_restores_exactly(tmp_path, h):
+    state = save(h, tmp_path)
+    wide = h.make_state(dtypes={"embed": np.float32})
+    arrays, _ = load(open_checkpoint(find_checkpoint(tmp_path)), wide.layout, wide.shardings)
+    found = h.to_logical(arrays, wide.layout)["embed"]
+    np.testing.assert_array_equal(found, state.logical["embed"].astype(np.float32))
+
+
+def test_narrowing_is_refused_unless_asked_for(tmp_path, h):
+    state = save(h, tmp_path)
+    narrow = h.make_state(dtypes={"layers": ml_dtypes.bfloat16})
+    reader = open_checkpoint(find_checkpoint(tmp_path))
+    with pytest.raises(UserError, match=r"layers.0.w.*float32.*bfloat16"):
+        load(reader, narrow.layout, narrow.shardings)
+    arrays, _ = load(reader, narrow.layout, narrow.shardings, cast=True)
+    found = h.to_logical(arrays, narrow.layout)["layers.3.w"]
+    np.testing.assert_array_equal(found, state.logical["layers.3.w"].astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("source", ["int8", "uint8", "int16", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("target", ["int8", "int32", "float16", "bfloat16", "float32", "float64", "float8_e5m2fnuz"])
+def test_exact_casts_are_those_that_lose_nothing(source, target):
+    a, b = DTYPES[source], DTYPES[target]
+    bits = np.arange(2 ** (8 * a.itemsize), dtype=f"u{a.itemsize}").view(a)
+    with np.errstate(all="ignore"):
+        values, back = bits.astype(np.float64), bits.astype(b).astype(np.float64)
+    assert exact(a, b) == np.array_equal(values, back, equal_nan=True)
+
+
+def test_float_does_not_cast_to_integer():
+    assert not castable(DTYPES["float32"], DTYPES["int32"])
+
+
+def test_missing_and_unused_arrays_are_named_and_counted(tmp_path, h):
+    save(h, tmp_path)
+    state = h.make_state()
+    reader = open_checkpoint(find_checkpoint(tmp_path))
+    smaller = type(state.layout)(s for s in state.layout.values() if s.key != "embed")
+    with pytest.raises(UserError, match=r"1 not in the model \(embed\)"):
+        load(reader, smaller, state.shardings)
+    more = state.layout | type(state.layout)(
+        [Stored("extra", (2,), DTYPES["int32"], (None,), (Logical("extra.x", (2,), DTYPES["int32"], (None,)),))]
+    )
+    with pytest.raises(UserError, match=r"1 missing from it \(extra.x\)"):
+        load(reader, more, state.shardings)
+
+
+def test_partial_load_reads_only_what_the_layout_names(tmp_path, h):
+    save(h, tmp_path)
+    state = h.make_state()
+    embed = type(state.layout)([state.layout["embed"]])
+    reader = open_checkpoint(find_checkpoint(tmp_path))
+    arrays, metrics = load(reader, embed, state.shardings, partial=True)
+    np.testing.assert_array_equal(np.asarray(arrays["embed"])[:10], state.logical["embed"])
+    assert reader.bytes_read == metrics.bytes_read == state.logical["embed"].nbytes
+
+
+def test_another_shape_is_refused_with_both_shapes(tmp_path, h):
+    save(h, tmp_path)
+    other = Logical("embed", (9, 8), DTYPES["bfloat16"], ("vocab", "embed"))
+    state = h.make_state()
+    layout = type(state.layout)(
+        Stored("embed", (9, 8), other.dtype, other.axes, (other,)) if s.key == "embed" else s
+        for s in state.layout.values()
+    )
+    with pytest.raises(UserError, match=r"'embed' has shape \(10, 8\), the model expects \(9, 8\)"):
+        load(open_checkpoint(find_checkpoint(tmp_path)), layout, state.shardings)
+
+
+def test_a_sharded_restore_reads_no_more_than_it_needs_where_boxes_match_chunks(tmp_path, h):
+    values = {"w": np.arange(64 * 16, dtype=np.float32).reshape(64, 16)}
+    path = write(tmp_path / "c", values, {"w": [(slice(0, 64), slice(0, 16))]}, chunk_bytes=8 * 16 * 4)
+    logical = Logical("w", (64, 16), DTYPES["float32"], (None, None))
+    stored = Stored("w", (64, 16), logical.dtype, logical.axes, (logical,))
+    reader = CheckpointReader(LocalFiles(path))
+    plan = plan_array(reader.manifest, stored, ((slice(16, 32), slice(0, 16)),))
+    fill(reader, plan)
+    assert plan.bytes_needed == 16 * 16 * 4
+    assert reader.bytes_read <= 1.05 * plan.bytes_needed
+
+
+def test_loading_replicas_reads_each_byte_once(tmp_path, h):
+    state = save(h, tmp_path, mesh="replicated")
+    reader = open_checkpoint(find_checkpoint(tmp_path))
+    _, metrics = load(reader, state.layout, state.shardings)
+    assert metrics.bytes_read == metrics.bytes_needed == reader.manifest.nbytes
+
+
+# -- damage
+
+
+def test_a_flipped_bit_anywhere_in_the_data_is_found_and_named(tmp_path, h):
+    state = save(h, tmp_path)
+    file = tmp_path / "step-00000005" / "data-00000.bin"
+    good = file.read_bytes()
+    rng = np.random.default_rng(0)
+    for position in rng.choice(len(good), 60, replace=False):
+        bad = bytearray(good)
+        bad[position] ^= 1 << int(rng.integers(8))
+        file.write_bytes(bad)
+        with pytest.raises(CorruptError, match=r"array '.*data-00000.bin are damaged"):
+            load(open_checkpoint(tmp_path / "step-00000005"), state.layout, state.shardings)
+        assert len(open_checkpoint(tmp_path / "step-00000005").verify().errors) == 1
+
+
+def test_a_truncated_chunk_file_is_found_and_named(tmp_path, h):
+    save(h, tmp_path)
+    file = tmp_path / "step-00000005" / "data-00000.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    report = open_checkpoint(tmp_path / "step-00000005").verify()
+    assert len(report.errors) == 1
+    assert "data-00000.bin is truncated" in report.errors[0]
+
+
+def test_a_missing_chunk_file_is_found_and_named(tmp_path, h):
+    save(h, tmp_path)
+    (tmp_path / "step-00000005" / "data-00000.bin").unlink()
+    with pytest.raises(CorruptError, match=r"data-00000.bin is missing"):
+        open_checkpoint(tmp_path / "step-00000005").read("embed")
+
+
+# -- reader
+
+
+def test_opening_what_does_not_exist_is_an_error(tmp_path):
+    for function in (open_checkpoint, find_checkpoint):
+        with pytest.raises(UserError, match="does not exist"):
+            function(tmp_path / "no")
+
+
+def test_opening_what_is_no_checkpoint_is_an_error(tmp_path):
+    for function in (open_checkpoint, find_checkpoint):
+        with pytest.raises(UserError, match="is not a checkpoint"):
+            function(tmp_path)
+
+
+def test_reading_an_unknown_array_is_an_error(tmp_path, h):
+    save(h, tmp_path)
+    with pytest.raises(UserError, match="no array 'nope'"):
+        open_checkpoint(find_checkpoint(tmp_path)).read("nope")
+
+
+def test_find_checkpoint_takes_the_newest_step_that_verifies(tmp_path, h, caplog):
+    state = h.make_state()
+    with Manager([Level("disk", tmp_path, keep=None)]) as manager:
+        for step in (1, 2, 3, 4):
+            manager.save(step, state.arrays, state.layout, {}).wait()
+    (tmp_path / "step-00000004" / "manifest.json").unlink()
+    file = tmp_path / "step-00000003" / "data-00000.bin"
+    file.write_bytes(b"\0" * file.stat().st_size)
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(tmp_path).name == "step-00000002"
+    assert len(caplog.records) == 2
+    assert find_checkpoint(tmp_path / "step-00000001").name == "step-00000001"
+
+
+# -- copy
+
+
+def contents(path):
+    reader = open_checkpoint(path)
+    assert reader.verify().ok
+    return {name: reader.read(name) for name in reader.manifest.arrays}
+
+
+def test_copy_keeps_everything(tmp_path, h):
+    state = save(h, tmp_path / "run")
+    seen = []
+    assert copy(tmp_path / "run", tmp_path / "out", progress=lambda *x: seen.append(x)) == tmp_path / "out"
+    h.assert_same(contents(tmp_path / "out"), state.logical)
+    manifest = open_checkpoint(tmp_path / "out").manifest
+    assert (manifest.step, manifest.meta) == (5, {"seed": 1})
+    assert seen[-1] == (manifest.nbytes, manifest.nbytes)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_copy_casts_floats_only(tmp_path, h):
+    state = save(h, tmp_path / "run")
+    found = contents(copy(tmp_path / "run", tmp_path / "out", dtype="bfloat16"))
+    assert found["count"].dtype == np.int32
+    np.testing.assert_array_equal(found["layers.1.w"], state.logical["layers.1.w"].astype(ml_dtypes.bfloat16))
+
+
+def test_copy_selects_and_renames(tmp_path, h):
+    state = save(h, tmp_path / "run")
+    found = contents(
+        copy(tmp_path / "run", tmp_path / "out", select=lambda n: "layers" in n, rename=lambda n: "model." + n)
+    )
+    h.assert_same(found, {f"model.layers.{i}.w": state.logical[f"layers.{i}.w"] for i in range(4)})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"rename": lambda n: "same"}, "both renamed to 'same'"),
+        ({"select": lambda n: False}, "is selected"),
+        ({"dtype": "int8"}, "not a floating-point dtype"),
+        ({"dtype": "nope"}, "not a floating-point dtype"),
+    ],
+)
+def test_copy_refuses_bad_arguments_and_writes_nothing(tmp_path, h, how, message):
+    save(h, tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        copy(tmp_path / "run", tmp_path / "out", **how)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_copy_leaves_an_existing_directory_alone(tmp_path, h):
+    save(h, tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(UserError, match="exists already"):
+        copy(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+def test_copy_of_a_damaged_checkpoint_fails_and_leaves_nothing(tmp_path, h):
+    save(h, tmp_path / "run")
+    source = tmp_path / "run" / "step-00000005"
+    (source / "data-00000.bin").write_bytes(b"\0" * (source / "data-00000.bin").stat().st_size)
+    with pytest.raises(CorruptError):
+        copy(source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_copy_holds_one_chunk_at_a_time(tmp_path):
+    import tracemalloc
+
+    values = {"w": np.arange(1 << 20, dtype=np.float32)}
+    write(tmp_path / "c", values, {"w": [(slice(0, 1 << 20),)]}, chunk_bytes=1 << 16)
+    tracemalloc.start()
+    copy(tmp_path / "c", tmp_path / "out", dtype="bfloat16")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < values["w"].nbytes / 4
+    assert math.prod(open_checkpoint(tmp_path / "out").manifest.arrays["w"].shape) == 1 << 20
