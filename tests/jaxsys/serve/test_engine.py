@@ -1,11 +1,12 @@
 """The engine against the whole forward of whole rows."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
-from conftest import CONFIG, SIZES, WINDOWED, Reference, make_engine, weights
+from serve_engines import CONFIG, SIZES, WINDOWED, Reference, make_engine, weights
 
 from jaxsys.graphs import Graphs, LateCompileError, no_compiles
 from jaxsys.live import Live
@@ -174,7 +175,7 @@ def test_the_pool_is_donated_and_never_copied(engine):
 
 
 def test_tokens_carry_the_version_of_the_weights_that_made_them(reference):
-    engine = make_engine()
+    engine = make_engine(sizes=SIZES[:1])
     request = engine.add_request([5], dataclasses.replace(GREEDY, max_tokens=8))
     engine.step(3)
     params = engine.live._lease.params
@@ -191,35 +192,37 @@ def test_a_view_of_the_trainers_weights_is_served():
     graphs = Graphs()
     live = Live({k: jax.device_put(weights(CONFIG)[k]) for k in model.layout}, graphs)
     view = live.view("serve", dtype="bfloat16")
-    config = EngineConfig(sizes=SIZES, page_size=8, kv_bytes=1 << 20)
+    config = EngineConfig(sizes=SIZES[2:], page_size=8, kv_bytes=1 << 20)
     engine = Engine(build(CONFIG, dtype="bfloat16"), live, graphs, config, view=view)
-    direct = make_engine(dtype="bfloat16")
+    direct = make_engine(dtype="bfloat16", sizes=SIZES[2:])
     for a, b in zip(run(engine, PROMPTS), run(direct, PROMPTS), strict=True):
         assert made(a) == made(b)
 
 
 def test_local_windows_soft_caps_and_post_norms_decode_as_the_full_forward():
-    reference, engine = Reference(WINDOWED), make_engine(WINDOWED)
+    reference, engine = Reference(WINDOWED), make_engine(WINDOWED, sizes=SIZES[1:])
     for prompt, request in zip(PROMPTS, run(engine, PROMPTS), strict=True):
         tokens, logprobs = reference.greedy(prompt, 12)
         assert made(request) == tokens
         np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "tensor=4", "fsdp=2,tensor=2"])
-def test_a_mesh_makes_the_tokens_of_one_device(reference, mesh):
-    # 9 query and 3 key/value heads divide over none of these, 97 tokens neither.
-    config = dataclasses.replace(CONFIG, n_heads=9, n_kv_heads=3)
-    one, many = make_engine(config), make_engine(config, mesh=mesh)
-    for a, b in zip(run(one, PROMPTS, score=True), run(many, PROMPTS, score=True), strict=True):
-        assert made(a) == made(b)
-        np.testing.assert_allclose(a.prompt_logprobs, b.prompt_logprobs, atol=1e-5)
+NINE_THREE = dataclasses.replace(CONFIG, n_heads=9, n_kv_heads=3)  # divides over neither mesh, 97 tokens neither
 
 
-def test_the_pool_is_split_over_the_tensor_axis():
-    engine = make_engine(dataclasses.replace(CONFIG, n_heads=9, n_kv_heads=3), mesh="tensor=2")
+@functools.cache
+def on_one_device():
+    return run(make_engine(NINE_THREE, sizes=SIZES[2:]), PROMPTS, score=True)
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=2,tensor=2"])
+def test_a_mesh_makes_the_tokens_of_one_device_with_its_pool_split_by_heads(mesh):
+    engine = make_engine(NINE_THREE, mesh=mesh, sizes=SIZES[2:])
     assert engine._pool.k.shape[3] == 4
     assert {shard.data.shape[3] for shard in engine._pool.k.addressable_shards} == {2}
+    for a, b in zip(on_one_device(), run(engine, PROMPTS, score=True), strict=True):
+        assert made(a) == made(b)
+        np.testing.assert_allclose(a.prompt_logprobs, b.prompt_logprobs, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -241,7 +244,9 @@ def test_a_bad_prompt_is_refused_in_one_line(engine, prompt, sampling, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("options", [{"max_context": 97}, {"max_context": 0}, {"kv_bytes": 100}, {"max_context": 96, "kv_bytes": 20_000}])
+@pytest.mark.parametrize(
+    "options", [{"max_context": 97}, {"max_context": 0}, {"kv_bytes": 100}, {"max_context": 96, "kv_bytes": 20_000}]
+)
 def test_a_context_that_model_or_pool_do_not_have_is_refused(options):
     with pytest.raises(UserError, match="max_context"):
         make_engine(**options)

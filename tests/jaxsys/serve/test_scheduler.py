@@ -155,7 +155,9 @@ def test_a_cancelled_request_leaves_nothing(when):
 @given(st.data())
 def test_any_mix_finishes_as_each_request_alone_and_gives_back_every_page(data):
     shapes = data.draw(
-        st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30), st.lists(st.integers(0, 90), max_size=2)), max_size=12)
+        st.lists(
+            st.tuples(st.integers(1, 60), st.integers(0, 30), st.lists(st.integers(0, 90), max_size=2)), max_size=12
+        )
     )
     s = scheduler(pages=data.draw(st.integers(13, 60)), max_steps=data.draw(st.integers(1, 9)))
     requests = [request(p, m, stop) for p, m, stop in shapes]
