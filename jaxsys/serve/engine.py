@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.dispatch import dispatcher
@@ -68,7 +67,9 @@ class Engine:
             )
             forward = make_forward(model, size, config.max_steps)
             name = f"forward[{size.rows}x{size.sequences}]"
-            self._forward[size] = graphs.compile(name, forward, params, pool, batch, donate=(1,), out_shardings=shardings)
+            self._forward[size] = graphs.compile(
+                name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
+            )
         self._pool = make()
 
     # -------------------------------------------------------------------------------------------------- requests

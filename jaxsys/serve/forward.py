@@ -174,7 +174,9 @@ def make_pool(model: Model, pages: int, page_size: int) -> Callable[[], Pool]:
 
     def pool() -> Pool:
         zeros = jnp.zeros((L, 1, pages, K, page_size, h), pool_dtype(model))
-        return Pool(*(constrain(zeros, ("layers", "replica", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2)))
+        return Pool(
+            *(constrain(zeros, ("layers", "replica", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2))
+        )
 
     return pool
 
