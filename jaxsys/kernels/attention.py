@@ -8,6 +8,7 @@ layers and steps updates one buffer and never copies it.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -89,21 +90,61 @@ def attend(
 def _rows(q, k, v, context, *, window, scale, softcap, dtype):
     B, T, H, h = q.shape
     K = k.shape[2]
-    accumulate = jnp.promote_types(dtype, jnp.float32)
-    grouped = q.reshape(B, T, K, H // K, h).astype(dtype)
-    s = jnp.einsum("nqkgh,nskh->nkgqs", grouped, k.astype(dtype), preferred_element_type=accumulate)
-    s = _cap(s * scale, softcap)
     index = jnp.arange(T)
     seen = (index[:, None] >= index[None, :]) & (context.segments[:, :, None] == context.segments[:, None, :])
     seen &= (context.segments > 0)[:, :, None]
     if window is not None:
         seen &= context.positions[:, :, None] - context.positions[:, None, :] < window
-    seen = seen[:, None, None]
-    s = jnp.where(seen, s, NEVER)
-    p = jnp.where(seen, jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True))), 0.0)
-    p = p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
-    o = jnp.einsum("nkgqs,nskh->nqkgh", p.astype(dtype), v.astype(dtype), preferred_element_type=accumulate)
+    grouped = q.reshape(B, T, K, H // K, h).astype(dtype)
+    o = _masked(grouped, k.astype(dtype), v.astype(dtype), seen[:, None, None], scale, softcap)
     return o.reshape(B, T, H, h).astype(q.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _masked(q, k, v, seen, scale, softcap):
+    """q [B, Q, K, G, h], k and v [B, S, K, h], seen [B, 1, 1, Q, S]: [B, Q, K, G, h] in at least float32."""
+    return _masked_forward(q, k, v, seen, scale, softcap)[0]
+
+
+def _masked_scores(q, k, seen, scale, softcap):
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    s = _cap(jnp.einsum("nqkgh,nskh->nkgqs", q, k, preferred_element_type=accumulate) * scale, softcap)
+    return jnp.where(seen, s, NEVER)
+
+
+def _masked_forward(q, k, v, seen, scale, softcap):
+    s = _masked_scores(q, k, seen, scale, softcap)
+    top = s.max(-1, keepdims=True)
+    p = jnp.where(seen, jnp.exp(s - top), 0.0)
+    total = jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
+    o = jnp.einsum("nkgqs,nskh->nqkgh", (p / total).astype(v.dtype), v, preferred_element_type=s.dtype)
+    return o, (q, k, v, seen, o, top + jnp.log(total))
+
+
+def _masked_backward(scale, softcap, saved, g):
+    """The probabilities again from the normaliser (Dao et al. 2022, algorithm 4), not kept from the forward pass.
+
+    The softmax's own gradient needs the sum over keys of p * dp, which is the product of output and gradient.
+    """
+    q, k, v, seen, o, normaliser = saved
+    wide, dtype = o.dtype, q.dtype
+    s = _masked_scores(q, k, seen, scale, softcap)
+    p = jnp.where(seen, jnp.exp(s - normaliser), 0.0)
+    d = g.astype(dtype)
+    dp = jnp.einsum("nqkgh,nskh->nkgqs", d, v, preferred_element_type=wide)
+    delta = jnp.einsum("nqkgh,nqkgh->nkgq", g, o)[..., None]
+    ds = p * (dp - delta) * scale
+    if softcap is not None:
+        ds *= jnp.where(seen, 1 - jnp.square(s / softcap), 0.0)
+    dq = jnp.einsum("nkgqs,nskh->nqkgh", ds.astype(dtype), k, preferred_element_type=wide)
+    # XLA:CPU has no bfloat16 dot for a left operand whose contracted dimensions are not the minor ones.
+    over_rows = wide if jax.default_backend() == "cpu" else dtype
+    dk = jnp.einsum("nkgqs,nqkgh->nskh", ds.astype(over_rows), q.astype(over_rows), preferred_element_type=wide)
+    dv = jnp.einsum("nkgqs,nqkgh->nskh", p.astype(over_rows), d.astype(over_rows), preferred_element_type=wide)
+    return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype), None
+
+
+_masked.defvjp(_masked_forward, _masked_backward)
 
 
 def _cap(scores, softcap):
