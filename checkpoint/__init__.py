@@ -4,7 +4,7 @@ from checkpoint.levels import Level
 from checkpoint.manager import Failure, Manager, Restored, SaveHandle, SaveMetrics
 from checkpoint.manifest import CorruptError, Manifest
 from checkpoint.reader import CheckpointReader, VerifyReport, find_checkpoint, open_checkpoint
-from checkpoint.reshard import copy, load
+from checkpoint.reshard import copy, load, write
 
 __all__ = [
     "CheckpointReader",
@@ -21,4 +21,5 @@ __all__ = [
     "find_checkpoint",
     "load",
     "open_checkpoint",
+    "write",
 ]

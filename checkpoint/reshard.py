@@ -7,9 +7,10 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -273,6 +274,24 @@ def copy(
                 if progress:
                     progress(done, total)
 
+    return write(dst, reader.manifest.step, reader.manifest.meta, targets.values(), pieces(), chunk_bytes)
+
+
+def write(
+    dst_dir: str | os.PathLike[str],
+    step: int,
+    meta: Mapping[str, Any],
+    specs: Collection[Logical],
+    pieces: Iterable[Piece],
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Path:
+    """Write ``pieces``, which cover the logical arrays ``specs``, as the new checkpoint directory ``dst_dir``.
+
+    Holds one piece at a time; the result is verified before it gets its name.
+    Raises UserError if ``dst_dir`` exists and when the disk refuses.
+    """
+    dst = Path(dst_dir)
+    total = sum(spec.nbytes for spec in specs)
     dst.parent.mkdir(parents=True, exist_ok=True)
     lock_path = dst.with_name(f".{dst.name}.lock")
     lock = WriterLock(lock_path, dst)
@@ -283,8 +302,8 @@ def copy(
         draft = LocalDraft(dst)
         draft.begin()
         try:
-            chunks = write_chunks(draft, pieces(), chunk_bytes=chunk_bytes)
-            write_manifest(draft, reader.manifest.step, reader.manifest.meta, targets.values(), chunks)
+            chunks = write_chunks(draft, pieces, chunk_bytes=chunk_bytes)
+            write_manifest(draft, step, meta, specs, chunks)
             report = CheckpointReader(draft.files()).verify()
             if not report.ok:
                 raise UserError(f"{dst} did not verify after writing: {report.errors[0]}; check the disk")

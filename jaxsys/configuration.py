@@ -42,7 +42,11 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str = "") -> Con
     for name in values:
         if name not in hints:
             raise unknown_name("configuration key", where + name, [where + known for known in hints])
-    return cls(**{name: _value(hints[name], value, where + name) for name, value in values.items()})
+    values = {name: _value(hints[name], value, where + name) for name, value in values.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"configuration {where or kind(cls)}: these values make no {kind(cls)}: {error}") from error
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:
@@ -67,9 +71,15 @@ def _set(config: Any, path: list[str], text: str, where: str) -> Any:
     if len(path) > 1:
         inner = getattr(config, name)
         if not dataclasses.is_dataclass(inner):
-            raise UserError(f"configuration key {where + '.'.join(path)!r}: {where + name} is {inner!r}, it has no keys")
+            raise UserError(
+                f"configuration key {where + '.'.join(path)!r}: {where + name} is {inner!r}, it has no keys"
+            )
         return dataclasses.replace(config, **{name: _set(inner, path[1:], text, f"{where}{name}.")})
-    return dataclasses.replace(config, **{name: _value(hints[name], _parse(hints[name], text), where + name)})
+    value = _value(hints[name], _parse(hints[name], text), where + name)
+    try:
+        return dataclasses.replace(config, **{name: value})
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"configuration key {where + name}={text}: {error}") from error
 
 
 def _parse(hint: Any, text: str) -> Any:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
 import checkpoint
+from checkpoint.writer import Piece
 from jaxsys import configuration
 from jaxsys.console import Console
 from jaxsys.hub import resolve
 from jaxsys.models.pretrained import Pretrained, export_hf
 from jaxsys.models.state import build
 from jaxsys.tokenizer import Tokenizer
-from parallelism import MeshSpec, plan, put
 
 OPTIMIZER = "optimizer."
 
@@ -42,12 +40,9 @@ def export_native(source: str, destination: Path, dtype: str | None, parameters_
             checkpoint.copy(found.path, destination, dtype=dtype, select=keep, progress=progress)
     else:
         pretrained = Pretrained.open(found.path)
-        model = build(pretrained.config, dtype=dtype or "float32", storage="listed")
-        placed = plan(model.layout, MeshSpec.parse("").build())
-        arrays = put(placed, pretrained.reader)
-        meta = {"model": configuration.to_dict(pretrained.config)}
-        checkpoint.write(destination, 0, arrays, placed.layout, meta)
-        jax.tree.map(lambda array: array.delete(), arrays)
+        specs = build(pretrained.config, dtype=dtype or "float32", storage="listed").layout.logical
+        pieces = (Piece(spec, (0,) * len(spec.shape), pretrained.reader(spec, spec.box)) for spec in specs.values())
+        checkpoint.write(destination, 0, {"model": configuration.to_dict(pretrained.config)}, specs.values(), pieces)
     Tokenizer.of(found).save(destination / "tokenizer")
     return checkpoint.open_checkpoint(destination).manifest.nbytes
 
@@ -66,7 +61,7 @@ def export_hf_directory(source: str, destination: Path, dtype: str | None, conso
         def arrays() -> Iterator[tuple[str, np.ndarray]]:
             nonlocal total
             for name, logical in model.layout.logical.items():
-                array = pretrained.reader(logical, tuple(slice(0, n) for n in logical.shape))
+                array = pretrained.reader(logical, logical.box)
                 total += array.size * (4 if dtype in (None, "float32") else 2)
                 yield name, array
                 advance(1, name)

@@ -38,13 +38,15 @@ def resolve(name_or_path: str | Path) -> ModelSource:
     """The files of a model, found by, in this order:
 
     a path: a GGUF file, a Hugging Face directory (config.json), or a native checkpoint (manifest.json in it, or in
-    its step_* directories); a name in PACKAGED, whose package is looked up but not imported; a Hub id
+    its step_* directories), or a run with such ones; a name in PACKAGED, whose package is looked up but not imported; a Hub id
     ``organisation/name``, from huggingface_hub's cache, else downloaded.
 
     Raises UserError that says what was tried.
     """
     text = str(name_or_path)
     path = Path(name_or_path).expanduser()
+    if any(path.glob("checkpoints/step_*/manifest.json")):
+        path = path / "checkpoints"  # a run's directory
     if path.exists():
         return ModelSource(path, _kind(path))
     if text.lower() in PACKAGED:
@@ -57,6 +59,11 @@ def resolve(name_or_path: str | Path) -> ModelSource:
     )
 
 
+def is_native(path: Path) -> bool:
+    """Whether a directory is a native checkpoint, or holds some."""
+    return (path / "manifest.json").is_file() or any(path.glob("step_*/manifest.json"))
+
+
 def _kind(path: Path) -> Kind:
     if path.is_file():
         with open(path, "rb") as file:
@@ -64,7 +71,7 @@ def _kind(path: Path) -> Kind:
         if magic == b"GGUF":
             return "gguf"
         raise UserError(f"{path}: not a GGUF file: it starts with {magic!r}; give a GGUF file or a model directory")
-    if (path / "manifest.json").is_file() or any(path.glob("step_*/manifest.json")):
+    if is_native(path):
         return "native"
     if (path / "config.json").is_file():
         if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):

@@ -30,6 +30,11 @@ class Logical:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def box(self) -> tuple[slice, ...]:
+        """The index of all of it."""
+        return tuple(slice(0, n) for n in self.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:

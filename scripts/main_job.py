@@ -28,7 +28,12 @@ FIRST_MESH, SECOND_MESH = "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"
 
 def command(*args: str, devices: int = 1) -> tuple[list[str], dict[str, str]]:
     print("  $ " + shlex.join(["jaxsys", *args]), file=sys.stderr, flush=True)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
     return [sys.executable, "-m", "jaxsys.cli.main", *args], environment
 
 
@@ -42,7 +47,9 @@ def run(*args: str, devices: int = 1) -> str:
 
 
 def complete(model: str, prompt: str, tokens: int) -> dict:
-    out = run("generate", "--model", model, "--prompt", prompt, "--max-tokens", str(tokens), "--temperature", "0", "--json")
+    out = run(
+        "generate", "--model", model, "--prompt", prompt, "--max-tokens", str(tokens), "--temperature", "0", "--json"
+    )
     return json.loads(out.splitlines()[0])
 
 
@@ -133,15 +140,23 @@ def main() -> None:
     stages.start("reshard the last checkpoint: a native one without the optimizer, and a Hugging Face directory")
     run("reshard", str(train), str(home / "native"), "--dtype", "bfloat16", "--parameters-only")
     run("reshard", str(home / "native"), str(home / "hf"), "--format", "hf", "--dtype", "bfloat16")
-    stages.done(f"{home / 'native'} {size(home / 'native') / 1e6:.0f} MB, {home / 'hf'} {size(home / 'hf') / 1e6:.0f} MB")
+    stages.done(
+        f"{home / 'native'} {size(home / 'native') / 1e6:.0f} MB, {home / 'hf'} {size(home / 'hf') / 1e6:.0f} MB"
+    )
 
     stages.start("generate from the result")
     last, code = complete(str(home / "hf"), PROMPT, 8), complete(str(home / "hf"), CODE_PROMPT, 32)
     stages.done(f"{PROMPT!r} -> {last['text']!r}; {CODE_PROMPT!r} -> {code['text']!r}")
 
-    per_mesh = {mesh: [r["tokens_per_second"] for r in part[1:]] for mesh, part in ((FIRST_MESH, before), (SECOND_MESH, after))}
+    per_mesh = {
+        mesh: [r["tokens_per_second"] for r in part[1:]] for mesh, part in ((FIRST_MESH, before), (SECOND_MESH, after))
+    }
     table = [
-        *((f"training tokens/s, 8 devices, {mesh}", f"{sorted(v)[len(v) // 2]:,.0f}") for mesh, v in per_mesh.items() if v),
+        *(
+            (f"training tokens/s, 8 devices, {mesh}", f"{sorted(v)[len(v) // 2]:,.0f}")
+            for mesh, v in per_mesh.items()
+            if v
+        ),
         ("held-out loss, before", f"{heldout[0]:.4f}"),
         ("held-out loss, after", f"{heldout[-1]:.4f}"),
         ("checkpoint stall, whole run", f"{sum(row['stall_seconds'] for row in summary):.2f} s"),
@@ -156,9 +171,9 @@ def main() -> None:
     print(
         f"""
 What to try next:
-  jaxsys generate --model {home / 'hf'} --chat --prompt "What is a mesh?" --max-tokens 64
+  jaxsys generate --model {home / "hf"} --chat --prompt "What is a mesh?" --max-tokens 64
   jaxsys graphs {train}
-  tensorboard --logdir {train / 'tensorboard'}
+  tensorboard --logdir {train / "tensorboard"}
   jaxsys train --config smollm2_finetune --print-config"""
     )
 

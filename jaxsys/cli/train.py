@@ -44,7 +44,9 @@ class TrainArgs:
             summary = trainer.run()
         line = trainer.console.line
         line(
-            f"step {summary.step} of {config.steps}, loss {summary.losses[-1]:.4f}" if summary.losses else "nothing to do"
+            f"step {summary.step} of {config.steps}, loss {summary.losses[-1]:.4f}"
+            if summary.losses
+            else "nothing to do"
         )
         line(f"{summary.tokens_per_second:,.0f} tokens/s, {summary.model_flops_per_second / 1e9:,.1f} model GFLOP/s")
         if not summary.finished:

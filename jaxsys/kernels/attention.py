@@ -135,7 +135,7 @@ def _masked_backward(scale, softcap, saved, g):
     delta = jnp.einsum("nqkgh,nqkgh->nkgq", g, o)[..., None]
     ds = p * (dp - delta) * scale
     if softcap is not None:
-        ds *= 1 - jnp.square(s / softcap)
+        ds *= jnp.where(seen, 1 - jnp.square(s / softcap), 0.0)
     dq = jnp.einsum("nkgqs,nskh->nqkgh", ds.astype(dtype), k, preferred_element_type=wide)
     # XLA:CPU has no bfloat16 dot for a left operand whose contracted dimensions are not the minor ones.
     over_rows = wide if jax.default_backend() == "cpu" else dtype

@@ -61,9 +61,7 @@ class Attention(nnx.Module):
         self.q = Linear((H, h, D), ("heads", "head_dim", "embed"), dtype=dtype, rngs=rngs)
         self.k = Linear((K, h, D), ("kv_heads", "head_dim", "embed"), dtype=dtype, rngs=rngs)
         self.v = Linear((K, h, D), ("kv_heads", "head_dim", "embed"), dtype=dtype, rngs=rngs)
-        self.o = Linear(
-            (D, H, h), ("embed", "heads", "head_dim"), contract=2, std=out_std, dtype=dtype, rngs=rngs
-        )
+        self.o = Linear((D, H, h), ("embed", "heads", "head_dim"), contract=2, std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, angles, context, carry, *, layer, window):
         q = constrain(rotate(self.q(x), angles), ("batch", "seq", "act_heads", None))
@@ -125,7 +123,9 @@ class Decoder(nnx.Module):
         c = config
         self.config = c
         self.embed = Linear((c.vocab_size, c.d_model), ("vocab", "embed"), dtype=dtype, rngs=rngs)
-        self.layers = Layers([Block(c, dtype=dtype, rngs=rngs) for _ in range(c.n_layers)], storage or default_storage())
+        self.layers = Layers(
+            [Block(c, dtype=dtype, rngs=rngs) for _ in range(c.n_layers)], storage or default_storage()
+        )
         self.norm = RMSNorm(c.d_model, eps=c.norm_eps, offset=c.norm_offset, dtype=dtype)
         if not c.tie_embeddings:
             self.head = Linear((c.vocab_size, c.d_model), ("vocab", "embed"), dtype=dtype, rngs=rngs)

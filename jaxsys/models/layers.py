@@ -43,7 +43,9 @@ class Layers(nnx.Module):
         self.spans = tuple(spans)
         self.storage = storage
         for start, stop in spans:
-            setattr(self, self.span_name(start, stop), _stack(blocks[start:stop]) if storage == STACKED else blocks[start])
+            setattr(
+                self, self.span_name(start, stop), _stack(blocks[start:stop]) if storage == STACKED else blocks[start]
+            )
 
     def span_name(self, start: int, stop: int) -> str:
         return f"{start}-{stop - 1}" if self.storage == STACKED else str(start)

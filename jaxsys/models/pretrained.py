@@ -1,4 +1,4 @@
-"""Models in files: Hugging Face directories and GGUF files read strictly, Hugging Face directories written.
+"""Models in files: checkpoints, Hugging Face directories and GGUF files read strictly, Hugging Face ones written.
 
 Strictly: every weight that the configuration calls for is there, in its shape, and every weight that is there is used
 or is checked to repeat one that is. See docs/models.md.
@@ -20,10 +20,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from checkpoint import find_checkpoint, open_checkpoint
 from checkpoint.formats.gguf import GGUFFile
 from checkpoint.formats.safetensors import SafetensorsDir, write_safetensors
-from jaxsys.models.config import Llama3Scaling, ModelConfig
-from jaxsys.models.families import Family, family
+from jaxsys import configuration
+from jaxsys.hub import ModelSource, resolve
+from jaxsys.models.config import ModelConfig
+from jaxsys.models.families import family
 from jaxsys.models.state import build
 from parallelism.errors import UserError, unknown_name
 from parallelism.layout import Logical
@@ -32,6 +35,7 @@ Box = tuple[slice, ...]
 Reader = Callable[[Logical, Box], np.ndarray]
 
 CONFIG = "config.json"
+OPTIMIZER = "optimizer."  # what names of arrays begin with that a checkpoint holds beside the model's
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -45,8 +49,9 @@ class Pretrained:
     """A model in files, opened and checked; no weight is in memory until it is read.
 
     config: the model. reader: ``reader(logical, box)`` is that box (one slice of step 1 a dimension) of the
-    logical array, in ``logical.dtype``: what ``parallelism.put`` takes. It holds one tensor of the file at a time at
-    most, so ask for one array's boxes one after the other; not for several threads at once.
+    logical array, in ``logical.dtype``: what ``parallelism.put`` takes. It holds one tensor of the files at a time at
+    most, so ask for one array's boxes one after the other; not for several threads at once. What it returns may be
+    read-only.
     """
 
     path: Path
@@ -54,18 +59,16 @@ class Pretrained:
     reader: Reader
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Pretrained:
-        """A Hugging Face directory (config.json and safetensors), or a GGUF file.
+    def open(cls, source: ModelSource | str | os.PathLike[str]) -> Pretrained:
+        """A native checkpoint, a Hugging Face directory (config.json and safetensors) or a GGUF file.
 
+        source: as ``hub.resolve`` gives it, or what it takes.
         Raises UserError for files that are missing or damaged, an architecture or a configuration that is not
         supported, and a weight that is missing, not used, of another shape, or not of a float type.
         """
-        path = Path(path)
-        if path.is_dir():
-            return _open_hf(path)
-        if path.is_file():
-            return _open_gguf(path)
-        raise UserError(f"{path}: no such file or directory, expected a Hugging Face directory or a GGUF file")
+        if not isinstance(source, ModelSource):
+            source = resolve(os.fspath(source))
+        return {"native": _open_native, "hf": _open_hf, "gguf": _open_gguf}[source.kind](source.path)
 
 
 def expected_weights(config: ModelConfig) -> dict[str, Logical]:
@@ -85,6 +88,19 @@ def expected_weights(config: ModelConfig) -> dict[str, Logical]:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
+def _open_native(path: Path) -> Pretrained:
+    checkpoint = open_checkpoint(find_checkpoint(path))
+    where, manifest = f"{checkpoint.where}: meta", checkpoint.manifest
+    if not isinstance(manifest.meta.get("model"), dict):
+        raise UserError(f"{where} has no 'model': not a checkpoint of a model; give a run's or an exported one")
+    values = dict(manifest.meta["model"])
+    config = _config(lambda: configuration.from_dict(ModelConfig, values, "model."), where)
+    family(config.family, where)
+    found = {n: a.shape for n, a in manifest.arrays.items() if not n.startswith(OPTIMIZER)}
+    _check(path, {name: logical.shape for name, logical in expected_weights(config).items()}, found, {})
+    return Pretrained(path, config, _Whole(lambda logical: checkpoint.read(logical.name)))
+
+
 def _open_hf(path: Path) -> Pretrained:
     where = path / CONFIG
     try:
@@ -102,7 +118,8 @@ def _open_hf(path: Path) -> Pretrained:
         if info.dtype not in (*DTYPES.values(), np.float64):
             raise UserError(f"{path}: weight {name!r} has dtype {info.dtype}, expected a float of 16 to 64 bits")
     names = kind.weight_names(config)
-    extras = _check(path, config, names, {n: i.shape for n, i in arrays.items()}, kind.redundant_weights(config))
+    shapes = {name: info.shape for name, info in arrays.items()}
+    extras = _check(path, _file_shapes(config, names), shapes, kind.redundant_weights(config))
 
     def read(logical: Logical, box: Box) -> np.ndarray:
         name, box = names[logical.name], _bounded(box, logical.shape)
@@ -122,23 +139,30 @@ def _open_gguf(path: Path) -> Pretrained:
     kind = family(file.metadata.get("general.architecture"), str(path))
     config = _config(lambda: kind.config_from_gguf(file), str(path))
     names = kind.gguf_names(config)
-    extras = _check(path, config, names, {n: t.shape for n, t in file.tensors.items()}, kind.redundant_gguf(config))
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    extras = _check(path, _file_shapes(config, names), shapes, kind.redundant_gguf(config))
     _check_extras(path, extras, file.read, names)
-    return Pretrained(path, config, _GGUFReader(file, config, kind, names))
+
+    def whole(logical: Logical) -> np.ndarray:
+        return kind.undo_gguf(config, logical.name, file.read(names[logical.name])).reshape(logical.shape)
+
+    return Pretrained(path, config, _Whole(whole))
 
 
-class _GGUFReader:
-    """Dequantises a tensor once for all boxes of it that are asked for in a row."""
+class _Whole:
+    """A reader of files that give a tensor only whole (dequantised, or verified by its digest): once for all its boxes.
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, kind: Family, names: Mapping[str, str]):
-        self._file, self._config, self._kind, self._names = file, config, kind, names
+    read: the whole logical array.
+    """
+
+    def __init__(self, read: Callable[[Logical], np.ndarray]):
+        self._read = read
         self._last: tuple[str, np.ndarray] | None = None
 
     def __call__(self, logical: Logical, box: Box) -> np.ndarray:
         if self._last is None or self._last[0] != logical.name:
             self._last = None  # freed before the next one is read
-            array = self._kind.undo_gguf(self._config, logical.name, self._file.read(self._names[logical.name]))
-            array = array.reshape(logical.shape)
+            array = self._read(logical)
             array.flags.writeable = False  # boxes may be views of it
             self._last = (logical.name, array)
         return self._last[1][box].astype(logical.dtype, copy=False)
@@ -149,8 +173,8 @@ def _config(make: Callable[[], ModelConfig], where: str) -> ModelConfig:
         return make()
     except UserError:
         raise
-    except ValueError as error:  # fields that are valid one by one and not together
-        raise UserError(f"{where}: {error}") from error
+    except (ValueError, TypeError, ZeroDivisionError) as error:  # fields missing, or valid only one by one
+        raise UserError(f"{where}: these fields make no model: {error}") from error
 
 
 def file_shape(logical: Logical) -> tuple[int, ...]:
@@ -185,15 +209,17 @@ def _merge_box(logical: Logical, box: Box) -> Box | None:
     return tuple(merged)
 
 
+def _file_shapes(config: ModelConfig, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    return {names[name]: file_shape(logical) for name, logical in expected_weights(config).items()}
+
+
 def _check(
     path: Path,
-    config: ModelConfig,
-    names: Mapping[str, str],
+    expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
     redundant: Mapping[str, str | np.ndarray],
 ) -> dict[str, str | np.ndarray]:
     """Raises UserError unless files and model agree on names and shapes; returns the redundant weights found."""
-    expected = {names[name]: file_shape(logical) for name, logical in expected_weights(config).items()}
     if missing := [name for name in expected if name not in found]:
         raise UserError(f"{path}: missing {_listing(missing)}: the files are incomplete, or of another model")
     if unused := [name for name in found if name not in expected and name not in redundant]:
@@ -302,34 +328,3 @@ def _renamed(
         yield names[name], out
     if left:
         raise UserError(f"{directory}: missing {_listing(list(left))}: the checkpoint is incomplete")
-
-
-# ------------------------------------------------------------------------------------------------- native checkpoints
-
-
-def config_to_json(config: ModelConfig) -> dict[str, Any]:
-    """The configuration as JSON values, for the metadata of a native checkpoint."""
-    return {**dataclasses.asdict(config), "windows": list(config.windows)}
-
-
-def config_from_json(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """The inverse of ``config_to_json``; ``where`` names the source in errors.
-
-    A field that is not there has its default, so that checkpoints outlive new fields. Raises UserError for an unknown
-    or missing field and for values that make no model.
-    """
-    scaling = values.get("rope_scaling")
-    values = {**values, "windows": tuple(values.get("windows", ()))}
-    if scaling is not None:
-        values["rope_scaling"] = _from_json(Llama3Scaling, scaling, f"{where}: rope_scaling")
-    return _from_json(ModelConfig, values, where)
-
-
-def _from_json(kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := [name for name in values if name not in fields]:
-        raise UserError(f"{where}: {unknown_name('model field', unknown[0], fields)}")
-    try:
-        return kind(**values)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: these fields make no model ({error})") from error

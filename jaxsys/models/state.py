@@ -89,4 +89,3 @@ def _stored(key: str, variable: nnx.Variable) -> Stored:
     names = [_STACK.sub(str(i), key, count=1) for i in range(first, last + 1)]
     parts = tuple(Logical(name, shape[1:], dtype, axes) for name in names)
     return Stored(key, shape, dtype, ("layers", *axes), parts, stacked=True)
-

@@ -116,13 +116,17 @@ class Trainer:
     def _tokenizer(self) -> Tokenizer:
         name = self.config.data.tokenizer or self.config.init_from
         if name is None:
-            raise UserError("configuration key data.tokenizer: a model from scratch needs one: a directory, file or name")
+            raise UserError(
+                "configuration key data.tokenizer: a model from scratch needs one: a directory, file or name"
+            )
         return Tokenizer.of(resolve(name))
 
     def _data(self, model: ModelConfig) -> None:
         c = self.config.data
         if c.seq_len > model.max_seq_len:
-            raise UserError(f"data.seq_len {c.seq_len} is over the model's context of {model.max_seq_len}: make it less")
+            raise UserError(
+                f"data.seq_len {c.seq_len} is over the model's context of {model.max_seq_len}: make it less"
+            )
         if self.tokenizer.vocab_size > model.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {model.vocab_size}: "
@@ -167,7 +171,9 @@ class Trainer:
             with self.console.stage("resume") as said:
                 restored = self.manager.restore(layout=self.layout, shardings={**self.plan.shardings, **opt_shardings})
                 self._check_resume(restored.meta)
-                said.append(f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}")
+                said.append(
+                    f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}"
+                )
             self.step = restored.step
             self.params = {key: restored.arrays[key] for key in self.plan.layout}
             self.opt_state = {name: restored.arrays[name] for name in opt_layout}
@@ -183,7 +189,7 @@ class Trainer:
             def compile_init(fn, out_shardings):
                 return self.graphs.compile("init", fn, seed, out_shardings=out_shardings)
 
-            self.params = create(dataclasses.replace(self.plan), model.init, compile_init, seed)
+            self.params = create(self.plan, model.init, compile_init, seed)
         begin = self.graphs.compile("init_optimizer", self.optimizer.init, self.params, out_shardings=opt_shardings)
         self.opt_state = begin(self.params)
 
@@ -251,6 +257,7 @@ class Trainer:
         sizes = {key: stored.nbytes for key, stored in self.plan.layout.items()}
         self.groups = groups(list(self.plan.layout), sizes, self.config.update_groups)
         scale = jax.ShapeDtypeStruct((), jnp.promote_types(self.config.parameter_dtype, jnp.float32), sharding=scalar)
+
         # What all groups share is no group's to donate.
         def update(params, own, shared, grads, scale, step):
             return f.update(params, {**own, **shared}, grads, scale, step)
@@ -344,8 +351,9 @@ class Trainer:
             self.manager.wait()
             if self.manager.failures and saved not in self.manager.steps():
                 self.console.line(f"checkpoint of step {saved} FAILED: {self.manager.failures[-1]}")
+            written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
+            metrics.write(self.step, {"stall_seconds": stall, "checkpoint_bytes": written})
         peak = self._peak()
-        written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
         return Summary(
             begun, self.step, self.step >= c.steps, losses, before, after,
             tokens / spent if spent else 0.0, flops / spent if spent else 0.0,

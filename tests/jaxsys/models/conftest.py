@@ -6,23 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_models import FAMILIES, GOLDENS, load
 
 from jaxsys.kernels.attention import Rows
 from jaxsys.models.pretrained import Pretrained
-from jaxsys.models.state import Model, build
-from parallelism import MeshSpec, plan, put
-
-GOLDENS = Path(__file__).parents[2] / "goldens"
-FAMILIES = ("llama2", "llama3", "smollm2", "gemma2")
-
-
-def load(pretrained: Pretrained, storage: str = "listed") -> tuple[Model, dict[str, jax.Array]]:
-    model = build(pretrained.config, dtype=jnp.float32, storage=storage)
-    placed = plan(model.layout, MeshSpec().build(jax.devices()[:1]), units=model.units)
-    return model, put(placed, pretrained.reader)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDENS
+from golden_models import FAMILIES, GOLDENS
 
 from jaxsys.models.pretrained import Pretrained, expected_weights, export_hf
 

@@ -12,25 +12,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDENS, load
+from golden_models import FAMILIES, GOLDENS, load
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint import Level, Manager
 from checkpoint.formats.safetensors import SafetensorsDir, write_safetensors
+from jaxsys import configuration
 from jaxsys.kernels.attention import Rows
-from jaxsys.models.pretrained import (
-    Pretrained,
-    config_from_json,
-    config_to_json,
-    expected_weights,
-    export_hf,
-    file_shape,
-)
+from jaxsys.models.pretrained import Pretrained, expected_weights, export_hf, file_shape
 from jaxsys.models.state import build
 from parallelism import MeshSpec, UserError, plan, put, to_host
-from parallelism.layout import Logical
+from parallelism.layout import Layout, Logical, Stored
 
-TOLERANCE = 2e-4  # of logits, float32; 3e-6 is what was reached (printed on failure)
+TOLERANCE = 2e-4  # of logits, float32; reached: 1.2e-5 (smollm2), 6e-6 (the others)
 
 
 def edit(directory, weights=lambda arrays: arrays, **config):
@@ -212,14 +207,9 @@ def test_saved_rotary_frequencies_are_accepted_and_checked(copy, dtype):
 # ------------------------------------------------------------------------------------------------------ bad input files
 
 
-def test_missing_model_says_what_was_expected(tmp_path):
-    with pytest.raises(UserError, match="no such file or directory, expected a Hugging Face directory or a GGUF file"):
+def test_missing_model_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no such path"):
         Pretrained.open(tmp_path / "nothing")
-
-
-def test_directory_without_config_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json: cannot read the model's configuration"):
-        Pretrained.open(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
@@ -332,29 +322,73 @@ def test_file_shape_merges_heads_and_head_size_only():
     assert file_shape(logical) == (32, 32)
 
 
-# ---------------------------------------------------------------------------------------------- native configurations
+# -------------------------------------------------------------------------------------------------- native checkpoints
 
 
-def test_native_configuration_survives_json(golden):
-    config = Pretrained.open(golden).config
-    assert config_from_json(json.loads(json.dumps(config_to_json(config))), "here") == config
+@pytest.fixture
+def checkpoint(tmp_path):
+    """``checkpoint(golden, arrays, meta)``: the golden model as a native checkpoint; returns its directory."""
+
+    def make(golden, change=lambda arrays: arrays, meta=lambda meta: meta, step=3):
+        opened = Pretrained.open(GOLDENS / golden)
+        arrays = change(whole(opened))
+        layout = Layout(
+            Stored(n, a.shape, a.dtype, (None,) * a.ndim, (Logical(n, a.shape, a.dtype, (None,) * a.ndim),))
+            for n, a in arrays.items()
+        )
+        manager = Manager([Level("disk", tmp_path / "run", keep=1)])
+        described = meta({"model": configuration.to_dict(opened.config)})
+        manager.save(step, {n: jax.device_put(a) for n, a in arrays.items()}, layout, described).wait()
+        manager.close()
+        return next((tmp_path / "run").glob(f"step*{step}"))
+
+    return make
 
 
-def test_native_configuration_rejects_an_unknown_field():
-    values = {**config_to_json(Pretrained.open(GOLDENS / "llama3").config), "n_layer": 2}
-    with pytest.raises(UserError, match=r"meta: unknown model field 'n_layer': did you mean 'n_layers'"):
-        config_from_json(values, "meta")
+def test_native_checkpoint_is_the_same_model(golden, checkpoint):
+    opened, native = Pretrained.open(golden), Pretrained.open(checkpoint(golden.name))
+    assert native.config == opened.config
+    for name, array in whole(opened).items():
+        np.testing.assert_array_equal(whole(native)[name], array, strict=True)
 
 
-def test_native_configuration_rejects_an_unknown_scaling_field():
-    values = config_to_json(Pretrained.open(GOLDENS / "llama3").config)
-    values["rope_scaling"]["low"] = 2
-    with pytest.raises(UserError, match=r"rope_scaling: unknown model field 'low'"):
-        config_from_json(values, "meta")
+def test_native_checkpoint_may_hold_an_optimizer(checkpoint):
+    path = checkpoint("llama2", lambda a: {**a, "optimizer.count": np.zeros((), np.int32)})
+    assert whole(Pretrained.open(path)).keys() == whole(Pretrained.open(GOLDENS / "llama2")).keys()
 
 
-@pytest.mark.parametrize("change", [{"n_kv_heads": 3}, {"n_kv_heads": 0}, {"windows": [4]}, {"n_heads": None}])
-def test_native_configuration_that_makes_no_model_is_an_error(change):
-    values = {**config_to_json(Pretrained.open(GOLDENS / "llama3").config), **change}
-    with pytest.raises(UserError, match="meta: these fields make no model"):
-        config_from_json(values, "meta")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("norm.scale"), "missing weight 'norm.scale'"),
+        (lambda a: {**a, "extra": a["norm.scale"]}, "not used: weight 'extra'"),
+        (lambda a: {**a, "norm.scale": a["norm.scale"][:-1]}, "'norm.scale' has shape (31,)"),
+    ],
+)
+def test_native_weights_that_do_not_fit_are_named(checkpoint, change, message):
+    with pytest.raises(UserError) as error:
+        Pretrained.open(checkpoint("llama2", change))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": 2}, "unknown configuration key 'model.n_layer': did you mean 'model.n_layers'"),
+        ({"n_kv_heads": 3}, "these fields make no model: 4 query heads"),
+        ({"n_kv_heads": 0}, "these fields make no model"),
+        ({"windows": [4]}, "these fields make no model: 1 windows for 2 layers"),
+        ({"n_heads": "4"}, "model.n_heads: found '4', expected int"),
+        ({"family": "qwen2"}, "architecture 'qwen2' is not supported"),
+    ],
+)
+def test_native_configuration_that_makes_no_model_is_an_error(checkpoint, change, message):
+    path = checkpoint("llama2", meta=lambda meta: {"model": {**meta["model"], **change}})
+    with pytest.raises(UserError) as error:
+        Pretrained.open(path)
+    assert message in str(error.value)
+
+
+def test_checkpoint_of_something_else_is_an_error(checkpoint):
+    with pytest.raises(UserError, match="meta has no 'model'"):
+        Pretrained.open(checkpoint("llama2", meta=lambda meta: {}))

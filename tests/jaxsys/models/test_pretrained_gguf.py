@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from conftest import GOLDENS
+from golden_models import GOLDENS
 
 from checkpoint.formats.gguf import GGUFFile, TensorInfo
 from jaxsys.models.families import FAMILIES

@@ -6,12 +6,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tiny_models import GEMMA2, LLAMA, MODELS, Setup, assert_near, packed_batch
 
 from jaxsys.graphs import Graphs
 from jaxsys.optim import SGD, Adafactor, AdamW, Constant, OptimConfig
 from jaxsys.train.step import groups
 from parallelism.errors import UserError
-from tiny_models import GEMMA2, LLAMA, MODELS, Setup, assert_near, packed_batch
 
 MESH = "fsdp=2,tensor=2"
 SHALLOW = dataclasses.replace(LLAMA, n_layers=1)
