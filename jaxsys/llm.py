@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from jaxsys.graphs import Graphs, enable_persistent_cache
 from jaxsys.hub import resolve
 from jaxsys.live import Live
+from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import build
 from jaxsys.serve.engine import Engine, EngineConfig
@@ -62,7 +62,7 @@ def load(
 class LLM:
     """An engine and its tokenizer. Prompts are text, or lists of token ids. For one thread.
 
-    The sampling arguments are those of ``jaxsys.serve.request.Sampling``; generation ends at the tokenizer's
+    Sampling arguments are those of ``jaxsys.serve.request.Sampling``; generation ends at the tokenizer's
     end-of-text tokens unless ``stop`` names others. chat: a text is a user's message, put into the model's template.
     """
 
@@ -70,7 +70,7 @@ class LLM:
         self.engine, self.tokenizer = engine, tokenizer
 
     @property
-    def config(self) -> Any:
+    def config(self) -> ModelConfig:
         """The model's configuration."""
         return self.engine.model.config
 
@@ -86,16 +86,8 @@ class LLM:
         chat: bool = False,
     ) -> list[Result]:
         """One result a prompt, in order; all run together. Raises UserError, before any runs, for a bad prompt."""
-        if isinstance(prompts, str):
-            raise UserError(f"prompts: found the text {prompts[:20]!r}, expected a list of prompts: put it in brackets")
         sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop)
-        requests: list[Request] = []
-        try:
-            requests += (self.engine.add_request(self.encode(prompt, chat), sampling) for prompt in prompts)
-        except UserError:
-            for request in requests:
-                self.engine.cancel(request)
-            raise
+        requests = self.submit(prompts, sampling, chat)
         self.engine.run(requests)
         return [self.result(request) for request in requests]
 
@@ -112,8 +104,13 @@ class LLM:
     ) -> Iterator[str]:
         """The text of one result piece by piece, whole characters each; they add up to ``generate``'s text."""
         sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop)
-        request = self.engine.add_request(self.encode(prompt, chat), sampling)
-        return self.pieces(request)
+        return self.pieces(*self.submit([prompt], sampling, chat))
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, chat: bool = False) -> list[Request]:
+        """Queues prompts with the engine, for ``pieces`` and ``result``; ends only where ``sampling`` says."""
+        if isinstance(prompts, str):
+            raise UserError(f"prompts: found the text {prompts[:20]!r}, expected a list of prompts: put it in brackets")
+        return self._queue([self.encode(prompt, chat) for prompt in prompts], sampling)
 
     def pieces(self, request: Request) -> Iterator[str]:
         """The text of a request of the engine as it is made."""
@@ -129,13 +126,7 @@ class LLM:
 
         The first token has nothing before it and no entry: entry i is of token i + 1.
         """
-        requests: list[Request] = []
-        try:
-            requests += (self.engine.add_request(tokens, Sampling(max_tokens=0), score=True) for tokens in sequences)
-        except UserError:
-            for request in requests:
-                self.engine.cancel(request)
-            raise
+        requests = self._queue(sequences, Sampling(max_tokens=0), score=True)
         self.engine.run(requests)
         return [np.array(request.prompt_logprobs, np.float32) for request in requests]
 
@@ -164,5 +155,17 @@ class LLM:
         )
 
     def _sampling(self, max_tokens, temperature, top_k, top_p, seed, stop) -> Sampling:
-        ends = tuple(self.tokenizer.eos_ids if stop is None else stop)
-        return Sampling(max_tokens, temperature, top_k, top_p, seed, ends)
+        ends = self.tokenizer.eos_ids if stop is None else stop
+        return Sampling(max_tokens, temperature, top_k, top_p, seed, tuple(ends))
+
+    def _queue(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, score: bool = False) -> list[Request]:
+        """All of them or, if one is bad, none."""
+        requests: list[Request] = []
+        try:
+            for prompt in prompts:
+                requests.append(self.engine.add_request(prompt, sampling, score=score))
+        except UserError:
+            for request in requests:
+                self.engine.cancel(request)
+            raise
+        return requests

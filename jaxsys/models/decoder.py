@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsys.kernels.attention import Paged, Rows, attend
+from jaxsys.kernels.embedding import lookup
 from jaxsys.kernels.matmul import activation_dtype, linear
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.layers import Layers, default_storage
@@ -143,7 +144,7 @@ class Decoder(nnx.Module):
         # Whole rows, the vocabulary still split: a look-up in a table cut along the width has to be redone whole.
         table = constrain(self.embed.kernel[...], ("act_vocab", None))
         # The factor is rounded to the kernel's dtype, as Gemma's own implementations do.
-        x = table[tokens].astype(dtype) * jnp.asarray(c.embed_scale, table.dtype).astype(dtype)
+        x = lookup(table, tokens).astype(dtype) * jnp.asarray(c.embed_scale, table.dtype).astype(dtype)
         x = constrain(x, ("batch", "seq", "act_embed"))
         angles = rotations(jnp.maximum(context.positions, 0), c, dtype)
         windows = {}

@@ -1,0 +1,24 @@
+"""One engine for all tests that change nothing about it."""
+
+import pytest
+from serve_engines import CONFIG, Reference, make_engine
+
+from jaxsys.serve.engine import Engine
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    return Reference(CONFIG)
+
+
+@pytest.fixture(scope="session")
+def shared_engine() -> Engine:
+    return make_engine()
+
+
+@pytest.fixture
+def engine(shared_engine) -> Engine:
+    """The engine, which every test must leave idle and with all its pages."""
+    yield shared_engine
+    assert not shared_engine.busy
+    assert shared_engine.scheduler.pages.used == 0

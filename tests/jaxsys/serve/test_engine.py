@@ -1,0 +1,259 @@
+"""The engine against the whole forward of whole rows."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from serve_engines import CONFIG, SIZES, WINDOWED, Reference, make_engine, weights
+
+from jaxsys.graphs import Graphs, LateCompileError, no_compiles
+from jaxsys.live import Live
+from jaxsys.models.state import build
+from jaxsys.serve.engine import Engine, EngineConfig
+from jaxsys.serve.forward import make_forward
+from jaxsys.serve.request import Sampling
+from jaxsys.serve.scheduler import Size
+from parallelism.errors import UserError
+
+GREEDY = Sampling(max_tokens=12, temperature=0.0)
+PROMPTS = [[5], [1, 2, 3], list(range(20, 37)), list(range(50)), [7] * 9, [96, 0, 96]]
+
+
+def run(engine, prompts, sampling=GREEDY, **options):
+    requests = [engine.add_request(prompt, sampling, **options) for prompt in prompts]
+    engine.run(requests)
+    return requests
+
+
+def made(request):
+    return request.tokens[request.prompt_tokens :]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_greedy_decode_equals_the_full_forward(engine, reference, prompt):
+    tokens, logprobs = reference.greedy(prompt, 12)
+    (request,) = run(engine, [prompt])
+    assert made(request) == tokens
+    np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-5)
+    assert request.finish_reason == "length"
+
+
+def test_requests_batched_equal_each_alone(engine):
+    alone = [run(engine, [prompt])[0] for prompt in PROMPTS]
+    together = run(engine, PROMPTS)
+    for a, b in zip(alone, together, strict=True):
+        assert made(a) == made(b)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_a_request_that_arrives_later_equals_itself_alone(engine):
+    alone = [made(request) for request in run(engine, PROMPTS[2:4])]
+    first = engine.add_request(PROMPTS[2], GREEDY)
+    engine.step()
+    engine.step()
+    second = engine.add_request(PROMPTS[3], GREEDY)
+    engine.run([first, second])
+    assert [made(first), made(second)] == alone
+
+
+def test_chunked_prefill_equals_whole_prefill(engine):
+    whole = make_engine(sizes=(Size(64, 4, queries=8),))
+    (a,), (b,) = run(engine, [PROMPTS[3]], score=True), run(whole, [PROMPTS[3]], score=True)
+    assert made(a) == made(b)
+    np.testing.assert_allclose(a.prompt_logprobs, b.prompt_logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_fewer_device_steps_make_the_same_tokens(engine, steps):
+    for sampling in (GREEDY, Sampling(12, seed=4)):
+        many = run(engine, PROMPTS[:3], sampling)
+        few = [engine.add_request(prompt, sampling) for prompt in PROMPTS[:3]]
+        while engine.busy:
+            engine.step(steps)
+        assert [made(r) for r in few] == [made(r) for r in many]
+
+
+def test_steps_are_data_that_the_device_obeys(engine):
+    request = engine.add_request([5], dataclasses.replace(GREEDY, max_tokens=20))
+    counts = []
+    for steps in (1, 3, None):
+        engine.step(steps)
+        counts.append(request.made)
+    engine.cancel(request)
+    assert counts == [1, 4, 12]
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 2.5}], ids=str)
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(engine, settings):
+    sampling = Sampling(12, **{"seed": 3, **settings})
+    (alone,) = run(engine, [PROMPTS[1]], sampling)
+    others = [engine.add_request(p, Sampling(9, seed=i, top_k=i)) for i, p in enumerate(PROMPTS[2:4])]
+    request = engine.add_request(PROMPTS[1], sampling)
+    engine.run([request, *others])
+    assert made(request) == made(alone)
+
+
+def test_other_seeds_and_no_seed_give_other_tokens(engine):
+    found = {tuple(made(run(engine, [[5]], Sampling(12, seed=seed))[0])) for seed in (1, 2, None, None)}
+    assert len(found) == 4
+
+
+def test_a_stop_token_ends_the_text_and_is_its_last(engine, reference):
+    tokens, _ = reference.greedy(PROMPTS[1], 12)
+    stop = tokens[4]
+    expected = tokens[: tokens.index(stop) + 1]
+    (request,) = run(engine, [PROMPTS[1]], dataclasses.replace(GREEDY, stop=(stop,)))
+    assert (made(request), request.finish_reason) == (expected, "stop")
+
+
+def test_more_stop_tokens_than_the_device_looks_for_all_stop(engine, reference):
+    tokens, _ = reference.greedy(PROMPTS[1], 12)
+    unused = [t for t in range(97) if t not in tokens][:12]
+    expected = tokens[: tokens.index(tokens[4]) + 1]
+    (request,) = run(engine, [PROMPTS[1]], dataclasses.replace(GREEDY, stop=(*unused, tokens[4])))
+    assert made(request) == expected
+
+
+def test_a_stop_token_brings_the_device_back_at_once(engine, reference):
+    tokens, _ = reference.greedy([5], 12)
+    request = engine.add_request([5], dataclasses.replace(GREEDY, stop=(tokens[1],)))
+    other = engine.add_request([6], dataclasses.replace(GREEDY, max_tokens=30))
+    engine.step()
+    engine.cancel(other)
+    assert request.finish_reason == "stop"
+    assert other.made <= 2
+
+
+def test_max_tokens_is_cut_at_the_end_of_the_context(engine, reference):
+    prompt = list(range(90))
+    (request,) = run(engine, [prompt], dataclasses.replace(GREEDY, max_tokens=50))
+    assert made(request) == reference.greedy(prompt, 6)[0]
+    assert request.finish_reason == "length"
+
+
+def test_score_equals_the_log_softmax_of_the_full_forward(engine, reference):
+    sequences = [*PROMPTS, list(range(96))]
+    for sequence, request in zip(sequences, run(engine, sequences, Sampling(0), score=True), strict=True):
+        expected = reference.log_softmax(sequence)[np.arange(len(sequence) - 1), sequence[1:]]
+        np.testing.assert_allclose(request.prompt_logprobs, expected, atol=1e-5)
+        assert made(request) == []
+
+
+def test_scores_of_a_prompt_come_with_its_continuation(engine, reference):
+    generated, scored = run(engine, [PROMPTS[2]], score=True), run(engine, [PROMPTS[2]], Sampling(0), score=True)
+    assert made(generated[0]) == reference.greedy(PROMPTS[2], 12)[0]
+    np.testing.assert_allclose(generated[0].prompt_logprobs, scored[0].prompt_logprobs, atol=1e-6)
+
+
+def test_a_stream_gives_the_tokens_in_order_and_closed_early_frees_its_pages(engine):
+    (whole,) = run(engine, [PROMPTS[1]])
+    assert list(engine.stream(engine.add_request(PROMPTS[1], GREEDY), 2)) == made(whole)
+    tokens = engine.stream(engine.add_request(PROMPTS[1], GREEDY))
+    assert next(tokens) == made(whole)[0]
+    tokens.close()
+    assert not engine.busy
+
+
+def test_after_warm_up_nothing_is_compiled_and_a_late_compile_raises(engine):
+    run(engine, PROMPTS, score=True)
+    with no_compiles("serving"):
+        run(engine, PROMPTS, Sampling(5, top_k=3, top_p=0.7, seed=1), score=True)
+    with pytest.raises(LateCompileError):
+        engine.graphs.compile("late", make_forward(engine.model, SIZES[0], 4), 1, 2, 3)
+
+
+def test_the_pool_is_donated_and_never_copied(engine):
+    pool = sum(np.asarray(a).nbytes for a in engine._pool.__dict__.values())
+    for size in SIZES:
+        stats = engine._forward[size].stats
+        assert stats.aliased_bytes >= pool
+    addresses = [a.unsafe_buffer_pointer() for a in (engine._pool.k, engine._pool.v)]
+    run(engine, PROMPTS)
+    assert [a.unsafe_buffer_pointer() for a in (engine._pool.k, engine._pool.v)] == addresses
+
+
+def test_tokens_carry_the_version_of_the_weights_that_made_them(reference):
+    engine = make_engine(sizes=SIZES[:1])
+    request = engine.add_request([5], dataclasses.replace(GREEDY, max_tokens=8))
+    engine.step(3)
+    params = engine.live._lease.params
+    engine.live.publish({key: jax.device_put(np.asarray(a) * 1.5, a.sharding) for key, a in params.items()})
+    with no_compiles("a swap"):
+        engine.run([request])
+    assert request.versions == [0] * 3 + [1] * 5
+    assert made(request)[:3] == reference.greedy([5], 3)[0]
+    assert made(request) != reference.greedy([5], 8)[0]
+
+
+def test_a_view_of_the_trainers_weights_is_served():
+    model = build(CONFIG)
+    graphs = Graphs()
+    live = Live({k: jax.device_put(weights(CONFIG)[k]) for k in model.layout}, graphs)
+    view = live.view("serve", dtype="bfloat16")
+    config = EngineConfig(sizes=SIZES[2:], page_size=8, kv_bytes=1 << 20)
+    engine = Engine(build(CONFIG, dtype="bfloat16"), live, graphs, config, view=view)
+    direct = make_engine(dtype="bfloat16", sizes=SIZES[2:])
+    for a, b in zip(run(engine, PROMPTS), run(direct, PROMPTS), strict=True):
+        assert made(a) == made(b)
+
+
+def test_local_windows_soft_caps_and_post_norms_decode_as_the_full_forward():
+    reference, engine = Reference(WINDOWED), make_engine(WINDOWED, sizes=SIZES[1:])
+    for prompt, request in zip(PROMPTS, run(engine, PROMPTS), strict=True):
+        tokens, logprobs = reference.greedy(prompt, 12)
+        assert made(request) == tokens
+        np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-5)
+
+
+NINE_THREE = dataclasses.replace(CONFIG, n_heads=9, n_kv_heads=3)  # divides over neither mesh, 97 tokens neither
+
+
+@functools.cache
+def on_one_device():
+    return run(make_engine(NINE_THREE, sizes=SIZES[2:]), PROMPTS, score=True)
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=2,tensor=2"])
+def test_a_mesh_makes_the_tokens_of_one_device_with_its_pool_split_by_heads(mesh):
+    engine = make_engine(NINE_THREE, mesh=mesh, sizes=SIZES[2:])
+    assert engine._pool.k.shape[3] == 4
+    assert {shard.data.shape[3] for shard in engine._pool.k.addressable_shards} == {2}
+    for a, b in zip(on_one_device(), run(engine, PROMPTS, score=True), strict=True):
+        assert made(a) == made(b)
+        np.testing.assert_allclose(a.prompt_logprobs, b.prompt_logprobs, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "words"),
+    [
+        ([], GREEDY, "no token"),
+        ([1, 97], GREEDY, "token 97 is not in the vocabulary, expected 0 to 96"),
+        ([-1], GREEDY, "token -1"),
+        ([1] * 96, GREEDY, "prompt of 96 tokens, expected at most 95 in a context of 96"),
+        ([1] * 97, Sampling(0), "prompt of 97 tokens, expected at most 96"),
+    ],
+)
+def test_a_bad_prompt_is_refused_in_one_line(engine, prompt, sampling, words):
+    with pytest.raises(UserError, match=words) as error:
+        engine.add_request(prompt, sampling)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_context": 97}, {"max_context": 0}, {"kv_bytes": 100}, {"max_context": 96, "kv_bytes": 20_000}]
+)
+def test_a_context_that_model_or_pool_do_not_have_is_refused(options):
+    with pytest.raises(UserError, match="max_context"):
+        make_engine(**options)
+
+
+def test_the_pool_stays_within_its_bytes_and_shortens_the_context():
+    engine = make_engine(kv_bytes=20_000, sizes=(Size(1, 1),))
+    assert engine._pool.k.nbytes + engine._pool.v.nbytes <= 20_000
+    assert engine.max_context == 64
+    assert len(made(run(engine, [[1] * 60], dataclasses.replace(GREEDY, max_tokens=9))[0])) == 4

@@ -1,0 +1,42 @@
+"""Sampling settings are checked where they are made."""
+
+import math
+
+import pytest
+
+from jaxsys.serve.request import Request, Sampling
+from parallelism.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_tokens": -1},
+        {"max_tokens": 2.5},
+        {"max_tokens": True},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": "hot"},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"stop": (-1,)},
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_named_in_one_line(settings):
+    (name,) = settings
+    with pytest.raises(UserError, match="stop token" if name == "stop" else name) as error:
+        Sampling(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_request_finishes_at_a_stop_token_before_its_length():
+    request = Request(1, [4], Sampling(2, stop=(9,)), seed=0)
+    request.take(8, -0.5, 3)
+    assert request.finish_reason is None
+    request.take(9, -0.25, 4)
+    assert (request.finish_reason, request.logprobs, request.versions) == ("stop", [-0.5, -0.25], [3, 4])

