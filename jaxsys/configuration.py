@@ -75,7 +75,9 @@ def _set(cls: type, values: dict[str, Any], path: list[str], text: str, where: s
     if len(path) > 1:
         inner, classes = values.get(name), _dataclasses(hints[name])
         if not isinstance(inner, dict):
-            raise UserError(f"configuration key {where + '.'.join(path)!r}: {where + name} is {inner!r}, it has no keys")
+            raise UserError(
+                f"configuration key {where + '.'.join(path)!r}: {where + name} is {inner!r}, it has no keys"
+            )
         inner_cls = _choose(classes, inner["kind"], where + name) if len(classes) > 1 else classes[0]
         _set(inner_cls, inner, path[1:], text, f"{where}{name}.")
         return

@@ -44,9 +44,8 @@ class TrainArgs:
                 print(trainer.report())
             summary = trainer.run()
         line = trainer.console.line
-        line(
-            f"step {summary.step} of {config.steps}, loss {summary.losses[-1]:.4f}" if summary.losses else "nothing to do"
-        )
+        said = f"loss {summary.losses[-1]:.4f}" if summary.losses else "nothing to do"
+        line(f"step {summary.step} of {config.steps}, {said}")
         line(f"{summary.tokens_per_second:,.0f} tokens/s, {summary.model_flops_per_second / 1e9:,.1f} model GFLOP/s")
         if not summary.finished:
             line(f"stopped; the same command resumes from step {summary.step}")

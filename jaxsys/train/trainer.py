@@ -119,6 +119,8 @@ class Trainer:
         name = self.config.data.tokenizer or self.config.init_from
         if name is None:
             raise UserError("configuration key data.tokenizer: a model from scratch needs one: a directory, file or name")
+        if (Path(name).expanduser() / "tokenizer.json").is_file():  # a tokenizer needs no model beside it
+            return Tokenizer.from_hf(Path(name).expanduser())
         return Tokenizer.of(resolve(name))
 
     def _data(self, model: ModelConfig) -> None:
