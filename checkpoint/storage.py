@@ -177,6 +177,7 @@ class LocalDraft:
     def __init__(self, path: Path):
         self._path = path
         self._tmp = path.with_name(f".tmp-{path.name}")
+        self._old = path.with_name(f".old-{path.name}")
 
     def begin(self) -> None:
         shutil.rmtree(self._tmp, ignore_errors=True)
@@ -194,15 +195,16 @@ class LocalDraft:
 
     def commit(self) -> None:
         fsync_directory(self._tmp)
-        old = self._path.with_name(f".old-{self._path.name}")
         if self._path.exists():
-            os.rename(self._path, old)
+            os.rename(self._path, self._old)
         os.rename(self._tmp, self._path)
         fsync_directory(self._path.parent)
-        if old.exists():
-            remove_directory(old)
+        if self._old.exists():
+            remove_directory(self._old)
 
     def abort(self) -> None:
+        if self._old.exists() and not self._path.exists():
+            os.rename(self._old, self._path)
         shutil.rmtree(self._tmp, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ layers and steps updates one buffer and never copies it.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,20 +40,23 @@ class Paged:
     sequences: [R, T] int32, the sequence (0..N-1) of each row.
     page_table: [R, N, C] int32, the page that holds positions c*page_size ... of a sequence.
     items: [R, I, Q] int32, rows grouped by sequence: an item's rows all belong to one sequence; T means none.
-    context: [R] int32, the longest context of any row (positions used): how far attention has to look.
+    places: [R, T] int32, where each used row is in its replica's items: item * Q + place in it.
     """
 
     positions: jax.Array
     sequences: jax.Array
     page_table: jax.Array
     items: jax.Array
-    context: jax.Array
+    places: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Keys and values of all layers: [L, R, P, page_size, K, h] each. Page 0 takes the writes of unused rows."""
+    """Keys and values of all layers: [L, R, P, K, page_size, h] each. Page 0 takes the writes of unused rows.
+
+    Heads come before positions, so that a page is what a batched matmul over heads reads, without a transpose.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -73,74 +77,110 @@ def attend(
 ) -> tuple[jax.Array, Any]:
     """Causal attention of q [B, T, H, h] over k, v [B, T, K, h], and over what ``carry`` holds: [B, T, H, h].
 
-    window: keys a token sees, itself included; None sees all. dtype: of the operands of both matmuls;
-    softmax and sums are in at least float32. Returns the output in q's dtype, and the carry.
+    window: keys a token sees, itself included; None sees all. dtype: of the operands of both matmuls over rows
+    (over pages they are in the pool's); softmax and sums are in at least float32. Returns the output in q's dtype,
+    and the carry.
     """
-    options = {"window": window, "scale": scale, "softcap": softcap, "dtype": dtype}
+    options = {"window": window, "scale": scale, "softcap": softcap}
     if isinstance(context, Rows):
-        return _rows(q, k, v, context, **options), carry
+        return _rows(q, k, v, context, **options, dtype=dtype), carry
     return _paged(q, k, v, context, carry, layer=layer, **options)
-
-
-def _scores(q, k, scale, softcap, dtype):
-    """q [N, Q, K, G, h], k [N, S, K, h] to float scores [N, K, G, Q, S]."""
-    accumulate = jnp.promote_types(dtype, jnp.float32)
-    s = jnp.einsum("nqkgh,nskh->nkgqs", q.astype(dtype), k.astype(dtype), preferred_element_type=accumulate) * scale
-    return s if softcap is None else softcap * jnp.tanh(s / softcap)
 
 
 def _rows(q, k, v, context, *, window, scale, softcap, dtype):
     B, T, H, h = q.shape
     K = k.shape[2]
-    s = _scores(q.reshape(B, T, K, H // K, h), k, scale, softcap, dtype)
     index = jnp.arange(T)
     seen = (index[:, None] >= index[None, :]) & (context.segments[:, :, None] == context.segments[:, None, :])
     seen &= (context.segments > 0)[:, :, None]
     if window is not None:
         seen &= context.positions[:, :, None] - context.positions[:, None, :] < window
-    seen = seen[:, None, None]
-    s = jnp.where(seen, s, NEVER)
-    p = jnp.where(seen, jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True))), 0.0)
-    p = p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
-    accumulate = jnp.promote_types(dtype, jnp.float32)
-    o = jnp.einsum("nkgqs,nskh->nqkgh", p.astype(dtype), v.astype(dtype), preferred_element_type=accumulate)
+    grouped = q.reshape(B, T, K, H // K, h).astype(dtype)
+    o = _masked(grouped, k.astype(dtype), v.astype(dtype), seen[:, None, None], scale, softcap)
     return o.reshape(B, T, H, h).astype(q.dtype)
 
 
-def _paged(q, k, v, context, pool, *, layer, window, scale, softcap, dtype):
-    """Writes k and v to the pool, then attends block by block of pages with a running softmax.
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _masked(q, k, v, seen, scale, softcap):
+    """q [B, Q, K, G, h], k and v [B, S, K, h], seen [B, 1, 1, Q, S]: [B, Q, K, G, h] in at least float32."""
+    return _masked_forward(q, k, v, seen, scale, softcap)[0]
+
+
+def _masked_scores(q, k, seen, scale, softcap):
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    s = _cap(jnp.einsum("nqkgh,nskh->nkgqs", q, k, preferred_element_type=accumulate) * scale, softcap)
+    return jnp.where(seen, s, NEVER)
+
+
+def _masked_forward(q, k, v, seen, scale, softcap):
+    s = _masked_scores(q, k, seen, scale, softcap)
+    top = s.max(-1, keepdims=True)
+    p = jnp.where(seen, jnp.exp(s - top), 0.0)
+    total = jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
+    o = jnp.einsum("nkgqs,nskh->nqkgh", (p / total).astype(v.dtype), v, preferred_element_type=s.dtype)
+    return o, (q, k, v, seen, o, top + jnp.log(total))
+
+
+def _masked_backward(scale, softcap, saved, g):
+    """The probabilities again from the normaliser (Dao et al. 2022, algorithm 4), not kept from the forward pass.
+
+    The softmax's own gradient needs the sum over keys of p * dp, which is the product of output and gradient.
+    """
+    q, k, v, seen, o, normaliser = saved
+    wide, dtype = o.dtype, q.dtype
+    s = _masked_scores(q, k, seen, scale, softcap)
+    p = jnp.where(seen, jnp.exp(s - normaliser), 0.0)
+    d = g.astype(dtype)
+    dp = jnp.einsum("nqkgh,nskh->nkgqs", d, v, preferred_element_type=wide)
+    delta = jnp.einsum("nqkgh,nqkgh->nkgq", g, o)[..., None]
+    ds = p * (dp - delta) * scale
+    if softcap is not None:
+        ds *= jnp.where(seen, 1 - jnp.square(s / softcap), 0.0)
+    dq = jnp.einsum("nkgqs,nskh->nqkgh", ds.astype(dtype), k, preferred_element_type=wide)
+    # XLA:CPU has no bfloat16 dot for a left operand whose contracted dimensions are not the minor ones.
+    over_rows = wide if jax.default_backend() == "cpu" else dtype
+    dk = jnp.einsum("nkgqs,nqkgh->nskh", ds.astype(over_rows), q.astype(over_rows), preferred_element_type=wide)
+    dv = jnp.einsum("nkgqs,nqkgh->nskh", p.astype(over_rows), d.astype(over_rows), preferred_element_type=wide)
+    return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype), None
+
+
+_masked.defvjp(_masked_forward, _masked_backward)
+
+
+def _cap(scores, softcap):
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _paged(q, k, v, context, pool, *, layer, window, scale, softcap):
+    """Writes k and v to the pool, then attends page by page with a running softmax.
 
     The running softmax (Milakov and Gimelshein 2018) makes a row's result independent of how far the
-    longest sequence of the batch reaches: a block with no key of the row changes nothing in it.
+    longest sequence of the batch reaches: a page with no key of the row changes nothing in it.
     """
     R, T, H, h = q.shape
-    K, page = k.shape[2], pool.k.shape[3]
+    K, page = pool.k.shape[3:5]
+    G, dtype = H // K, pool.k.dtype
     replica = jnp.arange(R)[:, None]
     used = context.positions >= 0
     slot = jnp.where(used, context.positions, 0)
     pages = jnp.where(used, context.page_table[replica, context.sequences, slot // page], 0)
-    write = (layer, replica, pages, slot % page)
-    pool = Pool(pool.k.at[write].set(k.astype(pool.k.dtype)), pool.v.at[write].set(v.astype(pool.v.dtype)))
+    write = (layer, replica, pages, slice(None), slot % page)
+    pool = Pool(pool.k.at[write].set(k.astype(dtype)), pool.v.at[write].set(v.astype(dtype)))
 
-    N, C = context.page_table.shape[1:]
     I, Q = context.items.shape[1:]
-    replica3 = replica[:, :, None]
-    padded = jnp.concatenate([q, jnp.zeros_like(q[:, :1])], axis=1)
-    item_q = padded[replica3, context.items].reshape(R * I, Q, K, H // K, h)
+    here = replica[:, :, None]
     row = jnp.minimum(context.items, T - 1)
-    live = (context.items < T) & used[replica3, row]
-    at = jnp.where(live, context.positions[replica3, row], -1).reshape(R * I, Q)
-    sequence = context.sequences[replica, row[:, :, 0]]
-    table = context.page_table[replica, sequence].reshape(R, I, C)
-
+    queries = q[here, row].astype(dtype).reshape(R * I, Q, K, G, h)
+    at = jnp.where(context.items < T, context.positions[here, row], -1).reshape(R * I, Q)
+    table = context.page_table[replica, context.sequences[replica, row[:, :, 0]]]
     accumulate = jnp.promote_types(dtype, jnp.float32)
 
-    def block(c, state):
+    def one_page(c, state):
         top, total, out = state
         where = (layer, replica, table[:, :, c])
-        keys = pool.k[where].reshape(R * I, page, K, h)
-        values = pool.v[where].reshape(R * I, page, K, h)
-        s = _scores(item_q, keys, scale, softcap, dtype)
+        keys, values = (a[where].reshape(R * I, K, page, h) for a in (pool.k, pool.v))
+        s = jnp.einsum("nqkgh,nksh->nkgqs", queries, keys, preferred_element_type=accumulate)
+        s = _cap(s * scale, softcap)
         key_at = c * page + jnp.arange(page)
         seen = key_at[None, None, :] <= at[:, :, None]
         if window is not None:
@@ -149,19 +189,15 @@ def _paged(q, k, v, context, pool, *, layer, window, scale, softcap, dtype):
         new = jnp.maximum(top, jnp.where(seen, s, NEVER).max(-1))
         p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
         shrink = jnp.exp(top - new)
-        o = jnp.einsum("nkgqs,nskh->nkgqh", p.astype(dtype), values.astype(dtype), preferred_element_type=accumulate)
+        o = jnp.einsum("nkgqs,nksh->nkgqh", p.astype(dtype), values, preferred_element_type=accumulate)
         return new, total * shrink + p.sum(-1), out * shrink[..., None] + o
 
-    G = H // K
     start = (
         jnp.full((R * I, K, G, Q), NEVER, accumulate),
         jnp.zeros((R * I, K, G, Q), accumulate),
         jnp.zeros((R * I, K, G, Q, h), accumulate),
     )
-    blocks = (context.context.max() + page - 1) // page
-    _, total, out = lax.fori_loop(0, blocks, block, start)
+    _, total, out = lax.fori_loop(0, context.positions.max() // page + 1, one_page, start)
     out = out / jnp.maximum(total, 1e-30)[..., None]
     out = out.transpose(0, 3, 1, 2, 4).reshape(R, I * Q, H, h)
-    # Each row sits in exactly one item: scatter the items' rows back to where they came from.
-    back = jnp.zeros((R, T + 1, H, h), out.dtype).at[replica, context.items.reshape(R, I * Q)].set(out)
-    return back[:, :T].astype(q.dtype), pool
+    return out[replica, context.places].astype(q.dtype), pool

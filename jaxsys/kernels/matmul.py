@@ -66,12 +66,24 @@ _dot.defvjp(_dot_forward, _dot_backward)
 def weight_gradient(g: jax.Array, x: jax.Array) -> jax.Array:
     """sum over rows of g [N, F] times x [N, D]: [F, D], in at least float32.
 
-    XLA:CPU is two to four times slower when the contracted dimension of the left operand is not the minor
-    one (and computes bfloat16 in float32 then), so there g is transposed in memory first.
+    XLA:CPU is up to four times slower when the contracted dimension of the left operand is not the minor one (and
+    computes bfloat16 in float32 then), so there the narrower operand is transposed in memory first.
     """
-    if _on_cpu():
-        return _contract(with_layout_constraint(g.T, Layout((0, 1))), x, 1, 0)
-    return _contract(g, x, 0, 0)
+    if not _on_cpu():
+        return _contract(g, x, 0, 0)
+    if g.shape[1] <= x.shape[1]:
+        return _contract(_transposed(g), x, 1, 0)
+    # The product too is laid out first, or XLA swaps the operands to be rid of the transpose after it.
+    return _row_major(_contract(_transposed(x), g, 1, 0)).T
+
+
+def _transposed(a: jax.Array) -> jax.Array:
+    """The transpose in memory, where XLA would only relabel the dimensions."""
+    return _row_major(a.T)
+
+
+def _row_major(a: jax.Array) -> jax.Array:
+    return with_layout_constraint(a, Layout((0, 1)))
 
 
 def _contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:

@@ -142,7 +142,8 @@ class Decoder(nnx.Module):
         dtype = activation_dtype(self.embed.kernel.dtype)
         # Whole rows, the vocabulary still split: a look-up in a table cut along the width has to be redone whole.
         table = constrain(self.embed.kernel[...], ("act_vocab", None))
-        x = table[tokens].astype(dtype) * jnp.asarray(c.embed_scale, dtype)
+        # The factor is rounded to the kernel's dtype, as Gemma's own implementations do.
+        x = table[tokens].astype(dtype) * jnp.asarray(c.embed_scale, table.dtype).astype(dtype)
         x = constrain(x, ("batch", "seq", "act_embed"))
         angles = rotations(jnp.maximum(context.positions, 0), c, dtype)
         windows = {}

@@ -138,8 +138,10 @@ class _GGUFReader:
         if self._last is None or self._last[0] != logical.name:
             self._last = None  # freed before the next one is read
             array = self._kind.undo_gguf(self._config, logical.name, self._file.read(self._names[logical.name]))
-            self._last = (logical.name, array.reshape(logical.shape))
-        return np.array(self._last[1][box], logical.dtype)
+            array = array.reshape(logical.shape)
+            array.flags.writeable = False  # boxes may be views of it
+            self._last = (logical.name, array)
+        return self._last[1][box].astype(logical.dtype, copy=False)
 
 
 def _config(make: Callable[[], ModelConfig], where: str) -> ModelConfig:
@@ -157,7 +159,7 @@ def file_shape(logical: Logical) -> tuple[int, ...]:
 
 
 def _merged_dimensions(logical: Logical, values: Iterable[Any]) -> list[list[Any]]:
-    """``values``, one a logical dimension, grouped into the file's dimensions: head_dim goes with the heads before it."""
+    """``values``, one a logical dimension, by the file's dimensions: head_dim goes with the heads before it."""
     groups: list[list[Any]] = []
     for axis, value in zip(logical.axes, values, strict=True):
         if axis == "head_dim":

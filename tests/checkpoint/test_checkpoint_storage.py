@@ -67,6 +67,24 @@ def test_a_replacement_that_stops_anywhere_leaves_the_old_or_the_new(tmp_path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "step-00000001"]
 
 
+def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
+    storage = LocalStorage(tmp_path)
+    put(storage, 1, b"old")
+    rename = os.rename
+
+    def fails(a, b):
+        if ".tmp-" in str(a):
+            raise OSError(5, "Input/output error")
+        rename(a, b)
+
+    draft = storage.begin(1)
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError):
+        draft.commit()
+    draft.abort()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_a_deletion_that_stops_half_way_offers_no_torn_step(tmp_path, monkeypatch):
     storage = LocalStorage(tmp_path)
     put(storage, 1)

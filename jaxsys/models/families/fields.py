@@ -22,7 +22,7 @@ class Fields:
         self.where = where
 
     def take(self, name: str, kind: type[T], default: Any = _REQUIRED) -> T:
-        """The field ``name`` as ``kind``; numbers must be positive. Raises UserError if it is missing or of another kind."""
+        """The field ``name`` as ``kind``, numbers positive. Raises UserError if it is missing or of another kind."""
         if name not in self._left:
             if default is _REQUIRED:
                 raise UserError(f"{self.where}: field {name!r} is missing; fetch the file again")

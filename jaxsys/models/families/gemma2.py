@@ -37,8 +37,8 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     fields.expect("attention_bias", False)
     fields.expect("attention_dropout", 0.0)
     fields.expect("use_bidirectional_attention", False)
-    # Written beside hidden_activation by older versions, read by none.
-    fields.expect("hidden_act", values.get("hidden_activation"))
+    activation = hugging_face.take_activation(fields, "hidden_activation")
+    fields.expect("hidden_act", values["hidden_activation"])  # written beside it by older versions, read by none
     shape = hugging_face.take_shape(fields)
     layers = shape["n_layers"]
     kinds = fields.take("layer_types", list, [GLOBAL if i % 2 else LOCAL for i in range(layers)])
@@ -54,14 +54,18 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         head_dim=(head_dim := fields.take("head_dim", int)),
         windows=tuple(window if kind == LOCAL else None for kind in kinds) if LOCAL in kinds else (),
         attention_scale=_scale(fields.take("query_pre_attn_scalar", float), head_dim),
-        # null is no cap; a field that is not there is transformers' default.
-        attention_softcap=fields.take("attn_logit_softcapping", float, None if "attn_logit_softcapping" in values else 50.0),
-        logit_softcap=fields.take("final_logit_softcapping", float, None if "final_logit_softcapping" in values else 30.0),
+        attention_softcap=_take_cap(fields, values, "attn_logit_softcapping", 50.0),
+        logit_softcap=_take_cap(fields, values, "final_logit_softcapping", 30.0),
         tie_embeddings=fields.take("tie_word_embeddings", bool, True),
-        activation=hugging_face.take_activation(fields, "hidden_activation"),
+        activation=activation,
     )
     fields.finish(hugging_face.HARMLESS)
     return config
+
+
+def _take_cap(fields: Fields, values: Mapping[str, Any], name: str, default: float) -> float | None:
+    """null is no cap; a field that is not there is transformers' default."""
+    return fields.take(name, float, None if name in values else default)
 
 
 def _constants(d_model: int) -> dict[str, Any]:

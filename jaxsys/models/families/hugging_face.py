@@ -17,12 +17,13 @@ ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # Says nothing of what the model computes: bookkeeping, token ids (the tokenizer's files have them), defaults of
 # generation and of fresh initialisation, and switches of one implementation.
-HARMLESS = frozenset(
-    "_name_or_path _attn_implementation_autoset transformers_version transformers.js_config torch_dtype dtype "
-    "bos_token_id eos_token_id pad_token_id unk_token_id initializer_range use_cache cache_implementation "
-    "pretraining_tp is_llama_config unsloth_version unsloth_fixed id2label label2id return_dict "
-    "do_sample temperature top_k top_p max_length max_new_tokens repetition_penalty".split()
-)
+HARMLESS = {
+    *("_name_or_path", "_attn_implementation_autoset", "transformers_version", "transformers.js_config"),
+    *("is_llama_config", "unsloth_version", "unsloth_fixed", "id2label", "label2id", "return_dict"),
+    *("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
+    *("initializer_range", "use_cache", "cache_implementation", "pretraining_tp"),
+    *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "repetition_penalty"),
+}
 
 ATTENTION_AND_MLP = {
     "attention.q.kernel": "self_attn.q_proj.weight",
@@ -113,7 +114,7 @@ def _take_rope(fields: Fields, max_seq_len: int) -> tuple[float, Llama3Scaling |
     """rope_theta and scaling, from the old fields, the new one, or both where they agree."""
     new, old = fields.take("rope_parameters", dict, {}), fields.take("rope_scaling", dict, {})
     theta = fields.take("rope_theta", float, None)
-    told = {}
+    told: dict[str, Any] = {}
     for values in (new, old):
         values = {"rope_type": values["type"], **values} if "type" in values else dict(values)
         inner = Fields({"rope_theta": values.pop("rope_theta", None)}, fields.where).take("rope_theta", float, None)
@@ -140,4 +141,3 @@ def _take_rope(fields: Fields, max_seq_len: int) -> tuple[float, Llama3Scaling |
         )
     rope.finish()
     return theta, scaling
-

@@ -1,0 +1,168 @@
+"""A model to call from Python: ``load``, then generate, stream and score."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxsys.graphs import Graphs, enable_persistent_cache
+from jaxsys.hub import resolve
+from jaxsys.live import Live
+from jaxsys.models.pretrained import Pretrained
+from jaxsys.models.state import build
+from jaxsys.serve.engine import Engine, EngineConfig
+from jaxsys.serve.request import Request, Result, Sampling
+from jaxsys.tokenizer import Tokenizer
+from parallelism import PARAMETERS, MeshSpec, plan, put
+from parallelism.errors import UserError, unknown_name
+
+DTYPES = ("float32", "bfloat16")
+
+Prompt = str | Sequence[int]
+
+# Tokens between two looks of the host while somebody reads along.
+STREAM_STEPS = 4
+
+
+def load(
+    model: str | os.PathLike[str],
+    mesh: str = "",
+    dtype: str = "float32",
+    max_context: int | None = None,
+    kv_bytes: int = EngineConfig.kv_bytes,
+) -> LLM:
+    """A model ready to generate: weights on their devices, every graph compiled.
+
+    model: a native checkpoint or run, a Hugging Face directory, a GGUF file, a Hub id, or a name that a package
+    resolves (``smollm2-135m-instruct``). mesh: as ``tensor=2``; empty is one device. dtype: of the weights,
+    ``float32`` or ``bfloat16``. max_context: tokens of a sequence, prompt included; None is as many as the model and
+    the pool allow. kv_bytes: what the pool of keys and values may take.
+    Raises UserError for anything wrong with these.
+    """
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    source = resolve(os.fspath(model))
+    spec = MeshSpec.parse(mesh)
+    pretrained, tokenizer = Pretrained.open(source.path), Tokenizer.of(source)
+    enable_persistent_cache()
+    devices = spec.build()
+    decoder = build(pretrained.config, dtype=dtype)
+    placed = plan(decoder.layout, devices, PARAMETERS, decoder.units)
+    graphs = Graphs(devices)
+    live = Live(put(placed, pretrained.reader), graphs)
+    config = EngineConfig(max_context=max_context, kv_bytes=kv_bytes)
+    engine = Engine(decoder.with_layout(placed.layout), live, graphs, config)
+    graphs.freeze()
+    return LLM(engine, tokenizer)
+
+
+class LLM:
+    """An engine and its tokenizer. Prompts are text, or lists of token ids. For one thread.
+
+    The sampling arguments are those of ``jaxsys.serve.request.Sampling``; generation ends at the tokenizer's
+    end-of-text tokens unless ``stop`` names others. chat: a text is a user's message, put into the model's template.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer):
+        self.engine, self.tokenizer = engine, tokenizer
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.engine.model.config
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int = 16,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[int] | None = None,
+        chat: bool = False,
+    ) -> list[Result]:
+        """One result a prompt, in order; all run together. Raises UserError, before any runs, for a bad prompt."""
+        if isinstance(prompts, str):
+            raise UserError(f"prompts: found the text {prompts[:20]!r}, expected a list of prompts: put it in brackets")
+        sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop)
+        requests: list[Request] = []
+        try:
+            requests += (self.engine.add_request(self.encode(prompt, chat), sampling) for prompt in prompts)
+        except UserError:
+            for request in requests:
+                self.engine.cancel(request)
+            raise
+        self.engine.run(requests)
+        return [self.result(request) for request in requests]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 16,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[int] | None = None,
+        chat: bool = False,
+    ) -> Iterator[str]:
+        """The text of one result piece by piece, whole characters each; they add up to ``generate``'s text."""
+        sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop)
+        request = self.engine.add_request(self.encode(prompt, chat), sampling)
+        return self.pieces(request)
+
+    def pieces(self, request: Request) -> Iterator[str]:
+        """The text of a request of the engine as it is made."""
+        text = self.tokenizer.stream(skip_special=True)
+        for token in self.engine.stream(request, STREAM_STEPS):
+            if piece := text.push(token):
+                yield piece
+        if piece := text.finish():
+            yield piece
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """The natural log-probability of each token given those before it: [n - 1] float32 for n tokens.
+
+        The first token has nothing before it and no entry: entry i is of token i + 1.
+        """
+        requests: list[Request] = []
+        try:
+            requests += (self.engine.add_request(tokens, Sampling(max_tokens=0), score=True) for tokens in sequences)
+        except UserError:
+            for request in requests:
+                self.engine.cancel(request)
+            raise
+        self.engine.run(requests)
+        return [np.array(request.prompt_logprobs, np.float32) for request in requests]
+
+    def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
+        """Token ids of a prompt, as ``generate`` takes it."""
+        if not isinstance(prompt, str):
+            if chat:
+                raise UserError("prompt: found token ids with chat=True, expected text: give text, or chat=False")
+            return list(prompt)
+        if not chat:
+            return self.tokenizer.encode(prompt)
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+        return self.tokenizer.encode(text, add_bos=False)
+
+    def result(self, request: Request) -> Result:
+        """What a finished request came to."""
+        assert request.finish_reason is not None
+        made = request.tokens[request.prompt_tokens :]
+        return Result(
+            self.tokenizer.decode(made, skip_special=True),
+            made,
+            np.array(request.logprobs, np.float32),
+            request.tokens[: request.prompt_tokens],
+            request.finish_reason,
+            request.versions,
+        )
+
+    def _sampling(self, max_tokens, temperature, top_k, top_p, seed, stop) -> Sampling:
+        ends = tuple(self.tokenizer.eos_ids if stop is None else stop)
+        return Sampling(max_tokens, temperature, top_k, top_p, seed, ends)

@@ -1,0 +1,176 @@
+"""The decode engine: one loop over plan, pack, launch, read. It compiles at the start and never after."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsys.dispatch import dispatcher
+from jaxsys.graphs import Graphs
+from jaxsys.live import Live
+from jaxsys.models.state import Model
+from jaxsys.serve.forward import Output, empty_batch, make_forward, make_pool, pack, page_bytes
+from jaxsys.serve.pages import PageAllocator
+from jaxsys.serve.request import Request, Sampling
+from jaxsys.serve.scheduler import Scheduler, Size
+from parallelism.errors import UserError
+
+SIZES = (Size(1, 1), Size(16, 16), Size(128, 16, queries=16))
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """max_context: tokens of one sequence, prompt included; None is as many as the model and the pool allow.
+
+    kv_bytes: the most that the pool may take, over all devices (it takes no more than its sequences can use).
+    page_size: positions a page; what attention reads at once. max_steps: tokens a sequence makes between two looks of
+    the host. sizes: the shapes that are compiled.
+    """
+
+    max_context: int | None = None
+    kv_bytes: int = 512 << 20
+    page_size: int = 64
+    max_steps: int = 16
+    sizes: tuple[Size, ...] = SIZES
+
+
+class Engine:
+    """Serves the parameters in ``live`` through graphs of its own in ``graphs``. For one thread.
+
+    model: with the layout of those parameters; view: the name of a view of ``live`` to serve instead of them.
+    The constructor compiles every graph and makes the pool; freeze ``graphs`` after it.
+    Raises UserError if the pool's bytes do not hold one sequence of ``max_context``.
+    """
+
+    def __init__(
+        self, model: Model, live: Live, graphs: Graphs, config: EngineConfig | None = None, *, view: str | None = None
+    ):
+        self.config = config = config or EngineConfig()
+        self.model, self.live, self.graphs, self.view = model, live, graphs, view
+        self.max_context, pages = _pool_size(model, config)
+        self._width = -(-self.max_context // config.page_size)
+        self.scheduler = Scheduler(PageAllocator(pages, config.page_size), config.sizes, config.max_steps)
+        make = graphs.compile("kv_pool", make_pool(model, pages, config.page_size))
+        pool = make.outputs
+        params = dispatcher().call(lambda: dict(live.lease(view).params))
+        everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
+        shardings = None if everywhere is None else (everywhere, jax.tree.map(lambda a: a.sharding, pool))
+        self._forward = {}
+        for size in config.sizes:
+            batch = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+                empty_batch(size, self._width, config.page_size),
+            )
+            forward = make_forward(model, size, config.max_steps)
+            name = f"forward[{size.rows}x{size.sequences}]"
+            self._forward[size] = graphs.compile(name, forward, params, pool, batch, donate=(1,), out_shardings=shardings)
+        self._pool = make()
+
+    # -------------------------------------------------------------------------------------------------- requests
+
+    def add_request(self, prompt: Sequence[int], sampling: Sampling | None = None, *, score: bool = False) -> Request:
+        """Queues a prompt of token ids. max_tokens is cut to what the context has room for.
+
+        score: the log-probabilities of the prompt's own tokens are wanted too.
+        Raises UserError for an empty prompt, a token that is not in the vocabulary, and a prompt too long.
+        """
+        sampling, tokens, vocabulary = sampling or Sampling(), [int(t) for t in prompt], self.model.config.vocab_size
+        if not tokens:
+            raise UserError("prompt: found no token, expected at least one: give a longer text")
+        if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
+            raise UserError(f"prompt: token {wrong[0]} is not in the vocabulary, expected 0 to {vocabulary - 1}")
+        room = self.max_context - len(tokens)
+        if room < min(sampling.max_tokens, 1):
+            raise UserError(
+                f"prompt of {len(tokens)} tokens, expected at most {self.max_context - min(sampling.max_tokens, 1)} in a "
+                f"context of {self.max_context}: give a shorter prompt, or raise max_context if the model "
+                f"({self.model.config.max_seq_len}) and the KV pool allow"
+            )
+        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+        request = Request(len(tokens), tokens, sampling, seed, score)
+        self.scheduler.add(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Drops a request and frees its pages."""
+        self.scheduler.cancel(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs."""
+        return self.scheduler.busy
+
+    # ------------------------------------------------------------------------------------------------------ loop
+
+    def step(self, max_steps: int | None = None) -> list[Request]:
+        """Runs the next packed batch; returns the requests that finished with it.
+
+        max_steps: tokens a sequence at most, where fewer than the configured number are wanted at once.
+        """
+        plan = self.scheduler.schedule(max_steps)
+        if plan is None:
+            return []
+        batch = pack(plan, self._width, self.config.page_size)
+        graph = self._forward[plan.size]
+
+        def launch() -> tuple[int, Output]:
+            lease = self.live.lease(self.view)
+            output, self._pool = graph(dict(lease.params), self._pool, batch)
+            return lease.version, output
+
+        version, output = dispatcher().call(launch)
+        host = jax.device_get(output)
+        row = 0
+        for chunk in plan.chunks:
+            if chunk.request.score:
+                count = min(chunk.count, chunk.request.prompt_tokens - 1 - chunk.start)
+                chunk.request.prompt_logprobs += host.target_logprobs[0, row : row + max(count, 0)].tolist()
+            row += chunk.count
+        ran = int(host.steps)
+        return self.scheduler.advance(plan, host.tokens[:ran, 0].tolist(), host.logprobs[:ran, 0].tolist(), version)
+
+    def run(self, requests: Iterable[Request]) -> None:
+        """Steps until these requests are finished, others with them. What is interrupted is cancelled."""
+        requests = list(requests)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.cancel(request)
+
+    def stream(self, request: Request, max_steps: int | None = None) -> Iterator[int]:
+        """The tokens of a request as they are made, others running with it. Closed early, it cancels the request."""
+        given = 0
+        try:
+            while True:
+                yield from request.tokens[request.prompt_tokens + given :]
+                given = request.made
+                if request.finish_reason is not None:
+                    return
+                self.step(max_steps)
+        finally:
+            self.cancel(request)
+
+
+def _pool_size(model: Model, config: EngineConfig) -> tuple[int, int]:
+    """Positions of the longest sequence, and pages of the pool."""
+    size = config.page_size
+    affordable = config.kv_bytes // page_bytes(model, size)
+    longest = min(model.config.max_seq_len, max(affordable - 1, 0) * size)
+    wanted = longest if config.max_context is None else config.max_context
+    if wanted < 1 or wanted > longest:
+        need = (-(-max(wanted, 1) // size) + 1) * page_bytes(model, size)
+        raise UserError(
+            f"max_context {wanted}: expected 1 to {longest}: the model was trained with {model.config.max_seq_len} "
+            f"positions, and a KV pool of {config.kv_bytes} bytes holds {max(affordable - 1, 0) * size} "
+            f"({need} bytes hold the {wanted})"
+        )
+    sequences = max(s.sequences for s in config.sizes)
+    return wanted, min(affordable, sequences * -(-wanted // size) + 1)
