@@ -29,6 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxsys: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"jaxsys: {error.filename}: {error.strerror}; check the path, its permissions and the disk", file=sys.stderr
+        )
+        return 2
     except KeyboardInterrupt:
         print("jaxsys: interrupted", file=sys.stderr)
         return 130
