@@ -42,44 +42,51 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str = "") -> Con
     for name in values:
         if name not in hints:
             raise unknown_name("configuration key", where + name, [where + known for known in hints])
-    values = {name: _value(hints[name], value, where + name) for name, value in values.items()}
+    fields = {name: _value(hints[name], value, where + name) for name, value in values.items()}
     try:
-        return cls(**values)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"configuration {where or kind(cls)}: these values make no {kind(cls)}: {error}") from error
+        return cls(**fields)
+    except UserError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # keys that are missing, or do not fit together
+        raise UserError(f"configuration {where.rstrip('.') or cls.__name__}: {error}") from error
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:
     """The configuration with ``"optim.learning_rate=1e-3"`` and the like applied, in order."""
+    values = to_dict(config)
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--set {assignment!r}: expected KEY=VALUE, for example seed=1")
-        config = _set(config, name.strip().split("."), text.strip(), "")
-    return config
+        _set(type(config), values, name.strip().split("."), text.strip(), "")
+    # Checked as a whole: keys that depend on each other may be set in any order.
+    return from_dict(type(config), values)
 
 
 def dumps(config: Any) -> str:
     return json.dumps(to_dict(config), indent=2)
 
 
-def _set(config: Any, path: list[str], text: str, where: str) -> Any:
-    hints = _fields(type(config))
+def _set(cls: type, values: dict[str, Any], path: list[str], text: str, where: str) -> None:
+    hints = _fields(cls)
     name = path[0]
     if name not in hints:
         raise unknown_name("configuration key", where + name, [where + known for known in hints])
     if len(path) > 1:
-        inner = getattr(config, name)
-        if not dataclasses.is_dataclass(inner):
+        inner, classes = values.get(name), _dataclasses(hints[name])
+        if not isinstance(inner, dict):
             raise UserError(
                 f"configuration key {where + '.'.join(path)!r}: {where + name} is {inner!r}, it has no keys"
             )
-        return dataclasses.replace(config, **{name: _set(inner, path[1:], text, f"{where}{name}.")})
-    value = _value(hints[name], _parse(hints[name], text), where + name)
-    try:
-        return dataclasses.replace(config, **{name: value})
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"configuration key {where + name}={text}: {error}") from error
+        inner_cls = _choose(classes, inner["kind"], where + name) if len(classes) > 1 else classes[0]
+        _set(inner_cls, inner, path[1:], text, f"{where}{name}.")
+        return
+    value, classes = _parse(hints[name], text), _dataclasses(hints[name])
+    if classes and value is not None:  # chosen by name, with the defaults of its own keys
+        _choose(classes, value, where + name)
+        values[name] = {"kind": value} if len(classes) > 1 else {}
+    else:
+        values[name] = to_dict(_value(hints[name], value, where + name))
 
 
 def _parse(hint: Any, text: str) -> Any:

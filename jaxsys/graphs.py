@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.monitoring
@@ -199,8 +199,8 @@ def _stats(name: str, compiled: Any, trace: float, seconds: float, cached: bool)
 class _Events:
     """Counts compiles and persistent-cache hits while open, from JAX's own monitoring events."""
 
-    _open: list[_Events] = []
-    _registered = False
+    _open: ClassVar[list[_Events]] = []
+    _registered: ClassVar[bool] = False
 
     def __init__(self):
         self.compiles = self.hits = self.misses = 0

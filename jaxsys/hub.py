@@ -38,14 +38,14 @@ def resolve(name_or_path: str | Path) -> ModelSource:
     """The files of a model, found by, in this order:
 
     a path: a GGUF file, a Hugging Face directory (config.json), or a native checkpoint (manifest.json in it, or in
-    its step_* directories), or a run with such ones; a name in PACKAGED, whose package is looked up but not imported; a Hub id
-    ``organisation/name``, from huggingface_hub's cache, else downloaded.
+    its step-* directories), or a run with such ones; a name in PACKAGED, whose package is looked
+    up but not imported; a Hub id ``organisation/name``, from huggingface_hub's cache, else downloaded.
 
     Raises UserError that says what was tried.
     """
     text = str(name_or_path)
     path = Path(name_or_path).expanduser()
-    if any(path.glob("checkpoints/step_*/manifest.json")):
+    if any(path.glob("checkpoints/step-*/manifest.json")):
         path = path / "checkpoints"  # a run's directory
     if path.exists():
         return ModelSource(path, _kind(path))
@@ -61,7 +61,7 @@ def resolve(name_or_path: str | Path) -> ModelSource:
 
 def is_native(path: Path) -> bool:
     """Whether a directory is a native checkpoint, or holds some."""
-    return (path / "manifest.json").is_file() or any(path.glob("step_*/manifest.json"))
+    return (path / "manifest.json").is_file() or any(path.glob("step-*/manifest.json"))
 
 
 def _kind(path: Path) -> Kind:
@@ -80,7 +80,7 @@ def _kind(path: Path) -> Kind:
     files = sorted(p.name for p in path.glob("*.gguf"))
     hint = f"; give the file: {path / files[0]}" if files else ""
     raise UserError(
-        f"{path}: holds no model: neither manifest.json, step_*/manifest.json nor config.json with *.safetensors{hint}"
+        f"{path}: holds no model: neither manifest.json, step-*/manifest.json nor config.json with *.safetensors{hint}"
     )
 
 

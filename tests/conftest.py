@@ -11,3 +11,16 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAXSYS_CACHE", tempfile.mkdtemp(prefix="jaxsys-tests-"))
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory) -> Path:
+    """A directory with a ``tokenizer`` and a folder of ``text``."""
+    from tiny_runs import write_text, write_tokenizer
+
+    path = tmp_path_factory.mktemp("material")
+    write_tokenizer(path / "tokenizer")
+    write_text(path / "text")
+    return path

@@ -26,7 +26,10 @@ class GraphsArgs:
         path = self.run_directory / "graphs.json"
         if not path.is_file():
             raise UserError(f"{path} does not exist: give the directory of a run that has started")
-        rows = json.loads(path.read_text())
+        try:
+            rows = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); start the run again to have it made again") from error
         if self.json:
             json.dump(rows, sys.stdout, indent=1)
             print()

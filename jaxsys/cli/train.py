@@ -13,6 +13,7 @@ class TrainArgs:
     """Train, or resume, the run of a recipe.
 
     Ctrl-C or SIGTERM finishes the step, saves and exits; the same command resumes.
+    Exit code: 0; 1 when the last checkpoint could not be written; 2 for what the user can mend.
     """
 
     config: str
@@ -43,12 +44,12 @@ class TrainArgs:
                 print(trainer.report())
             summary = trainer.run()
         line = trainer.console.line
-        line(
-            f"step {summary.step} of {config.steps}, loss {summary.losses[-1]:.4f}"
-            if summary.losses
-            else "nothing to do"
-        )
+        said = f"loss {summary.losses[-1]:.4f}" if summary.losses else "nothing to do"
+        line(f"step {summary.step} of {config.steps}, {said}")
         line(f"{summary.tokens_per_second:,.0f} tokens/s, {summary.model_flops_per_second / 1e9:,.1f} model GFLOP/s")
         if not summary.finished:
             line(f"stopped; the same command resumes from step {summary.step}")
+        if summary.save_error is not None:
+            line(f"the last checkpoint FAILED: {summary.save_error}; make room, then give the same command again")
+            return 1
         return 0

@@ -7,6 +7,13 @@ from typing import Literal
 
 from jaxsys.models.config import ModelConfig
 from jaxsys.optim import OptimConfig
+from parallelism.errors import UserError
+
+
+def _at_least(config: object, least: int, *names: str) -> None:
+    for name in names:
+        if (found := getattr(config, name)) < least:
+            raise UserError(f"configuration key {name}: found {found}, expected at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +21,7 @@ class DataConfig:
     """source: ``stdlib`` (the Python standard library's documentation and sources), a file, a folder or a glob.
 
     batch_size: rows of a global batch. seq_len: tokens of a row. heldout: share of documents kept for evaluation.
-    tokenizer: a model directory, GGUF file or name; None takes that of ``init_from``. limit: documents at most.
+    tokenizer: a directory with a tokenizer.json, a model directory, GGUF file or name; None takes that of ``init_from``. limit: documents at most.
     """
 
     source: str = "stdlib"
@@ -23,6 +30,11 @@ class DataConfig:
     heldout: float = 0.05
     tokenizer: str | None = None
     limit: int | None = None
+
+    def __post_init__(self):
+        _at_least(self, 1, "batch_size", "seq_len")
+        if not 0 <= self.heldout < 1:
+            raise UserError(f"configuration key heldout: found {self.heldout}, expected at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +49,9 @@ class CheckpointConfig:
     keep: int = 2
     ram: str | None = None
     ram_every: int = 10
+
+    def __post_init__(self):
+        _at_least(self, 1, "every", "keep", "ram_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,3 +90,22 @@ class TrainConfig:
     log_every: int = 1
     target: str | None = None
     profile: str | None = None
+
+    def __post_init__(self):
+        _at_least(self, 1, "steps", "accumulate", "update_groups", "log_every")
+        _at_least(self, 0, "seed", "eval_every", "eval_batches")
+        if self.seed >= 2**31:
+            raise UserError(f"configuration key seed: found {self.seed}, expected less than 2**31")
+        start, _ = self.profile_steps
+        if self.profile and start >= self.steps:
+            raise UserError(f"profile {self.profile!r}: the run ends at step {self.steps}: begin earlier")
+
+    @property
+    def profile_steps(self) -> tuple[int, int]:
+        """First step of the profile and the one after its last; (0, 0) without a profile."""
+        if self.profile is None:
+            return 0, 0
+        start, colon, stop = self.profile.partition(":")
+        if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+            raise UserError(f"profile {self.profile!r}: expected START:STOP with START below STOP, for example 10:13")
+        return int(start), int(stop)

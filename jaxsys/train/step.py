@@ -114,6 +114,10 @@ class Step:
         params, state = self.update(params, state, sums[0], scale, step)
         return params, state, metrics
 
+    def finite(self, state: Arrays) -> jax.Array:
+        """Whether every value of the state is a finite number: a bool scalar."""
+        return jnp.stack([jnp.isfinite(array).all() for array in state.values()]).all()
+
     def _keep(self, arrays: Arrays) -> Arrays:
         """Each array in its parameter's sharding."""
         return {

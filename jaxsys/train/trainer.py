@@ -43,7 +43,7 @@ BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
 
 
 class NonFiniteLoss(UserError):
-    """The loss became NaN or infinite."""
+    """The loss, or what a checkpoint would hold, became NaN or infinite."""
 
 
 @dataclasses.dataclass
@@ -51,6 +51,7 @@ class Summary:
     """What a run did. Losses are means over targets, in nats. stall: seconds training waited for checkpoints.
 
     finished: False when a signal or a stop step ended it early.
+    save_error: why the last checkpoint is not at every level that it should be at; None if it is.
     """
 
     first_step: int
@@ -64,6 +65,7 @@ class Summary:
     utilisation: float | None
     stall_seconds: float
     checkpoint_bytes: int
+    save_error: str | None
 
 
 class Trainer:
@@ -116,9 +118,9 @@ class Trainer:
     def _tokenizer(self) -> Tokenizer:
         name = self.config.data.tokenizer or self.config.init_from
         if name is None:
-            raise UserError(
-                "configuration key data.tokenizer: a model from scratch needs one: a directory, file or name"
-            )
+            raise UserError("configuration key data.tokenizer: a model from scratch needs one: a directory, a file or a name")
+        if (Path(name).expanduser() / "tokenizer.json").is_file():  # a tokenizer needs no model beside it
+            return Tokenizer.from_hf(Path(name).expanduser())
         return Tokenizer.of(resolve(name))
 
     def _data(self, model: ModelConfig) -> None:
@@ -142,7 +144,8 @@ class Trainer:
             )
         self.train_data = Loader(dataset, c.batch_size, c.seq_len, self.config.seed, "train", c.heldout)
         rows = c.batch_size // self.config.accumulate
-        self.heldout_data = Loader(dataset, rows, c.seq_len, self.config.seed, "heldout", c.heldout)
+        if self.config.eval_batches:
+            self.heldout_data = Loader(dataset, rows, c.seq_len, self.config.seed, "heldout", c.heldout)
 
     def _batch_shardings(self) -> None:
         rows = self.config.data.batch_size // self.config.accumulate
@@ -196,11 +199,12 @@ class Trainer:
     def _check_resume(self, meta: dict[str, Any]) -> None:
         ours, theirs = self._meta(), meta
         for part in ("model", "rng", "data"):
-            if ours[part] != theirs[part]:
-                changed = [k for k in ours[part] if ours[part][k] != theirs[part].get(k)]
+            there = theirs.get(part, {})
+            if ours[part] != there:
+                changed = [k for k in ours[part] if ours[part][k] != there.get(k)]
                 raise UserError(
                     f"{self.run_directory} was trained with another {part}: "
-                    + ", ".join(f"{k}={theirs[part].get(k)!r} there, {ours[part][k]!r} now" for k in changed)
+                    + ", ".join(f"{k}={there.get(k)!r} there, {ours[part][k]!r} now" for k in changed)
                     + "; resume with the same, or give another run directory"
                 )
 
@@ -233,7 +237,9 @@ class Trainer:
         whole = batch((c.accumulate, rows, T), self.batch_sharding)
         state = (self.params, self.opt_state)
         with self.console.stage("compile") as said:
-            self.evaluate_graph = self.graphs.compile("evaluate", f.losses, self.params, micro)
+            if c.eval_batches:
+                self.evaluate_graph = self.graphs.compile("evaluate", f.losses, self.params, micro)
+            self.finite_graph = self.graphs.compile("finite", f.finite, {**self.params, **self.opt_state})
             if c.step_form == "fused":
                 out = (*_shardings(state), None)
                 self.fused = self.graphs.compile(
@@ -250,13 +256,14 @@ class Trainer:
         sums = (self.plan.shardings, {"loss": scalar, "targets": scalar})
         self.grads_graph = self.graphs.compile("grads", f.grads, self.params, micro, out_shardings=sums)
         acc = self.grads_graph.outputs
-        self.accumulate_graph = self.graphs.compile(
-            "accumulate", f.accumulate, acc, self.params, micro, donate=(0,), out_shardings=sums
-        )
+        if self.config.accumulate > 1:
+            self.accumulate_graph = self.graphs.compile(
+                "accumulate", f.accumulate, acc, self.params, micro, donate=(0,), out_shardings=sums
+            )
         self.finish_graph = self.graphs.compile("finish", f.finish, acc, step, out_shardings=(scalar, None))
         sizes = {key: stored.nbytes for key, stored in self.plan.layout.items()}
         self.groups = groups(list(self.plan.layout), sizes, self.config.update_groups)
-        scale = jax.ShapeDtypeStruct((), jnp.promote_types(self.config.parameter_dtype, jnp.float32), sharding=scalar)
+        scale, _ = self.finish_graph.outputs
 
         # What all groups share is no group's to donate.
         def update(params, own, shared, grads, scale, step):
@@ -308,7 +315,8 @@ class Trainer:
             seconds = time.perf_counter() - self._clock
             self._clock = time.perf_counter()
             if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-                raise NonFiniteLoss(self._non_finite(step, values))
+                what = f"loss {values['loss']} and gradient norm {values['grad_norm']} at"
+                raise NonFiniteLoss(self._non_finite(what, step))
             losses.append(values["loss"])
             values |= {
                 "tokens_per_second": host["tokens"] / seconds,
@@ -333,38 +341,40 @@ class Trainer:
                 text = drain()
                 pending = (step, self._metrics, self._work(host_batch))
                 self.step = step + 1
-                due = self.manager.due(self.step) or self.step == last or self._stop is not None
+                # Asked once: a signal that comes later ends the run after the next step, never unsaved.
+                stopping = self._stop is not None
+                due = self.manager.due(self.step) or self.step == last or stopping
                 if due or (c.eval_every and self.step % c.eval_every == 0 and self.step < last):
                     text = drain()
                 advance(1, text)
                 if due:
-                    stall += self._checkpoint(final=self.step == last or self._stop is not None)
+                    stall += self._checkpoint(final=self.step == last or stopping)
                     saved = self.step
                     self._clock = time.perf_counter()
                 if c.eval_every and self.step % c.eval_every == 0 and self.step < last:
                     self._evaluated(metrics)
                     self._clock = time.perf_counter()
-                if self._stop is not None:
+                if stopping:
                     break
             profile(None)
             after = self._evaluated(metrics) if c.eval_batches and self._stop is None else None
             self.manager.wait()
-            if self.manager.failures and saved not in self.manager.steps():
-                self.console.line(f"checkpoint of step {saved} FAILED: {self.manager.failures[-1]}")
             written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
             metrics.write(self.step, {"stall_seconds": stall, "checkpoint_bytes": written})
         peak = self._peak()
+        lost = [str(f.error) for f in self.manager.failures if f.step == saved]
         return Summary(
             begun, self.step, self.step >= c.steps, losses, before, after,
             tokens / spent if spent else 0.0, flops / spent if spent else 0.0,
             flops / spent / peak if peak and spent else None, stall, written,
+            lost[-1] if lost else None,
         )  # fmt: skip
 
     def _launch(self, batches: Any, step: int) -> float:
         """One step on the dispatcher's thread; returns seconds waited for a snapshot of what it donates."""
-        number, stall = np.int32(step), 0.0
+        number = np.int32(step)
         if self.config.step_form == "fused":
-            stall += self._save.copied() if self._save else 0.0
+            stall = self._save.copied() if self._save else 0.0
 
             def work():
                 self.params, self.opt_state, self._metrics = self.fused(self.params, self.opt_state, number, batches)
@@ -376,19 +386,26 @@ class Trainer:
         for more in batches[1:]:
             sums = self.accumulate_graph(sums, self.params, more)
         scale, self._metrics = self.finish_graph(sums, number)
-        params, state = dict(self.params), dict(self.opt_state)
-        for keys, graph in zip(self.groups, self.update_graphs, strict=True):
-            group, own, shared = self._group(params, keys)
-            stall += self._save.copied([*group, *own]) if self._save else 0.0
-            new, opt = graph(group, own, shared, {k: sums[0][k] for k in keys}, scale, number)
-            params, state = {**params, **new}, {**state, **opt}
-        self.params, self.opt_state = params, state
-        self.live.publish(self.params)
-        return stall
+
+        def update() -> float:
+            # One piece of work: a lease taken between two groups would hold donated arrays.
+            waited, params, state = 0.0, dict(self.params), dict(self.opt_state)
+            for keys, graph in zip(self.groups, self.update_graphs, strict=True):
+                group, own, shared = self._group(params, keys)
+                waited += self._save.copied([*group, *own]) if self._save else 0.0
+                new, opt = graph(group, own, shared, {k: sums[0][k] for k in keys}, scale, number)
+                params, state = {**params, **new}, {**state, **opt}
+            self.params, self.opt_state = params, state
+            self.live.publish(self.params)
+            return waited
+
+        return dispatcher().call(update)
 
     def _checkpoint(self, final: bool) -> float:
         arrays = {**self.params, **self.opt_state}
         start = time.perf_counter()
+        if not self.finite_graph(arrays):
+            raise NonFiniteLoss(self._non_finite("parameters or optimizer state are not finite after", self.step - 1))
         self._save_tokenizer()
         self._save = self.manager.save(self.step, arrays, self.layout, self._meta(), everywhere=final)
         return time.perf_counter() - start
@@ -432,19 +449,28 @@ class Trainer:
         peak = found.peak(self.config.compute_dtype) if found else None
         return peak * self.mesh.size if peak else None
 
-    def _non_finite(self, step: int, values: dict[str, float]) -> str:
+    def _non_finite(self, what: str, step: int) -> str:
         self.manager.wait()
-        good = self.manager.latest()
-        where = f"the last good checkpoint is step {good} in {self.run_directory}" if good else "there is no checkpoint"
+        # The loss of every step before this one was finite, that of a checkpoint of this step is the one at fault.
+        good = max((s for s in self.manager.steps() if s < step), default=None)
+        where = "there is no good checkpoint"
+        if good is not None:
+            where = f"the last good checkpoint is step {good} in {self.run_directory}"
         return (
-            f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {step} "
-            f"({self.train_data.identity(step)}); {where}: lower the learning rate or look at that batch"
+            f"{what} step {step} ({self.train_data.identity(step)}); {where}: lower the learning rate or look at "
+            "that batch"
         )
 
     def _save_tokenizer(self) -> None:
         directory = self.run_directory / "checkpoints" / "tokenizer"
-        if not directory.exists():
-            self.tokenizer.save(directory)
+        if directory.exists():
+            return
+        temporary = directory.with_name(".tmp-tokenizer")
+        try:
+            self.tokenizer.save(temporary)
+            temporary.rename(directory)
+        except OSError as error:
+            self.console.line(f"the tokenizer was not saved to {directory}: {error.strerror}; the next save tries again")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -457,7 +483,9 @@ class Trainer:
             if self._stop is not None:
                 os._exit(128 + number)
             self._stop = signal.Signals(number).name
-            self.console.line(f"{self._stop}: finishing the step, saving, then exiting; again to exit at once")
+            # Not print: the signal may have come in the middle of one.
+            text = f"{self._stop}: finishing the step, saving, then exiting; again to exit at once\n"
+            os.write(2, text.encode())
 
         old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -469,7 +497,7 @@ class Trainer:
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Any]:
         """Yields ``at(step)``, called before each step and with None after the last."""
-        start, stop = _profile_range(self.config.profile)
+        start, stop = self.config.profile_steps
         on = False
 
         def at(step: int | None) -> None:
@@ -499,12 +527,3 @@ class Trainer:
 
 def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda array: array.sharding, tree)
-
-
-def _profile_range(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return 0, 0
-    start, colon, stop = text.partition(":")
-    if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
-        raise UserError(f"profile {text!r}: expected START:STOP with START below STOP, for example 10:13")
-    return int(start), int(stop)

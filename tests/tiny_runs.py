@@ -1,0 +1,93 @@
+"""A training run small enough for tests: a byte tokenizer, a folder of text, a configuration, a recipe file."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from checkpoint import open_checkpoint
+from jaxsys.console import Console
+from jaxsys.models.config import ModelConfig
+from jaxsys.optim import Constant, OptimConfig
+from jaxsys.tokenizer import Tokenizer
+from jaxsys.train import CheckpointConfig, DataConfig, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+MODEL = ModelConfig(
+    "llama", vocab_size=257, d_model=16, n_layers=1, n_heads=9, n_kv_heads=3, head_dim=4, d_ff=24, max_seq_len=64,
+    tie_embeddings=True,
+)  # fmt: skip
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One token a byte, and an eos token."""
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
+    backend = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    Tokenizer(backend, eos_ids=[256]).save(directory)
+
+
+def write_text(directory: Path) -> None:
+    directory.mkdir()
+    for i in range(40):
+        (directory / f"{i:02}.txt").write_text(f"Document {i}. " + "The quick brown fox jumps. " * (2 + i % 5))
+
+
+def make_config(run: Path, material: Path, **changes) -> TrainConfig:
+    """material: a directory with ``tokenizer`` and ``text``."""
+    config = TrainConfig(
+        run=str(run),
+        model=MODEL,
+        data=DataConfig(
+            source=str(material / "text"), tokenizer=str(material / "tokenizer"), batch_size=4, seq_len=32, heldout=0.2
+        ),
+        optim=OptimConfig(schedule=Constant(), learning_rate=3e-3),
+        checkpoint=CheckpointConfig(every=2, keep=10),
+        steps=6,
+        compute_dtype="float32",
+        eval_every=0,
+        eval_batches=1,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def quiet() -> Console:
+    """A console whose lines are kept: ``console.lines``."""
+    console = Console()
+    console.lines = []
+    console.line = console.lines.append
+    return console
+
+
+def state_bytes(run: Path, step: int) -> dict[str, bytes]:
+    """Every logical array of a checkpoint."""
+    reader = open_checkpoint(Path(run) / "checkpoints" / f"step-{step:08}")
+    return {name: reader.read(name).tobytes() for name in reader.manifest.arrays}
+
+
+def start(*arguments: str, devices: int = 2, **environment: str) -> subprocess.Popen:
+    """``jaxsys`` in another process."""
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxsys.cli.main", *map(str, arguments)],
+        env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def write_recipe(path: Path, material: Path) -> str:
+    """A recipe file; returns what ``--config`` takes."""
+    path.write_text(
+        "from pathlib import Path\n"
+        "from tiny_runs import make_config\n"
+        "def tiny():\n"
+        f"    return make_config(Path({str(path.parent / 'run')!r}), Path({str(material)!r}))\n"
+    )
+    return f"{path}:tiny"
+
+
+__all__ = ["make_config", "quiet", "start", "state_bytes", "write_recipe", "write_text", "write_tokenizer"]
