@@ -2,8 +2,8 @@
 
     python3 scripts/bootstrap.py [--extras cpu,dev] [--venv .venv]
 
-Needs Python 3.11 or newer and its standard library, nothing else. Run again it does only what is missing: extras add up,
-and a changed pyproject.toml, another Python or a moved checkout sets up anew.
+Needs Python 3.11 or newer and its standard library, nothing else. Run again it does only what is missing: extras add
+up, and a changed pyproject.toml, another Python or a moved checkout sets up anew.
 """
 
 import argparse
