@@ -38,8 +38,8 @@ def resolve(name_or_path: str | Path) -> ModelSource:
     """The files of a model, found by, in this order:
 
     a path: a GGUF file, a Hugging Face directory (config.json), or a native checkpoint (manifest.json in it, or in
-    its step-* directories), or a run with such ones; a name in PACKAGED, whose package is looked up but not imported; a Hub id
-    ``organisation/name``, from huggingface_hub's cache, else downloaded.
+    its step-* directories), or a run with such ones; a name in PACKAGED, whose package is looked
+    up but not imported; a Hub id ``organisation/name``, from huggingface_hub's cache, else downloaded.
 
     Raises UserError that says what was tried.
     """

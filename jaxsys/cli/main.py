@@ -11,6 +11,7 @@ from jaxsys.cli.generate import GenerateArgs
 from jaxsys.cli.graphs import GraphsArgs
 from jaxsys.cli.reshard import ReshardArgs
 from jaxsys.cli.train import TrainArgs
+from jaxsys.hugepages import restart_with_huge_pages
 from parallelism.errors import UserError
 
 Command = (
@@ -22,7 +23,7 @@ Command = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the ``jaxsys`` command; returns the exit code."""
+    """Runs one command; returns the exit code."""
     command = tyro.cli(Command, prog="jaxsys", args=argv, config=(tyro.conf.OmitArgPrefixes,))  # type: ignore[call-overload]
     try:
         return command.run()
@@ -41,5 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The ``jaxsys`` program."""
+    restart_with_huge_pages()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

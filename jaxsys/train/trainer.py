@@ -118,7 +118,7 @@ class Trainer:
     def _tokenizer(self) -> Tokenizer:
         name = self.config.data.tokenizer or self.config.init_from
         if name is None:
-            raise UserError("configuration key data.tokenizer: a model from scratch needs one: a directory, file or name")
+            raise UserError("configuration key data.tokenizer: a model from scratch needs one: a directory, a file or a name")
         if (Path(name).expanduser() / "tokenizer.json").is_file():  # a tokenizer needs no model beside it
             return Tokenizer.from_hf(Path(name).expanduser())
         return Tokenizer.of(resolve(name))

@@ -253,11 +253,11 @@ def test_copied_waits_only_for_the_keys_asked_for(state, monkeypatch):
 
 def test_the_stall_of_waiting_for_a_copy_is_reported(paths, state, monkeypatch):
     copy = Snapshot._copy
-    monkeypatch.setattr(Snapshot, "_copy", lambda self: (threading.Event().wait(0.1), copy(self)))
+    monkeypatch.setattr(Snapshot, "_copy", lambda self: (threading.Event().wait(0.5), copy(self)))
     with Manager(levels(paths)) as manager:
         handle = save(manager, 1, state)
-        assert handle.copied() >= 0.09
-        assert handle.wait().stall_seconds >= 0.09
+        assert handle.copied() >= 0.1  # of the half second, whatever else the machine does
+        assert handle.wait().stall_seconds >= 0.1
 
 
 def test_a_third_save_waits_for_the_first(paths, state, monkeypatch):
