@@ -25,8 +25,10 @@ def kind(cls: type) -> str:
 
 def to_dict(config: Any) -> Any:
     """A configuration as plain JSON values; a dataclass that was chosen among several says its ``kind``."""
+    if isinstance(config, tuple):
+        return [to_dict(item) for item in config]
     if not dataclasses.is_dataclass(config):
-        return list(config) if isinstance(config, tuple) else config
+        return config
     out: dict[str, Any] = {}
     for field, hint in _fields(type(config)).items():
         value = getattr(config, field)
@@ -95,10 +97,14 @@ def _parse(hint: Any, text: str) -> Any:
         return None
     if str in _members(hint) or _dataclasses(hint):
         return text
+    tuples = [member for member in _members(hint) if typing.get_origin(member) is tuple]
+    if tuples and not text.startswith("["):
+        item = typing.get_args(tuples[0])[0]
+        return [_parse(item, part.strip()) for part in text.split(",") if part.strip()]
     try:
         return json.loads(text.lower() if text.lower() in ("true", "false") else text)
     except json.JSONDecodeError:
-        return text.split(",") if any(typing.get_origin(m) is tuple for m in _members(hint)) else text
+        return text
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -108,10 +114,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None
     classes = _dataclasses(hint)
     if classes and isinstance(value, str):
-        return _choose(classes, value, where)()
+        return from_dict(_choose(classes, value, where), {}, where + ".")
     if classes and isinstance(value, dict):
         values = dict(value)
-        cls = _choose(classes, values.pop("kind"), where) if len(classes) > 1 else classes[0]
+        cls = classes[0]
+        if len(classes) > 1:
+            cls = _choose(classes, values.pop("kind", "(no kind)"), where)
         return from_dict(cls, values, where + ".")
     for member in members:
         if member is bool and isinstance(value, bool):
@@ -154,7 +162,7 @@ def _describe(member: Any) -> str:
     if member is type(None):
         return "none"
     if typing.get_origin(member) is typing.Literal:
-        return ", ".join(typing.get_args(member))
+        return ", ".join(map(str, typing.get_args(member)))
     if dataclasses.is_dataclass(member):
         return kind(member)
     return getattr(member, "__name__", str(member))

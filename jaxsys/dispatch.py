@@ -25,16 +25,21 @@ class Dispatcher:
     function of its configuration does.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
+        self._closed = False
+        self._lock = threading.Lock()  # between a submission and the end of the queue
         self._queue: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="jaxsys-dispatch", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
     def submit(self, work: Callable[..., Result], *args: Any) -> Future[Result]:
-        """Queues ``work(*args)`` for the launching thread."""
+        """Queues ``work(*args)`` for the launching thread. Raises RuntimeError after ``close``."""
         future: Future[Result] = Future()
-        self._queue.put((future, work, args))
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the dispatcher is closed: nothing can be launched any more")
+            self._queue.put((future, work, args))
         return future
 
     def call(self, work: Callable[..., Result], *args: Any) -> Result:
@@ -50,20 +55,22 @@ class Dispatcher:
         return threading.current_thread() is self._thread
 
     def close(self) -> None:
-        """Finishes what is queued and ends the thread."""
-        if self._thread.is_alive() and not self.current():
-            self._queue.put(None)
+        """Finishes what is queued and ends the thread. Nothing can be submitted afterwards."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
+        if not self.current():
             self._thread.join()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             future, work, args = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(work(*args))
-            except BaseException as error:
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work(*args))
+                except BaseException as error:
+                    future.set_exception(error)
             # Arguments die here and not at the next item: a kept reference would keep device memory.
             del item, future, work, args
 

@@ -95,10 +95,12 @@ class Graphs:
     ) -> Graph:
         """The graph ``name`` for arguments like ``args`` (arrays or ShapeDtypeStructs with shardings).
 
-        Asked again with the same name and the same shapes it returns the graph it has.
-        Raises LateCompileError when frozen.
+        Asked again with the same name, arguments, donation, output shardings and options it returns the graph
+        it has: a name stands for one function. Raises LateCompileError when frozen.
         """
-        key = (name, _signature(args), tuple(donate))
+        outputs, tree = jax.tree.flatten(out_shardings)
+        asked = (tuple(donate), str(tree), tuple(outputs), tuple(sorted((compiler_options or {}).items())))
+        key = (name, _signature(args), asked)
         if key in self._graphs:
             return self._graphs[key]
         if self._frozen:
@@ -154,9 +156,10 @@ def enable_persistent_cache(directory: str | os.PathLike | None = None) -> Path:
     Default: ``$JAXSYS_CACHE/xla``, else ``~/.cache/jaxsys/xla``. A directory that is already set
     (JAX_COMPILATION_CACHE_DIR) stays.
     """
-    path = Path(directory or jax.config.jax_compilation_cache_dir or cache_root() / "xla")
+    already = jax.config.values["jax_compilation_cache_dir"]
+    path = Path(directory or already or cache_root() / "xla")
     path.mkdir(parents=True, exist_ok=True)
-    if jax.config.jax_compilation_cache_dir != str(path):
+    if already != str(path):
         jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -174,12 +177,14 @@ def _signature(args: Any) -> tuple:
 
 
 def _abstract(leaf: Any) -> tuple:
-    sharding = getattr(leaf, "sharding", None)
-    return (np.shape(leaf), str(getattr(leaf, "dtype", np.asarray(leaf).dtype)), sharding)
+    # Never ``np.asarray`` of a jax array: it would copy it to the host, and a host view spoils donation.
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    return (np.shape(leaf), str(dtype), getattr(leaf, "sharding", None))
 
 
 def _stats(name: str, compiled: Any, trace: float, seconds: float, cached: bool) -> GraphStats:
-    memory, cost = compiled.memory_analysis(), {}
+    memory = compiled.memory_analysis()
+    cost: dict[str, float] = {}
     with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):
         cost = compiled.cost_analysis() or {}
     return GraphStats(
@@ -217,12 +222,12 @@ class _Events:
         _Events._open.remove(self)
 
     @staticmethod
-    def _event(name: str, **_):
+    def _event(event: str, **_: str | int) -> None:
         for events in _Events._open:
-            events.hits += name == "/jax/compilation_cache/cache_hits"
-            events.misses += name == "/jax/compilation_cache/cache_misses"
+            events.hits += event == "/jax/compilation_cache/cache_hits"
+            events.misses += event == "/jax/compilation_cache/cache_misses"
 
     @staticmethod
-    def _duration(name: str, seconds: float, **_):
+    def _duration(event: str, duration_secs: float, **_: str | int) -> None:
         for events in _Events._open:
-            events.compiles += name == "/jax/core/compile/backend_compile_duration"
+            events.compiles += event == "/jax/core/compile/backend_compile_duration"

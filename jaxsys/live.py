@@ -66,7 +66,10 @@ class Live:
         return dispatcher().call(swap)
 
     def view(self, name: str, dtype: Any = None, shardings: Mapping[str, Any] | None = None) -> str | None:
-        """Declares a view and compiles it. Returns its name, or None when the parameters agree already."""
+        """Declares a view and compiles it. Returns its name, or None when the parameters agree already.
+
+        Declared again alike it is the one there is. Raises ValueError when the name is another view's.
+        """
         params = self._lease.params
         want = {
             key: (jnp.dtype(dtype or array.dtype), shardings[key] if shardings else array.sharding)
@@ -77,6 +80,14 @@ class Live:
             for key, array in params.items()
         ):
             return None
+        if name in self.views:
+            have = self.views[name].graph.outputs
+            if all(
+                have[k].dtype == d and have[k].sharding.is_equivalent_to(s, len(have[k].shape))
+                for k, (d, s) in want.items()
+            ):
+                return name
+            raise ValueError(f"view {name!r} exists with another dtype or sharding: give this one another name")
 
         def cast(params):
             return {key: array.astype(want[key][0]) for key, array in params.items()}

@@ -14,6 +14,29 @@ os.environ.setdefault("JAXSYS_CACHE", tempfile.mkdtemp(prefix="jaxsys-tests-"))
 
 import pytest
 
+# What depends on JAX's interfaces, each behaviour once: the newest Python and JAX run these alone (marker smoke).
+SMOKE = (
+    "test_project.py",
+    "parallelism/test_mesh.py",
+    "parallelism/test_sharding.py",
+    "checkpoint/test_checkpoint_reshard.py",
+    "jaxsys/test_dispatch_graphs_live.py",
+    "jaxsys/kernels",
+    "jaxsys/models/test_families.py",
+    "jaxsys/optim",
+    "jaxsys/serve/test_sampler.py",
+    "jaxsys/serve/test_engine.py",
+    "jaxsys/train/test_step.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    root = Path(__file__).parent
+    for item in items:
+        name = item.path.relative_to(root).as_posix()
+        if any(name == part or name.startswith(part + "/") for part in SMOKE):
+            item.add_marker("smoke")
+
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> Path:

@@ -1,0 +1,174 @@
+"""Configuration: round trip through JSON, changes by dotted names, errors that name the key."""
+
+import dataclasses
+import json
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxsys.configuration import dumps, from_dict, override, to_dict
+from parallelism.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum:
+    decay: float = 0.9
+    nesterov: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Newton:
+    steps: int
+    damping: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    sizes: tuple[int | None, ...] = ()
+    names: tuple[str, ...] = ()
+    label: str | None = None
+
+    def __post_init__(self):
+        if len(self.sizes) > 4:
+            raise ValueError("at most four sizes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    run: str
+    method: Momentum | Newton = Momentum()
+    inner: Inner = Inner()
+    optional: Inner | None = None
+    rate: float = 1e-3
+    count: int = 1
+    on: bool = False
+    mode: Literal["slow", "fast"] = "slow"
+
+
+floats = st.floats(allow_nan=False, allow_infinity=False)
+inners = st.builds(
+    Inner,
+    sizes=st.lists(st.none() | st.integers(), max_size=4).map(tuple),
+    names=st.lists(st.text()).map(tuple),
+    label=st.none() | st.text(),
+)
+configs = st.builds(
+    Outer,
+    run=st.text(),
+    method=st.builds(Momentum, floats, st.booleans()) | st.builds(Newton, st.integers(), st.none() | floats),
+    inner=inners,
+    optional=st.none() | inners,
+    rate=floats,
+    count=st.integers(),
+    on=st.booleans(),
+    mode=st.sampled_from(["slow", "fast"]),
+)
+DEFAULT = Outer("here")
+
+
+def error(function, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@given(configs)
+def test_json_gives_back_the_configuration(config):
+    assert from_dict(Outer, json.loads(dumps(config))) == config
+
+
+@given(configs)
+def test_every_key_set_from_its_own_value_gives_back_the_configuration(config):
+    values = to_dict(config)
+    plain = [f"{key}={json.dumps(values[key])}" for key in ("rate", "count", "on")]
+    sizes = json.dumps(values["inner"]["sizes"])
+    assert override(config, [*plain, f"mode={config.mode}", f"inner.sizes={sizes}"]) == config
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("count=3", {"count": 3}),
+        ("rate=1e-4", {"rate": 1e-4}),
+        ("rate=2", {"rate": 2.0}),
+        ("on=True", {"on": True}),
+        ("on = false", {"on": False}),
+        ("mode=fast", {"mode": "fast"}),
+        ("run=3", {"run": "3"}),
+        ("run=a=b", {"run": "a=b"}),
+        ("run=none", {"run": "none"}),
+        ("method=momentum", {"method": Momentum()}),
+        ("method.decay=0.5", {"method": Momentum(0.5)}),
+        ("inner.label=none", {"inner": Inner(label=None)}),
+        ("inner.label=true", {"inner": Inner(label="true")}),
+        ("inner.sizes=8", {"inner": Inner(sizes=(8,))}),
+        ("inner.sizes=8, none,16", {"inner": Inner(sizes=(8, None, 16))}),
+        ("inner.sizes=[8,null]", {"inner": Inner(sizes=(8, None))}),
+        ("inner.sizes=", {"inner": Inner()}),
+        ("inner.names=a,b", {"inner": Inner(names=("a", "b"))}),
+        ("optional=inner", {"optional": Inner()}),
+    ],
+)
+def test_assignment_sets_its_key(assignment, expected):
+    assert override(DEFAULT, [assignment]) == dataclasses.replace(DEFAULT, **expected)
+
+
+def test_assignments_are_checked_as_a_whole_in_order():
+    changed = override(
+        DEFAULT, ["method=newton", "method.steps=3", "optional=inner", "optional.label=x", "count=1", "count=2"]
+    )
+    assert changed == dataclasses.replace(DEFAULT, method=Newton(3), optional=Inner(label="x"), count=2)
+
+
+def test_the_configuration_that_is_overridden_stays():
+    override(DEFAULT, ["count=9"])
+    assert Outer("here") == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("assignment", "parts"),
+    [
+        ("cuont=1", ["'cuont'", "'count'"]),
+        ("method.dekay=1", ["'method.dekay'", "'method.decay'"]),
+        ("method=momentun", ["'momentun'", "'momentum'"]),
+        ("method=sgd", ["'sgd'", "momentum, newton"]),
+        ("method=newton", ["method", "steps"]),
+        ("count=1.5", ["count", "1.5", "int"]),
+        ("count=many", ["count", "'many'", "int"]),
+        ("count=true", ["count", "True", "int"]),
+        ("on=1", ["on", "1", "bool"]),
+        ("rate=fast", ["rate", "'fast'", "float"]),
+        ("rate=none", ["rate", "'none'", "float"]),
+        ("mode=medium", ["mode", "'medium'", "slow, fast"]),
+        ("inner.sizes=8,b", ["inner.sizes", "'b'", "int or none"]),
+        ("inner.sizes=1,2,3,4,5", ["inner", "at most four sizes"]),
+        ("optional.label=x", ["optional is None", "optional.label"]),
+        ("run.x=1", ["run.x", "'here'"]),
+        ("count", ["'count'", "KEY=VALUE"]),
+    ],
+)
+def test_bad_assignment_is_one_line_that_names_key_and_value(assignment, parts):
+    message = error(override, DEFAULT, [assignment])
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"run": "x", "colour": 1}, ["'colour'"]),
+        ({}, ["run"]),
+        ({"run": "x", "method": {"decay": 1.0}}, ["method", "momentum, newton"]),
+        ({"run": "x", "method": {"kind": "newton"}}, ["method", "steps"]),
+        ({"run": "x", "method": "newton"}, ["method", "steps"]),
+        ({"run": "x", "inner": {"size": []}}, ["'inner.size'", "'inner.sizes'"]),
+        ({"run": "x", "inner": 3}, ["inner", "3"]),
+        ({"run": "x", "inner": None}, ["inner", "None"]),
+        ({"run": "x", "inner": {"sizes": "8"}}, ["inner.sizes", "'8'"]),
+    ],
+)
+def test_bad_json_values_are_one_line_that_names_the_key(values, parts):
+    message = error(from_dict, Outer, values)
+    assert all(part in message for part in parts), message
