@@ -40,8 +40,12 @@ class Console:
         """Yields ``advance(steps, text)``, which shows the text beside the bar."""
         if self.terminal:
             columns = (
-                TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
-            )  # fmt: skip
+                TextColumn(what),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             with Progress(*columns, console=self._rich, transient=True) as progress:
                 task = progress.add_task(what, total=total, completed=done, text="")
                 yield lambda n, text: progress.update(task, advance=n, text=text)

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ class Trainer:
         self.live = Live(self.params, self.graphs)
         self._stop: str | None = None
         self._save: SaveHandle | None = None
+        self._clock = 0.0
 
     # ---------------------------------------------------------------------------------------------------- set-up
 
@@ -118,7 +119,9 @@ class Trainer:
     def _tokenizer(self) -> Tokenizer:
         name = self.config.data.tokenizer or self.config.init_from
         if name is None:
-            raise UserError("configuration key data.tokenizer: a model from scratch needs one: a directory, file or name")
+            raise UserError(
+                "configuration key data.tokenizer: a model from scratch needs one: a directory, file or name"
+            )
         if (Path(name).expanduser() / "tokenizer.json").is_file():  # a tokenizer needs no model beside it
             return Tokenizer.from_hf(Path(name).expanduser())
         return Tokenizer.of(resolve(name))
@@ -126,7 +129,9 @@ class Trainer:
     def _data(self, model: ModelConfig) -> None:
         c = self.config.data
         if c.seq_len > model.max_seq_len:
-            raise UserError(f"data.seq_len {c.seq_len} is over the model's context of {model.max_seq_len}: make it less")
+            raise UserError(
+                f"data.seq_len {c.seq_len} is over the model's context of {model.max_seq_len}: make it less"
+            )
         if self.tokenizer.vocab_size > model.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {model.vocab_size}: "
@@ -151,8 +156,8 @@ class Trainer:
         shards = math.prod(self.mesh.shape[axis] for axis in axes)
         if rows % shards:
             raise UserError(
-                f"a microbatch of {rows} rows (data.batch_size / accumulate) does not divide over the {shards} shards of "
-                f"mesh axes {'*'.join(axes)}: make data.batch_size a multiple of {shards * self.config.accumulate}"
+                f"a microbatch of {rows} rows (data.batch_size / accumulate) does not divide over the {shards} shards "
+                f"of mesh axes {'*'.join(axes)}: make data.batch_size a multiple of {shards * self.config.accumulate}"
             )
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, axes))
         self.eval_sharding = NamedSharding(self.mesh, PartitionSpec(axes))
@@ -172,7 +177,9 @@ class Trainer:
             with self.console.stage("resume") as said:
                 restored = self.manager.restore(layout=self.layout, shardings={**self.plan.shardings, **opt_shardings})
                 self._check_resume(restored.meta)
-                said.append(f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}")
+                said.append(
+                    f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}"
+                )
             self.step = restored.step
             self.params = {key: restored.arrays[key] for key in self.plan.layout}
             self.opt_state = {name: restored.arrays[name] for name in opt_layout}
@@ -192,7 +199,7 @@ class Trainer:
         begin = self.graphs.compile("init_optimizer", self.optimizer.init, self.params, out_shardings=opt_shardings)
         self.opt_state = begin(self.params)
 
-    def _check_resume(self, meta: dict[str, Any]) -> None:
+    def _check_resume(self, meta: Mapping[str, Any]) -> None:
         ours, theirs = self._meta(), meta
         for part in ("model", "rng", "data"):
             there = theirs.get(part, {})
@@ -465,7 +472,9 @@ class Trainer:
             self.tokenizer.save(temporary)
             temporary.rename(directory)
         except OSError as error:
-            self.console.line(f"the tokenizer was not saved to {directory}: {error.strerror}; the next save tries again")
+            self.console.line(
+                f"the tokenizer was not saved to {directory}: {error.strerror}; the next save tries again"
+            )
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -5,11 +5,11 @@ import json
 import shutil
 
 import pytest
+from tiny_runs import make_config, quiet, write_recipe
 
 from checkpoint.storage import LocalStorage
 from jaxsys.cli.main import main
 from jaxsys.train.trainer import Trainer
-from tiny_runs import make_config, quiet, write_recipe
 
 
 @pytest.fixture
@@ -124,10 +124,10 @@ def test_a_recipe_that_is_none(refused, tmp_path):
 def hugging_face(tmp_path, material):
     """A model as a Hugging Face directory."""
     import numpy as np
+    from tiny_runs import MODEL
 
     from jaxsys.models.pretrained import export_hf
     from jaxsys.models.state import build
-    from tiny_runs import MODEL
 
     logical = build(MODEL, storage="listed").layout.logical
     arrays = ((name, np.zeros(a.shape, np.float32)) for name, a in logical.items())

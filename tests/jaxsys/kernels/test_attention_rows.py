@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from tiny_models import packed_batch, x64
 
 from jaxsys.kernels.attention import Rows, attend
-from tiny_models import packed_batch, x64
 
 B, T, H, K, h = 2, 16, 6, 2, 4
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import x64
 
 from jaxsys.kernels import loss
-from tiny_models import x64
 
 B, T, D, V, PADDED = 3, 12, 8, 21, 24
 

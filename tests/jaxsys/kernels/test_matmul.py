@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import x64
 
 from jaxsys.kernels.matmul import CPU_BF16_MIN_ROWS, linear, weight_gradient
-from tiny_models import x64
 
 
 def near(found, expected, tolerance):

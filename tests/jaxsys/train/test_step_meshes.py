@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import pytest
-
 from tiny_models import MODELS, Setup, assert_near, packed_batch, x64
 
 MESHES = ("fsdp=8", "tensor=2,fsdp=4", "data=2,fsdp=2,tensor=2")

@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from tiny_runs import make_config, quiet, state_bytes
 
 from checkpoint import open_checkpoint
 from checkpoint.storage import LocalDraft
@@ -14,7 +15,6 @@ from jaxsys.train.config import CheckpointConfig
 from jaxsys.train.metrics import Metrics, read
 from jaxsys.train.trainer import NonFiniteLoss, Trainer
 from parallelism.errors import UserError
-from tiny_runs import make_config, quiet, state_bytes
 
 
 def train(config, stop_at=None):
