@@ -154,7 +154,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _dataclasses(hint: Any) -> list[type]:
+def _dataclasses(hint: Any) -> list[Any]:
     return [member for member in _members(hint) if dataclasses.is_dataclass(member)]
 
 

@@ -1,6 +1,6 @@
 """GFLOP/s and GB/s of the forms a matmul can take on this machine: the figures behind jaxsys/kernels/matmul.py.
 
-    python scripts/bench/matmul.py
+python scripts/bench/matmul.py
 """
 
 from __future__ import annotations
