@@ -68,10 +68,12 @@ class Reference:
         return tokens[len(prompt) :], logprobs
 
 
-def make_engine(config: ModelConfig = CONFIG, *, mesh: str = "", dtype: str = "float32", **options) -> Engine:
+def make_engine(
+    config: ModelConfig = CONFIG, *, mesh: str = "", dtype: str = "float32", storage: str | None = None, **options
+) -> Engine:
     options = {"sizes": SIZES, "page_size": 8, "max_steps": 8, "kv_bytes": 1 << 20} | options
     devices = MeshSpec.parse(mesh).build()
-    model = build(config, dtype=dtype)
+    model = build(config, dtype=dtype, storage=storage)
     placed = plan(model.layout, devices, PARAMETERS, model.units)
     graphs = Graphs(devices)
     params = put(placed, lambda logical, box: weights(config)[logical.name][box].astype(logical.dtype))

@@ -214,6 +214,12 @@ def test_local_windows_soft_caps_and_post_norms_decode_as_the_full_forward():
         np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-5)
 
 
+def test_stacked_layers_make_the_same_tokens(engine):
+    stacked = make_engine(storage="stacked", sizes=SIZES[2:])
+    for a, b in zip(run(engine, PROMPTS), run(stacked, PROMPTS), strict=True):
+        assert made(a) == made(b)
+
+
 NINE_THREE = dataclasses.replace(CONFIG, n_heads=9, n_kv_heads=3)  # divides over neither mesh, 97 tokens neither
 
 
