@@ -18,7 +18,7 @@ from parallelism.errors import UserError, unknown_name
 Config = TypeVar("Config")
 
 
-def kind(cls: type) -> str:
+def kind(cls: Any) -> str:
     """The name by which a dataclass is chosen among alternatives: ``AdamW`` is ``adamw``."""
     return cls.__name__.lower()
 

@@ -81,6 +81,21 @@ def test_without_evaluation_no_text_is_held_out(tmp_path, material):
     assert (summary.heldout_before, summary.heldout_after, summary.finished) == (None, None, True)
 
 
+def test_a_signal_that_comes_during_an_evaluation_leaves_no_step_unsaved(tmp_path, material):
+    config = make_config(tmp_path / "run", material, eval_every=1, checkpoint=CheckpointConfig(every=100))
+    with Trainer(config, quiet()) as trainer:
+        evaluated = trainer._evaluated
+
+        def interrupted(metrics):
+            if trainer.step == 2:
+                trainer._stop = "SIGTERM"
+            return evaluated(metrics)
+
+        trainer._evaluated = interrupted
+        summary = trainer.run()
+        assert (summary.step, summary.finished, trainer.manager.steps()) == (3, False, [3])
+
+
 # ---------------------------------------------------------------------------------------------------- not a number
 
 
