@@ -155,7 +155,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _dataclasses(hint: Any) -> list[type]:
-    return [member for member in _members(hint) if dataclasses.is_dataclass(member)]
+    return [member for member in _members(hint) if isinstance(member, type) and dataclasses.is_dataclass(member)]
 
 
 def _describe(member: Any) -> str:
@@ -163,6 +163,6 @@ def _describe(member: Any) -> str:
         return "none"
     if typing.get_origin(member) is typing.Literal:
         return ", ".join(map(str, typing.get_args(member)))
-    if dataclasses.is_dataclass(member):
+    if isinstance(member, type) and dataclasses.is_dataclass(member):
         return kind(member)
     return getattr(member, "__name__", str(member))

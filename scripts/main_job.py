@@ -116,9 +116,11 @@ def main() -> None:
         sys.exit(f"main job: the completion {first['text']!r} does not name Paris")
     stages.done(f"{PROMPT!r} -> {first['text']!r}")
 
-    common = ("--config", "smollm2_finetune", "--set", f"run={train}", "--set", f"steps={options.steps}", "--set",
-              "eval_every=0", "--set", f"checkpoint.every={max(half // 2, 1)}", "--set", "optim.schedule.warmup_steps=2",
-              )  # fmt: skip
+    common = (
+        "--config", "smollm2_finetune", "--set", f"run={train}", "--set", f"steps={options.steps}",
+        "--set", "eval_every=0", "--set", f"checkpoint.every={max(half // 2, 1)}",
+        "--set", "optim.schedule.warmup_steps=2",
+    )  # fmt: skip
     stages.start(f"fine-tune on the standard library's text, mesh {FIRST_MESH}, and be preempted")
     train_until(train, half, *common, "--set", f"mesh={FIRST_MESH}")
     before = steps(train)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
@@ -121,7 +121,9 @@ class Loader:
         return cached[1], cached[2]
 
 
-def prefetch(loader: Loader, start: int, stop: int, rows: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
+def prefetch(
+    loader: Loader, start: int, stop: int, rows: slice = slice(None)
+) -> Generator[tuple[int, Batch], None, None]:
     """(step, batch) for steps ``start`` to ``stop`` (left out), each made by a thread while the one before is used.
 
     Errors of the thread are raised here; closing the iterator, or leaving it unfinished, ends the thread.

@@ -87,8 +87,9 @@ class Engine:
             raise UserError(f"prompt: token {wrong[0]} is not in the vocabulary, expected 0 to {vocabulary - 1}")
         room = self.max_context - len(tokens)
         if room < min(sampling.max_tokens, 1):
+            most = self.max_context - min(sampling.max_tokens, 1)
             raise UserError(
-                f"prompt of {len(tokens)} tokens, expected at most {self.max_context - min(sampling.max_tokens, 1)} in a "
+                f"prompt of {len(tokens)} tokens, expected at most {most} in a "
                 f"context of {self.max_context}: give a shorter prompt, or raise max_context if the model "
                 f"({self.model.config.max_seq_len}) and the KV pool allow"
             )

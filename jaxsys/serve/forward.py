@@ -156,11 +156,11 @@ def pack(plan: Plan, pages_per_sequence: int, page_size: int) -> Batch:
             top_p[0, n], seed[0, n] = sampling.top_p, request.seed
         row += chunk.count
         item += -(-chunk.count // Q)
-    context = Paged(positions, sequences, table, items, places)
-    settings = Settings(temperature, top_k, top_p, seed)
-    return Batch(
-        tokens, context, targets, last, stop, settings, np.int32(plan.steps), np.bool_((targets >= 0).any())
-    )  # fmt: skip
+    context = Paged(positions, sequences, table, items, places)  # type: ignore[arg-type]
+    settings = Settings(temperature, top_k, top_p, seed)  # type: ignore[arg-type]
+    steps, score = np.int32(plan.steps), np.bool_((targets >= 0).any())
+    # Arrays of the host: jax takes them as they are, at the launch.
+    return Batch(tokens, context, targets, last, stop, settings, steps, score)  # type: ignore[arg-type]
 
 
 def empty_batch(size: Size, pages_per_sequence: int, page_size: int) -> Batch:

@@ -21,7 +21,8 @@ class DataConfig:
     """source: ``stdlib`` (the Python standard library's documentation and sources), a file, a folder or a glob.
 
     batch_size: rows of a global batch. seq_len: tokens of a row. heldout: share of documents kept for evaluation.
-    tokenizer: a directory with a tokenizer.json, a model directory, GGUF file or name; None takes that of ``init_from``. limit: documents at most.
+    tokenizer: a directory with a tokenizer.json, a model directory, GGUF file or name; None takes that of
+    ``init_from``. limit: documents at most.
     """
 
     source: str = "stdlib"

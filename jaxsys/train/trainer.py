@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class Trainer:
             raise
         self.live = Live(self.params, self.graphs)
         self._stop: str | None = None
+        self._clock = 0.0
         self._save: SaveHandle | None = None
 
     # ---------------------------------------------------------------------------------------------------- set-up
@@ -118,7 +119,7 @@ class Trainer:
     def _tokenizer(self) -> Tokenizer:
         name = self.config.data.tokenizer or self.config.init_from
         if name is None:
-            raise UserError("configuration key data.tokenizer: a model from scratch needs one: a directory, a file or a name")
+            raise UserError("configuration key data.tokenizer: a model from scratch needs a directory, file or name")
         if (Path(name).expanduser() / "tokenizer.json").is_file():  # a tokenizer needs no model beside it
             return Tokenizer.from_hf(Path(name).expanduser())
         return Tokenizer.of(resolve(name))
@@ -153,8 +154,8 @@ class Trainer:
         shards = math.prod(self.mesh.shape[axis] for axis in axes)
         if rows % shards:
             raise UserError(
-                f"a microbatch of {rows} rows (data.batch_size / accumulate) does not divide over the {shards} shards of "
-                f"mesh axes {'*'.join(axes)}: make data.batch_size a multiple of {shards * self.config.accumulate}"
+                f"a microbatch of {rows} rows (data.batch_size / accumulate) does not divide over the {shards} shards "
+                f"of mesh axes {'*'.join(axes)}: make data.batch_size a multiple of {shards * self.config.accumulate}"
             )
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, axes))
         self.eval_sharding = NamedSharding(self.mesh, PartitionSpec(axes))
@@ -196,7 +197,7 @@ class Trainer:
         begin = self.graphs.compile("init_optimizer", self.optimizer.init, self.params, out_shardings=opt_shardings)
         self.opt_state = begin(self.params)
 
-    def _check_resume(self, meta: dict[str, Any]) -> None:
+    def _check_resume(self, meta: Mapping[str, Any]) -> None:
         ours, theirs = self._meta(), meta
         for part in ("model", "rng", "data"):
             there = theirs.get(part, {})
@@ -470,7 +471,7 @@ class Trainer:
             self.tokenizer.save(temporary)
             temporary.rename(directory)
         except OSError as error:
-            self.console.line(f"the tokenizer was not saved to {directory}: {error.strerror}; the next save tries again")
+            self.console.line(f"tokenizer not saved to {directory}: {error.strerror}; the next save tries again")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

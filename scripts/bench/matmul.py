@@ -1,6 +1,6 @@
 """GFLOP/s and GB/s of the forms a matmul can take on this machine: the figures behind jaxsys/kernels/matmul.py.
 
-    python scripts/bench/matmul.py
+python scripts/bench/matmul.py
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def main() -> None:
                 seconds("over rows", over_rows, g.astype(bf16), x.astype(bf16)),
                 seconds("weight gradient", weight_gradient, g.astype(bf16), x.astype(bf16)),
             ]
-            print(f"{f'{n}, {d}, {f}':22}" + "".join(f"{work / t:{w}.0f}" for t, w in zip(row, (8, 8, 10, 8, 8))))
+            print(
+                f"{f'{n}, {d}, {f}':22}"
+                + "".join(f"{work / t:{w}.0f}" for t, w in zip(row, (8, 8, 10, 8, 8), strict=True))
+            )
         print(f"{'GB/s of kernel, N, D, F':24}{'f32':>8}{'bf16':>8}{'ours f32':>10}{'ours bf16':>10}")
         for n, d, f in DECODE:
             x, w = jax.random.normal(jax.random.key(0), (n, d)), jax.random.normal(jax.random.key(1), (f, d))
@@ -65,7 +68,10 @@ def main() -> None:
                 f * d * 4 / seconds("linear", linear, x, w),
                 f * d * 2 / seconds("linear", linear, x, w.astype(bf16)),
             ]
-            print(f"{f'{n}, {d}, {f}':24}" + "".join(f"{v / 1e9:{w}.1f}" for v, w in zip(row, (8, 8, 10, 10))))
+            print(
+                f"{f'{n}, {d}, {f}':24}"
+                + "".join(f"{v / 1e9:{w}.1f}" for v, w in zip(row, (8, 8, 10, 10), strict=True))
+            )
 
 
 if __name__ == "__main__":

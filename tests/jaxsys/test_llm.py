@@ -186,7 +186,7 @@ def test_the_command_prints_one_json_object_a_prompt(directory, llm, capsys):
 
 @pytest.mark.parametrize("args", [GenerateArgs("nowhere"), GenerateArgs("nowhere", ("a",), temperature=-1.0)])
 def test_the_command_refuses_bad_arguments_before_it_loads(args):
-    with pytest.raises(UserError, match="--prompt|temperature"):
+    with pytest.raises(UserError, match=r"--prompt|temperature"):
         args.run()
 
 
