@@ -1,4 +1,4 @@
-"""Train and serve one sharded JAX model: ``jaxsys.load`` gives a model to generate with.."""
+"""Train and serve one sharded JAX model: ``jaxsys.load`` gives a model to generate with. See docs/generation.md."""
 
 from typing import TYPE_CHECKING, Any
 
