@@ -154,8 +154,8 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _dataclasses(hint: Any) -> list[type]:
-    return [member for member in _members(hint) if isinstance(member, type) and dataclasses.is_dataclass(member)]
+def _dataclasses(hint: Any) -> list[Any]:
+    return [member for member in _members(hint) if dataclasses.is_dataclass(member)]
 
 
 def _describe(member: Any) -> str:

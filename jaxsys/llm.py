@@ -46,7 +46,7 @@ def load(
         raise unknown_name("dtype", dtype, DTYPES)
     source = resolve(os.fspath(model))
     spec = MeshSpec.parse(mesh)
-    pretrained, tokenizer = Pretrained.open(source.path), Tokenizer.of(source)
+    pretrained, tokenizer = Pretrained.open(source), Tokenizer.of(source)
     enable_persistent_cache()
     devices = spec.build()
     decoder = build(pretrained.config, dtype=dtype)

@@ -116,11 +116,9 @@ def main() -> None:
         sys.exit(f"main job: the completion {first['text']!r} does not name Paris")
     stages.done(f"{PROMPT!r} -> {first['text']!r}")
 
-    common = (
-        "--config", "smollm2_finetune", "--set", f"run={train}", "--set", f"steps={options.steps}",
-        "--set", "eval_every=0", "--set", f"checkpoint.every={max(half // 2, 1)}",
-        "--set", "optim.schedule.warmup_steps=2",
-    )  # fmt: skip
+    changes = (f"run={train}", f"steps={options.steps}", "eval_every=0", "eval_batches=2", "data.seq_len=128",
+               f"checkpoint.every={max(half // 2, 1)}", "optim.schedule.warmup_steps=2")  # fmt: skip
+    common = ("--config", "smollm2_finetune", *(word for change in changes for word in ("--set", change)))
     stages.start(f"fine-tune on the standard library's text, mesh {FIRST_MESH}, and be preempted")
     train_until(train, half, *common, "--set", f"mesh={FIRST_MESH}")
     before = steps(train)

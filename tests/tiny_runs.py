@@ -70,11 +70,13 @@ def state_bytes(run: Path, step: int) -> dict[str, bytes]:
     return {name: reader.read(name).tobytes() for name in reader.manifest.arrays}
 
 
-def start(*arguments: str, devices: int = 2, **environment: str) -> subprocess.Popen:
-    """``jaxsys`` in another process."""
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **environment}
+def start(*arguments, before: str = "", **environment: str) -> subprocess.Popen:
+    """``jaxsys`` in another process with two devices. before: Python to run first."""
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # recipes import this module
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": paths, **environment}
+    code = f"import sys\n{before}\nfrom jaxsys.cli.main import main\nsys.exit(main())"
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxsys.cli.main", *map(str, arguments)],
+        [sys.executable, "-c", code, *map(str, arguments)],
         env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -88,6 +90,3 @@ def write_recipe(path: Path, material: Path) -> str:
         f"    return make_config(Path({str(path.parent / 'run')!r}), Path({str(material)!r}))\n"
     )
     return f"{path}:tiny"
-
-
-__all__ = ["make_config", "quiet", "start", "state_bytes", "write_recipe", "write_text", "write_tokenizer"]

@@ -173,6 +173,7 @@ def _paged(q, k, v, context, pool, *, layer, window, scale, softcap):
     queries = q[here, row].astype(dtype).reshape(R * I, Q, K, G, h)
     at = jnp.where(context.items < T, context.positions[here, row], -1).reshape(R * I, Q)
     table = context.page_table[replica, context.sequences[replica, row[:, :, 0]]]
+    reach = at.max(-1)[:, None]
     accumulate = jnp.promote_types(dtype, jnp.float32)
 
     def one_page(c, state):
@@ -182,6 +183,8 @@ def _paged(q, k, v, context, pool, *, layer, window, scale, softcap):
         s = jnp.einsum("nqkgh,nksh->nkgqs", queries, keys, preferred_element_type=accumulate)
         s = _cap(s * scale, softcap)
         key_at = c * page + jnp.arange(page)
+        # A page may hold anything where its sequence has not come: zero weight times NaN would be NaN.
+        values = jnp.where((key_at[None, :] <= reach)[:, None, :, None], values, 0)
         seen = key_at[None, None, :] <= at[:, :, None]
         if window is not None:
             seen &= at[:, :, None] - key_at[None, None, :] < window

@@ -41,8 +41,8 @@ class Model:
 
     def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
         """The nnx model on these arrays (call it inside traced code)."""
-        state: Any = {_path(key): array for key, array in params.items()}
-        return nnx.merge(self.graphdef, nnx.State.from_flat_path(state))
+        paths: Any = {_path(key): array for key, array in params.items()}
+        return nnx.merge(self.graphdef, nnx.State.from_flat_path(paths))
 
     def init(self, seed: jax.Array) -> dict[str, jax.Array]:
         """Fresh parameters, unpadded (call it inside traced code); the same for both storages and any sharding."""

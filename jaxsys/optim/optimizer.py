@@ -78,7 +78,7 @@ class OptimConfig:
     """
 
     optimizer: AdamW | SGD | Adafactor = AdamW()
-    schedule: Cosine | WSD | Constant = Cosine()
+    schedule: Cosine | WSD | Constant = dataclasses.field(default_factory=Cosine)
     learning_rate: float = 3e-4
     clip_norm: float | None = 1.0
 

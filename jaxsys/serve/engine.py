@@ -13,8 +13,10 @@ from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graphs
 from jaxsys.live import Live
 from jaxsys.models.state import Model
-from jaxsys.serve.forward import Output, empty_batch, make_forward, make_pool, pack, page_bytes
+from jaxsys.serve.batch import empty_batch, pack
+from jaxsys.serve.forward import Output, make_forward
 from jaxsys.serve.pages import PageAllocator
+from jaxsys.serve.pool import make_pool, page_bytes
 from jaxsys.serve.request import Request, Sampling
 from jaxsys.serve.scheduler import Scheduler, Size
 from parallelism.errors import UserError
@@ -85,12 +87,11 @@ class Engine:
             raise UserError("prompt: found no token, expected at least one: give a longer text")
         if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
             raise UserError(f"prompt: token {wrong[0]} is not in the vocabulary, expected 0 to {vocabulary - 1}")
-        room = self.max_context - len(tokens)
-        if room < min(sampling.max_tokens, 1):
-            most = self.max_context - min(sampling.max_tokens, 1)
+        room, wanted = self.max_context - len(tokens), min(sampling.max_tokens, 1)
+        if room < wanted:
             raise UserError(
-                f"prompt of {len(tokens)} tokens, expected at most {most} in a "
-                f"context of {self.max_context}: give a shorter prompt, or raise max_context if the model "
+                f"prompt of {len(tokens)} tokens, expected at most {self.max_context - wanted} in a context of "
+                f"{self.max_context}: give a shorter prompt, or raise max_context if the model "
                 f"({self.model.config.max_seq_len}) and the KV pool allow"
             )
         sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))

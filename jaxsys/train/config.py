@@ -75,7 +75,7 @@ class TrainConfig:
     parameter_rules: str = ""
     activation_rules: str = ""
     data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = CheckpointConfig()
     steps: int = 100
     seed: int = 0

@@ -130,8 +130,8 @@ class Step:
 
 def groups(keys: Sequence[str], sizes: Mapping[str, int], count: int) -> list[list[str]]:
     """``keys`` in order, cut into at most ``count`` groups of about equal bytes."""
-    out: list[list[str]] = [[]]
     total, filled = sum(sizes[k] for k in keys), 0
+    out: list[list[str]] = [[]]
     for key in keys:
         if out[-1] and filled >= total * len(out) / count:
             out.append([])

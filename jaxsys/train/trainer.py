@@ -105,8 +105,8 @@ class Trainer:
             raise
         self.live = Live(self.params, self.graphs)
         self._stop: str | None = None
-        self._clock = 0.0
         self._save: SaveHandle | None = None
+        self._clock = 0.0
 
     # ---------------------------------------------------------------------------------------------------- set-up
 
@@ -119,7 +119,9 @@ class Trainer:
     def _tokenizer(self) -> Tokenizer:
         name = self.config.data.tokenizer or self.config.init_from
         if name is None:
-            raise UserError("configuration key data.tokenizer: a model from scratch needs a directory, file or name")
+            raise UserError(
+                "configuration key data.tokenizer: a model from scratch needs one: a directory, file or name"
+            )
         if (Path(name).expanduser() / "tokenizer.json").is_file():  # a tokenizer needs no model beside it
             return Tokenizer.from_hf(Path(name).expanduser())
         return Tokenizer.of(resolve(name))
@@ -471,7 +473,9 @@ class Trainer:
             self.tokenizer.save(temporary)
             temporary.rename(directory)
         except OSError as error:
-            self.console.line(f"tokenizer not saved to {directory}: {error.strerror}; the next save tries again")
+            self.console.line(
+                f"the tokenizer was not saved to {directory}: {error.strerror}; the next save tries again"
+            )
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -43,8 +43,9 @@ def torch_decode(directory: Path, dtype: str, prompt: list[int], tokens: int) ->
 
     def generate(n: int) -> None:
         with torch.no_grad():
-            mask = torch.ones_like(ids)
-            model.generate(ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False
+            )
 
     return lambda: rate(generate, tokens)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-import checkpoint
 import jaxsys
+from checkpoint import Level, Manager, find_checkpoint
 from jaxsys import configuration
 from jaxsys.cli.generate import GenerateArgs
 from jaxsys.hub import resolve
@@ -115,9 +115,10 @@ def test_a_native_checkpoint_on_a_mesh_generates_the_same(llm, tmp_path):
     model = build(CONFIG)
     placed = plan(model.layout, MeshSpec().build(jax.devices()[:1]))
     params = put(placed, lambda logical, box: weights[logical.name][box])
-    checkpoint.write(tmp_path / "step", 0, params, placed.layout, {"model": configuration.to_dict(CONFIG)})
-    tokenizer().save(tmp_path / "step" / "tokenizer")
-    other = jaxsys.load(tmp_path / "step", mesh="tensor=2")
+    with Manager([Level("disk", tmp_path)]) as manager:
+        manager.save(3, params, placed.layout, {"model": configuration.to_dict(CONFIG)}).wait()
+    tokenizer().save(tmp_path / "tokenizer")
+    other = jaxsys.load(find_checkpoint(tmp_path), mesh="tensor=2")
     prompts = ["abc", "The quick brown fox jumps"]
     for a, b in zip(llm.generate(prompts, temperature=0.0), other.generate(prompts, temperature=0.0), strict=True):
         assert a.tokens == b.tokens
@@ -214,6 +215,7 @@ def test_smollm2_continues_ten_prompts_together_as_transformers_does(smollm2):
 
 
 @needs_smollm2
+@pytest.mark.slow
 def test_smollm2_on_two_devices_splits_nine_heads_and_says_the_same(smollm2):
     other = jaxsys.load("smollm2-135m-instruct", mesh="tensor=2", max_context=128)
     (one,), (two,) = (m.generate(["The capital of France is"], temperature=0.0) for m in (smollm2, other))

@@ -174,6 +174,13 @@ def test_the_pool_is_donated_and_never_copied(engine):
     assert [a.unsafe_buffer_pointer() for a in (engine._pool.k, engine._pool.v)] == addresses
 
 
+def test_nothing_is_read_that_the_sequence_did_not_write():
+    engine = make_engine()
+    expected = [made(request) for request in run(engine, PROMPTS)]
+    engine._pool = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, np.nan, a.dtype), a.sharding), engine._pool)
+    assert [made(request) for request in run(engine, PROMPTS)] == expected
+
+
 def test_tokens_carry_the_version_of_the_weights_that_made_them(reference):
     engine = make_engine(sizes=SIZES[:1])
     request = engine.add_request([5], dataclasses.replace(GREEDY, max_tokens=8))

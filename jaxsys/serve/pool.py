@@ -1,0 +1,43 @@
+"""The pool of keys and values: how large a page is, and the array itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsys.kernels.attention import Pool
+from jaxsys.kernels.matmul import activation_dtype
+from jaxsys.models.state import Model
+from parallelism.sharding import constrain
+
+
+def make_pool(model: Model, pages: int, page_size: int) -> Callable[[], Pool]:
+    """Traceable: an empty pool for one replica."""
+    L, K, h = model.config.n_layers, kv_heads(model), model.config.head_dim
+
+    def pool() -> Pool:
+        zeros = jnp.zeros((L, 1, pages, K, page_size, h), pool_dtype(model))
+        return Pool(
+            *(constrain(zeros, ("layers", "replica", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2))
+        )
+
+    return pool
+
+
+def page_bytes(model: Model, page_size: int) -> int:
+    """Bytes that one page of the pool holds, over all layers and devices."""
+    c = model.config
+    return 2 * c.n_layers * kv_heads(model) * page_size * c.head_dim * pool_dtype(model).itemsize
+
+
+def pool_dtype(model: Model) -> np.dtype:
+    """Keys and values are kept as activations are; bfloat16 kernels on CPU: float32, which is what it is fast in."""
+    return np.dtype(activation_dtype(model.dtype))
+
+
+def kv_heads(model: Model) -> int:
+    """Key/value heads as stored: the layout may pad them."""
+    key = next(key for key in model.layout if key.endswith("attention.k.kernel"))
+    return model.layout[key].shape[model.layout[key].axes.index("kv_heads")]

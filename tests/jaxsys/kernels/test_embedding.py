@@ -1,0 +1,31 @@
+"""The embedding look-up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsys.kernels.embedding import lookup
+
+TOKENS = np.array([[3, 1, 3]], np.int32)
+
+
+def test_rows_of_the_table_and_their_gradient():
+    table = np.arange(10, dtype=np.float32).reshape(5, 2)
+    rows, pull = jax.vjp(lambda t: lookup(t, TOKENS), table)
+    np.testing.assert_array_equal(rows, table[TOKENS])
+    (gradient,) = pull(np.ones((1, 3, 2), np.float32))
+    np.testing.assert_array_equal(gradient, np.array([0, 1, 0, 2, 0])[:, None] * np.ones(2))
+
+
+def test_a_decode_loop_keeps_no_converted_copy_of_the_table():
+    table = jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16)
+
+    def decode(table, tokens, steps):
+        def step(_, tokens):
+            return (tokens + lookup(table, tokens).astype(jnp.float32).sum(-1).astype(jnp.int32)) % 4096
+
+        return lax.fori_loop(0, steps, step, tokens)
+
+    compiled = jax.jit(decode).lower(table, np.zeros(4, np.int32), np.int32(2)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 64
