@@ -5,7 +5,7 @@ import json
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsys.configuration import dumps, from_dict, override, to_dict
@@ -76,11 +76,13 @@ def error(function, *args) -> str:
 
 
 @given(configs)
+@settings(deadline=None)
 def test_json_gives_back_the_configuration(config):
     assert from_dict(Outer, json.loads(dumps(config))) == config
 
 
 @given(configs)
+@settings(deadline=None)
 def test_every_key_set_from_its_own_value_gives_back_the_configuration(config):
     values = to_dict(config)
     plain = [f"{key}={json.dumps(values[key])}" for key in ("rate", "count", "on")]
