@@ -51,7 +51,7 @@ def test_a_hugging_face_directory(hf_directory):
     assert resolve(hf_directory) == ModelSource(hf_directory, "hf")
 
 
-@pytest.mark.parametrize("place", [".", "step_00000010"])
+@pytest.mark.parametrize("place", [".", "step-00000010"])
 def test_a_native_checkpoint_or_the_root_of_several(tmp_path, place):
     (tmp_path / place).mkdir(exist_ok=True)
     (tmp_path / place / "manifest.json").write_text("{}")

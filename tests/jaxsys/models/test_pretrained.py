@@ -375,9 +375,9 @@ def test_native_weights_that_do_not_fit_are_named(checkpoint, change, message):
     ("change", "message"),
     [
         ({"n_layer": 2}, "unknown configuration key 'model.n_layer': did you mean 'model.n_layers'"),
-        ({"n_kv_heads": 3}, "these fields make no model: 4 query heads"),
-        ({"n_kv_heads": 0}, "these fields make no model"),
-        ({"windows": [4]}, "these fields make no model: 1 windows for 2 layers"),
+        ({"n_kv_heads": 3}, "configuration model: 4 query heads"),
+        ({"n_kv_heads": 0}, "configuration model: "),
+        ({"windows": [4]}, "configuration model: 1 windows for 2 layers"),
         ({"n_heads": "4"}, "model.n_heads: found '4', expected int"),
         ({"family": "qwen2"}, "architecture 'qwen2' is not supported"),
     ],
