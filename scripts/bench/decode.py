@@ -51,7 +51,7 @@ def torch_decode(directory: Path, dtype: str, prompt: list[int], tokens: int) ->
 
 
 def main() -> None:
-    from measure import interleaved, machine, table
+    from measure import interleaved, machine, serve, table
 
     from jaxsys.console import Console
     from jaxsys.export import export_hf_directory
@@ -61,16 +61,22 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens that are timed")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    prompt = [1 + i % 1000 for i in range(options.prompt)]
-    with tempfile.TemporaryDirectory() as directory:
-        weights = Path(directory) / "hf"
-        export_hf_directory(options.model, weights, None, Console())
-        runs: dict[str, Callable[[], float] | None] = {}
-        for dtype in ("float32", "bfloat16"):
-            runs[f"transformers {dtype}"] = torch_decode(weights, dtype, prompt, options.tokens)
-            runs[f"jaxsys {dtype}"] = jaxsys_decode(options.model, dtype, prompt, options.tokens)
-        found = interleaved({name: run for name, run in runs.items() if run}, options.rounds)
+    if options.worker:
+        engine, dtype = options.worker.split()
+        prompt = [1 + i % 1000 for i in range(options.prompt)]
+        if engine == "jaxsys":
+            serve(jaxsys_decode(options.model, dtype, prompt, options.tokens))
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            weights = Path(directory) / "hf"
+            export_hf_directory(options.model, weights, None, Console())
+            run = torch_decode(weights, dtype, prompt, options.tokens)
+        serve(run)
+        return
+    names = [f"{engine} {dtype}" for dtype in ("float32", "bfloat16") for engine in ("transformers", "jaxsys")]
+    found = interleaved(names, options.rounds)
     print(f"{options.model}, batch 1, {options.tokens} tokens after a prompt of {options.prompt}, {machine()}")
     print(table(found, {f"jaxsys {d}": f"transformers {d}" for d in ("float32", "bfloat16")}, "tokens/s"))
 

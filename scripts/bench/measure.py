@@ -1,13 +1,20 @@
-"""Timing that can be trusted: alternating rounds, medians, and a refusal while something else uses the cores."""
+"""Timing that can be trusted: every contestant in a process of its own, alternating rounds, medians, and a refusal
+while something else uses the cores.
+
+A process each, because in one they disturb each other: the threads of torch's OpenMP go on spinning after a step, and
+two allocators' habits meet in one heap (jaxsys' bfloat16 step of the 25M model: 2,500 tokens/s alone, 1,500 with torch
+in the same process).
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ALLOWED = 0.08
@@ -21,8 +28,69 @@ def _ticks() -> tuple[float, float]:
     return (sum(fields) - fields[3] - fields[4]) / hertz, sum(fields) / hertz
 
 
+class Worker:
+    """One contestant: this script again with ``--worker NAME``, which measures once for each line it is sent."""
+
+    def __init__(self, name: str, arguments: Sequence[str]):
+        command = [sys.executable, sys.argv[0], *arguments, "--worker", name]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def measure(self) -> float | None:
+        """The next rate, or None if the worker said that it has nothing to measure with (torch is missing)."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("rate "):
+                return None if line.split()[1] == "none" else float(line.split()[1])
+        sys.exit(f"a worker of {sys.argv[0]} ended with exit code {self._process.wait()}")
+
+    @property
+    def cpu_seconds(self) -> float:
+        path = Path(f"/proc/{self._process.pid}/stat")
+        fields = path.read_text().rpartition(")")[2].split() if path.exists() else []
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(run: Callable[[], float] | None) -> None:
+    """The worker's side: one measurement a line of input."""
+    for _ in sys.stdin:
+        print("rate", "none" if run is None else run(), flush=True)
+
+
+def interleaved(names: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """The rates of every contestant, one a round in turn; a round before that is not counted.
+
+    Exits with 1 if other programs used the cores meanwhile.
+    """
+    arguments = sys.argv[1:]
+    workers = {name: Worker(name, arguments) for name in names}
+    for name, worker in list(workers.items()):
+        if worker.measure() is None:
+            workers.pop(name).close()
+            print(f"{name}: not measured, torch or transformers is not installed", file=sys.stderr)
+    found: dict[str, list[float]] = {name: [] for name in workers}
+    with Quiet(list(workers.values())):
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                rate = worker.measure()
+                assert rate is not None
+                found[name].append(rate)
+    for worker in workers.values():
+        worker.close()
+    return found
+
+
 class Quiet:
-    """Watches what other processes use: ``with Quiet(): ...`` exits with 1 if that was too much."""
+    """Watches what programs other than this and its workers use: ``with Quiet(): ...`` exits with 1 if too much."""
+
+    def __init__(self, workers: Sequence[Worker] = ()):
+        self._workers = workers
 
     def __enter__(self) -> Quiet:
         if Path("/proc/stat").exists():
@@ -30,14 +98,18 @@ class Quiet:
             time.sleep(1.0)
             later, end = _ticks()
             self._refuse((later - busy) / (end - total), "before the measurement")
-            self._start = (*_ticks(), _own())
+            self._start = (*_ticks(), self._own())
         return self
 
     def __exit__(self, kind, *_):
         if kind is None and Path("/proc/stat").exists():
             busy, total = _ticks()
-            others = busy - self._start[0] - (_own() - self._start[2])
+            others = busy - self._start[0] - (self._own() - self._start[2])
             self._refuse(others / (total - self._start[1]), "during the measurement")
+
+    def _own(self) -> float:
+        times = os.times()
+        return times.user + times.system + sum(worker.cpu_seconds for worker in self._workers)
 
     @staticmethod
     def _refuse(share: float, when: str) -> None:
@@ -46,23 +118,6 @@ class Quiet:
                 f"refused: other programs used {share:.0%} of the cores {when}, at most {ALLOWED:.0%} is allowed: "
                 "stop them and run again"
             )
-
-
-def _own() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
-def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Each run once a round, in turn; what they return (a rate), by name. One round before that is not counted."""
-    for run in runs.values():
-        run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    with Quiet():
-        for _ in range(rounds):
-            for name, run in runs.items():
-                found[name].append(run())
-    return found
 
 
 def table(found: dict[str, list[float]], peers: dict[str, str], unit: str) -> str:

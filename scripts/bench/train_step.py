@@ -88,7 +88,7 @@ def torch_step(config, batch: int, length: int, autocast: bool, steps: int) -> C
 
 
 def main() -> None:
-    from measure import interleaved, machine, table
+    from measure import interleaved, machine, serve, table
     from models import MODELS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,16 +97,20 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2, help="steps of one timed round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     config = MODELS[options.model]
     size = (options.batch, options.length)
     runs = {
-        "torch float32": torch_step(config, *size, False, options.steps),
-        "jaxsys float32": jaxsys_step(config, *size, "float32", options.steps),
-        "torch bfloat16 autocast": torch_step(config, *size, True, options.steps),
-        "jaxsys bfloat16": jaxsys_step(config, *size, "bfloat16", options.steps),
+        "torch float32": lambda: torch_step(config, *size, False, options.steps),
+        "jaxsys float32": lambda: jaxsys_step(config, *size, "float32", options.steps),
+        "torch bfloat16 autocast": lambda: torch_step(config, *size, True, options.steps),
+        "jaxsys bfloat16": lambda: jaxsys_step(config, *size, "bfloat16", options.steps),
     }
-    found = interleaved({name: run for name, run in runs.items() if run}, options.rounds)
+    if options.worker:
+        serve(runs[options.worker]())
+        return
+    found = interleaved(list(runs), options.rounds)
     print(f"{options.model}, {options.batch}x{options.length} tokens a step, {machine()}")
     peers = {"jaxsys float32": "torch float32", "jaxsys bfloat16": "torch bfloat16 autocast"}
     print(table(found, peers, "tokens/s"))
