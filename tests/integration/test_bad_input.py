@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from tiny_runs import make_config, quiet, write_recipe
@@ -238,3 +240,38 @@ def test_a_heldout_share_that_nothing_is_left_for_names_the_split(tmp_path, mate
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=0.0))
     with pytest.raises(ValueError, match="heldout has 0 of 40 documents"):
         Trainer(config, quiet())
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+COMMAND_LINES = {
+    "a misspelt command": (["genrate"], ["'genrate'", "'generate'"]),
+    "a misspelt option": (["train", "--confg", "x"], ["'--confg'", "'--config'"]),
+    "a value of the wrong type": (["generate", "--model", "m", "--max-tokens", "abc"], ["--max-tokens", "'abc'"]),
+    "a choice that there is not": (["generate", "--model", "m", "--dtype", "float8"], ["'float8'", "bfloat16"]),
+    "a missing option": (["train"], ["--config", "jaxsys train --help"]),
+    "a missing value": (["train", "--config"], ["--config"]),
+    "a word too many": (["graphs", "run", "other"], ["other"]),
+    "no command": ([], ["train", "generate", "reshard", "graphs", "jaxsys --help"]),
+}
+
+
+@pytest.mark.parametrize("case", COMMAND_LINES)
+def test_a_wrong_command_line_is_refused_in_one_line(refused, case):
+    words, expected = COMMAND_LINES[case]
+    complaint = refused(*words)
+    assert all(word in complaint for word in expected), complaint
+
+
+def test_help_is_not_an_error(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert not end.value.code and "--print-config" in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_is_not_an_error():
+    command = f"{sys.executable} -m jaxsys.cli.main train --config llama_25m --print-config"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | head -c1; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True
+    )
+    assert (done.stderr, done.stdout) == ("", "{") and done.returncode in (0, 141)
