@@ -65,14 +65,20 @@ class Live:
 
         return dispatcher().call(swap)
 
-    def view(self, name: str, dtype: Any = None, shardings: Mapping[str, Any] | None = None) -> str | None:
+    def view(
+        self, name: str, dtypes: Mapping[str, Any] | None = None, shardings: Mapping[str, Any] | None = None
+    ) -> str | None:
         """Declares a view and compiles it. Returns its name, or None when the parameters agree already.
 
-        Declared again alike it is the one there is. Raises ValueError when the name is another view's.
+        dtypes, shardings: by key, of every parameter; None keeps those of the parameters. Declared again alike it is
+        the one there is. Raises ValueError when the name is another view's.
         """
         params = self._lease.params
         want = {
-            key: (jnp.dtype(dtype or array.dtype), shardings[key] if shardings else array.sharding)
+            key: (
+                jnp.dtype(dtypes[key] if dtypes else array.dtype),
+                shardings[key] if shardings else array.sharding,
+            )
             for key, array in params.items()
         }
         if all(

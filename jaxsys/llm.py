@@ -14,6 +14,7 @@ from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import build
 from jaxsys.serve.engine import Engine, EngineConfig
+from jaxsys.serve.forward import Numerics
 from jaxsys.serve.request import Request, Result, Sampling
 from jaxsys.tokenizer import Tokenizer
 from parallelism import PARAMETERS, MeshSpec, plan, put
@@ -33,17 +34,20 @@ def load(
     dtype: str = "float32",
     max_context: int | None = None,
     kv_bytes: int = EngineConfig.kv_bytes,
+    numerics: Numerics = "fast",
 ) -> LLM:
     """A model ready to generate: weights on their devices, every graph compiled.
 
     model: a native checkpoint or run, a Hugging Face directory, a GGUF file, a Hub id, or a name that a package
     resolves (``smollm2-135m-instruct``). mesh: as ``tensor=2``; empty is one device. dtype: of the weights,
     ``float32`` or ``bfloat16``. max_context: tokens of a sequence, prompt included; None is as many as the model and
-    the pool allow. kv_bytes: what the pool of keys and values may take.
+    the pool allow. kv_bytes: what the pool of keys and values may take. numerics: ``fast``, or ``invariant``, in which
+    a token's log-probability is bitwise the same sampled or scored, whatever shares its batch.
     Raises UserError for anything wrong with these.
     """
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
+    config = EngineConfig(max_context=max_context, kv_bytes=kv_bytes, numerics=numerics)
     source = resolve(os.fspath(model))
     spec = MeshSpec.parse(mesh)
     pretrained, tokenizer = Pretrained.open(source), Tokenizer.of(source)
@@ -53,7 +57,6 @@ def load(
     placed = plan(decoder.layout, devices, PARAMETERS, decoder.units)
     graphs = Graphs(devices)
     live = Live(put(placed, pretrained.reader), graphs)
-    config = EngineConfig(max_context=max_context, kv_bytes=kv_bytes)
     engine = Engine(decoder.with_layout(placed.layout), live, graphs, config)
     graphs.freeze()
     return LLM(engine, tokenizer)
@@ -132,14 +135,11 @@ class LLM:
 
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """Token ids of a prompt, as ``generate`` takes it."""
-        if not isinstance(prompt, str):
-            if chat:
-                raise UserError("prompt: found token ids with chat=True, expected text: give text, or chat=False")
-            return list(prompt)
-        if not chat:
-            return self.tokenizer.encode(prompt)
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-        return self.tokenizer.encode(text, add_bos=False)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_message(prompt) if chat else self.tokenizer.encode(prompt)
+        if chat:
+            raise UserError("prompt: found token ids with chat=True, expected text: give text, or chat=False")
+        return list(prompt)
 
     def result(self, request: Request) -> Result:
         """What a finished request came to."""

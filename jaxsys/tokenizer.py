@@ -111,6 +111,10 @@ class Tokenizer:
         }
         return render(self.chat_template, messages, add_generation_prompt, special)
 
+    def encode_message(self, text: str) -> list[int]:
+        """Token ids of a conversation that one message of a user begins, up to where the answer goes on."""
+        return self.encode(self.apply_chat_template([{"role": "user", "content": text}]), add_bos=False)
+
     @classmethod
     def of(cls, source: ModelSource) -> Tokenizer:
         """The tokenizer that comes with a model: in its directory, its GGUF file, or beside its checkpoints."""

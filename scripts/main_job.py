@@ -117,7 +117,8 @@ def main() -> None:
     stages.done(f"{PROMPT!r} -> {first['text']!r}")
 
     changes = (f"run={train}", f"steps={options.steps}", "eval_every=0", "eval_batches=2", "data.seq_len=128",
-               f"checkpoint.every={max(half // 2, 1)}", "optim.schedule.warmup_steps=2")  # fmt: skip
+               f"checkpoint.every={max(half // 2, 1)}",
+               f'sample.prompts=["{PROMPT}"]', "sample.max_tokens=8", "optim.schedule.warmup_steps=2")  # fmt: skip
     common = ("--config", "smollm2_finetune", *(word for change in changes for word in ("--set", change)))
     stages.start(f"fine-tune on the standard library's text, mesh {FIRST_MESH}, and be preempted")
     train_until(train, half, *common, "--set", f"mesh={FIRST_MESH}")

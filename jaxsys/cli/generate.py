@@ -41,6 +41,8 @@ class GenerateArgs:
     """Of the weights."""
     max_context: int | None = None
     """Tokens of a prompt with its continuation; the default is what the model and memory allow."""
+    numerics: Literal["fast", "invariant"] = "fast"
+    """invariant: logprobs are bitwise the same whatever runs together; slower."""
 
     def run(self) -> int:
         if not self.prompt:
@@ -53,7 +55,7 @@ class GenerateArgs:
         sampling = Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed)
         console = Console()
         with console.stage(f"load {self.model}") as said:
-            llm = load(self.model, self.mesh, self.dtype, self.max_context)
+            llm = load(self.model, self.mesh, self.dtype, self.max_context, numerics=self.numerics)
             said.append(f"{len(llm.engine.graphs)} graphs")
         start = time.perf_counter()
         sampling = dataclasses.replace(sampling, stop=llm.tokenizer.eos_ids)

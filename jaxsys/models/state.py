@@ -49,6 +49,10 @@ class Model:
         decoder = Decoder(self.config, rngs=nnx.Rngs(jax.random.key(seed)), dtype=self.dtype, storage=self.storage)
         return {key: variable[...] for key, variable in _variables(decoder).items()}
 
+    def compute_dtypes(self, dtype: Any) -> dict[str, np.dtype]:
+        """What each parameter is cast to where the model computes in ``dtype``: norms stay as they are."""
+        return {k: s.dtype if "norm" in s.axes else jnp.dtype(dtype) for k, s in self.layout.items()}
+
     @property
     def dtype(self) -> np.dtype:
         return next(iter(self.layout.values())).dtype

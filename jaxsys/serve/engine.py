@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.dispatch import dispatcher
@@ -14,14 +15,18 @@ from jaxsys.graphs import Graphs
 from jaxsys.live import Live
 from jaxsys.models.state import Model
 from jaxsys.serve.batch import empty_batch, pack
-from jaxsys.serve.forward import Output, make_forward
+from jaxsys.serve.forward import Numerics, Output, make_forward
 from jaxsys.serve.pages import PageAllocator
-from jaxsys.serve.pool import make_pool, page_bytes
+from jaxsys.serve.pool import make_pool, page_bytes, pool_dtype
 from jaxsys.serve.request import Request, Sampling
 from jaxsys.serve.scheduler import Scheduler, Size
-from parallelism.errors import UserError
+from parallelism.errors import UserError, unknown_name
 
-SIZES = (Size(1, 1), Size(16, 16), Size(128, 16, queries=16))
+SIZES = {
+    "fast": (Size(1, 1), Size(16, 16), Size(128, 16, queries=16)),
+    # Rows of XLA:CPU's matmuls depend on their number below 64.
+    "invariant": (Size(64, 16, queries=16),),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +35,30 @@ class EngineConfig:
 
     kv_bytes: the most that the pool may take, over all devices (it takes no more than its sequences can use).
     page_size: positions a page; what attention reads at once. max_steps: tokens a sequence makes between two looks of
-    the host. sizes: the shapes that are compiled.
+    the host. numerics: see ``jaxsys.serve.forward.Numerics``. sizes: the shapes that are compiled; None is those that
+    suit the numerics, and ``invariant`` has one, through which everything goes.
+    Raises UserError for numerics that there are not, or that the sizes do not allow.
     """
 
     max_context: int | None = None
     kv_bytes: int = 512 << 20
     page_size: int = 64
     max_steps: int = 16
-    sizes: tuple[Size, ...] = SIZES
+    numerics: Numerics = "fast"
+    sizes: tuple[Size, ...] | None = None
+
+    def __post_init__(self):
+        if self.numerics not in SIZES:
+            raise unknown_name("numerics", self.numerics, SIZES)
+        if self.numerics == "invariant" and len(self.shapes) != 1:
+            raise UserError(
+                f"numerics 'invariant' with {len(self.shapes)} sizes, expected one that everything goes through"
+            )
+
+    @property
+    def shapes(self) -> tuple[Size, ...]:
+        """The sizes in use."""
+        return self.sizes or SIZES[self.numerics]
 
 
 class Engine:
@@ -53,21 +74,22 @@ class Engine:
     ):
         self.config = config = config or EngineConfig()
         self.model, self.live, self.graphs, self.view = model, live, graphs, view
-        self.max_context, pages = _pool_size(model, config)
-        self._width = -(-self.max_context // config.page_size)
-        self.scheduler = Scheduler(PageAllocator(pages, config.page_size), config.sizes, config.max_steps)
-        make = graphs.compile("kv_pool", make_pool(model, pages, config.page_size))
-        pool = make.outputs
         params = dispatcher().call(lambda: dict(live.lease(view).params))
+        dtype = pool_dtype(params)
+        self.max_context, pages = _pool_size(model, config, dtype)
+        self._width = -(-self.max_context // config.page_size)
+        self.scheduler = Scheduler(PageAllocator(pages, config.page_size), config.shapes, config.max_steps)
+        make = graphs.compile("kv_pool", make_pool(model, pages, config.page_size, dtype))
+        pool = make.outputs
         everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
         shardings = None if everywhere is None else (everywhere, jax.tree.map(lambda a: a.sharding, pool))
         self._forward = {}
-        for size in config.sizes:
+        for size in config.shapes:
             batch = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
                 empty_batch(size, self._width, config.page_size),
             )
-            forward = make_forward(model, size, config.max_steps)
+            forward = make_forward(model, size, config.max_steps, config.numerics)
             name = f"forward[{size.rows}x{size.sequences}]"
             self._forward[size] = graphs.compile(
                 name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
@@ -162,18 +184,18 @@ class Engine:
             self.cancel(request)
 
 
-def _pool_size(model: Model, config: EngineConfig) -> tuple[int, int]:
+def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype) -> tuple[int, int]:
     """Positions of the longest sequence, and pages of the pool."""
     size = config.page_size
-    affordable = config.kv_bytes // page_bytes(model, size)
+    affordable = config.kv_bytes // page_bytes(model, size, dtype)
     longest = min(model.config.max_seq_len, max(affordable - 1, 0) * size)
     wanted = longest if config.max_context is None else config.max_context
     if wanted < 1 or wanted > longest:
-        need = (-(-max(wanted, 1) // size) + 1) * page_bytes(model, size)
+        need = (-(-max(wanted, 1) // size) + 1) * page_bytes(model, size, dtype)
         raise UserError(
             f"max_context {wanted}: expected 1 to {longest}: the model was trained with {model.config.max_seq_len} "
             f"positions, and a KV pool of {config.kv_bytes} bytes holds {max(affordable - 1, 0) * size} "
             f"({need} bytes hold the {wanted})"
         )
-    sequences = max(s.sequences for s in config.sizes)
+    sequences = max(s.sequences for s in config.shapes)
     return wanted, min(affordable, sequences * -(-wanted // size) + 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,11 @@ from jaxsys.serve.batch import Batch
 from jaxsys.serve.sampler import log_probability, sample
 from jaxsys.serve.scheduler import Size
 from parallelism.sharding import constrain
+
+Numerics = Literal["fast", "invariant"]
+"""``fast``: the output matmul runs over the rows that need it. ``invariant``: it always runs over all rows of the graph
+and every log-probability comes out of that one product, so that within one graph a token's is bitwise the same
+whether it is sampled or scored, whatever shares its batch."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +43,7 @@ class Output:
     steps: jax.Array
 
 
-def make_forward(model: Model, size: Size, max_steps: int) -> Callable[..., tuple[Output, Pool]]:
+def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -> Callable[..., tuple[Output, Pool]]:
     """``forward(params, pool, batch) -> (Output, pool)`` for one size; the pool is to be donated."""
 
     def forward(params: Mapping[str, jax.Array], pool: Pool, batch: Batch) -> tuple[Output, Pool]:
@@ -59,15 +65,31 @@ def make_forward(model: Model, size: Size, max_steps: int) -> Callable[..., tupl
             tokens, context, last, pool, out, _ = state
             hidden, pool = decoder(tokens, context, pool)
 
-            def score():
-                logits = constrain(decoder.logits(hidden), ("batch", "seq", "act_vocab"))
-                return jnp.where(batch.targets >= 0, log_probability(logits, batch.targets), 0.0)
-
-            scores = lax.cond(batch.score & (out.steps == 0), score, lambda: out.target_logprobs)
+            scoring = batch.score & (out.steps == 0)
             row = jnp.maximum(last, 0)
             position = context.positions[replica, row] + 1
-            logits = constrain(decoder.logits(hidden[replica, row]), ("batch", None, "act_vocab"))
-            made, logprobs = sample(logits, batch.settings, position)
+
+            def project(rows):
+                return constrain(decoder.logits(rows), ("batch", None, "act_vocab"))
+
+            if numerics == "invariant":
+                every = project(hidden)
+                made = sample(every[replica, row], batch.settings, position)
+                # A row that is sampled has no target; rows of unused sequences write nothing.
+                here = jnp.where(last >= 0, last, size.rows)
+                wanted = jnp.where(scoring, batch.targets, -1).at[replica, here].set(made, mode="drop")
+                found = log_probability(every, wanted)
+                logprobs = found[replica, row]
+                scores = jnp.where(scoring, jnp.where(batch.targets >= 0, found, 0.0), out.target_logprobs)
+            else:
+
+                def score():
+                    return jnp.where(batch.targets >= 0, log_probability(project(hidden), batch.targets), 0.0)
+
+                scores = lax.cond(scoring, score, lambda: out.target_logprobs)
+                logits = project(hidden[replica, row])
+                made = sample(logits, batch.settings, position)
+                logprobs = log_probability(logits, made)
             out = Output(
                 out.tokens.at[out.steps].set(made), out.logprobs.at[out.steps].set(logprobs), scores, out.steps + 1
             )

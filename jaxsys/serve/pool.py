@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,12 +14,12 @@ from jaxsys.models.state import Model
 from parallelism.sharding import constrain
 
 
-def make_pool(model: Model, pages: int, page_size: int) -> Callable[[], Pool]:
-    """Traceable: an empty pool for one replica."""
+def make_pool(model: Model, pages: int, page_size: int, dtype: np.dtype) -> Callable[[], Pool]:
+    """Traceable: an empty pool for one replica; see ``pool_dtype``."""
     L, K, h = model.config.n_layers, kv_heads(model), model.config.head_dim
 
     def pool() -> Pool:
-        zeros = jnp.zeros((L, 1, pages, K, page_size, h), pool_dtype(model))
+        zeros = jnp.zeros((L, 1, pages, K, page_size, h), dtype)
         return Pool(
             *(constrain(zeros, ("layers", "replica", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2))
         )
@@ -26,15 +27,15 @@ def make_pool(model: Model, pages: int, page_size: int) -> Callable[[], Pool]:
     return pool
 
 
-def page_bytes(model: Model, page_size: int) -> int:
+def page_bytes(model: Model, page_size: int, dtype: np.dtype) -> int:
     """Bytes that one page of the pool holds, over all layers and devices."""
     c = model.config
-    return 2 * c.n_layers * kv_heads(model) * page_size * c.head_dim * pool_dtype(model).itemsize
+    return 2 * c.n_layers * kv_heads(model) * page_size * c.head_dim * dtype.itemsize
 
 
-def pool_dtype(model: Model) -> np.dtype:
+def pool_dtype(params: Mapping[str, jax.Array]) -> np.dtype:
     """Keys and values are kept as activations are; bfloat16 kernels on CPU: float32, which is what it is fast in."""
-    return np.dtype(activation_dtype(model.dtype))
+    return np.dtype(activation_dtype(params["embed.kernel"].dtype))
 
 
 def kv_heads(model: Model) -> int:

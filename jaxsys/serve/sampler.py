@@ -31,8 +31,8 @@ def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
 
 
-def sample(logits: jax.Array, settings: Settings, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One token a row: int32 [...], and the log-probability under ``logits`` themselves: float32 [...].
+def sample(logits: jax.Array, settings: Settings, positions: jax.Array) -> jax.Array:
+    """One token a row: int32 [...].
 
     logits: [..., V]. positions: [...] int32, of the token that is made. A row's noise is a function of its seed
     and position alone, so its token does not depend on what else is in the batch.
@@ -48,8 +48,7 @@ def sample(logits: jax.Array, settings: Settings, positions: jax.Array) -> tuple
         drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
         return jnp.where(settings.temperature > 0, drawn, tokens)
 
-    tokens = lax.cond((settings.temperature > 0).any(), draw, lambda: tokens)
-    return tokens, log_probability(logits, tokens)
+    return lax.cond((settings.temperature > 0).any(), draw, lambda: tokens)
 
 
 def _noise(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:

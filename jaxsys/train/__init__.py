@@ -1,5 +1,5 @@
 """Training: configuration, recipes, step, trainer."""
 
-from jaxsys.train.config import CheckpointConfig, DataConfig, TrainConfig
+from jaxsys.train.config import CheckpointConfig, DataConfig, SampleConfig, TrainConfig
 
-__all__ = ["CheckpointConfig", "DataConfig", "TrainConfig"]
+__all__ = ["CheckpointConfig", "DataConfig", "SampleConfig", "TrainConfig"]

@@ -56,6 +56,25 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Prompts that the weights in training continue: before the first step, every ``every`` steps (0: not between),
+    and after the last.
+
+    max_tokens: of each continuation. temperature: 0 takes the most likely token; drawn ones derive from the run's seed.
+    chat: the prompts are messages of a user, put into the model's chat template.
+    """
+
+    prompts: tuple[str, ...] = ()
+    every: int = 0
+    max_tokens: int = 32
+    temperature: float = 0.0
+    chat: bool = False
+
+    def __post_init__(self):
+        _at_least(self, 0, "every")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
@@ -64,6 +83,7 @@ class TrainConfig:
     mesh: ``data=2,fsdp=-1,tensor=4``. parameter_rules, activation_rules: changes to the sharding rules.
     accumulate: microbatches a step. step_form: one graph, or grads and update groups. remat: what layers keep.
     eval_every: steps between evaluations on held-out text (0: only before and after), of ``eval_batches`` batches.
+    sample: prompts to continue along the way, from the live weights.
     target: named hardware whose peak utilisation is stated against; None finds it, or states none.
     profile: ``START:STOP`` writes a trace of these steps to the run directory.
     """
@@ -77,6 +97,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = CheckpointConfig()
+    sample: SampleConfig = SampleConfig()
     steps: int = 100
     seed: int = 0
     accumulate: int = 1

@@ -55,9 +55,8 @@ class Step:
 
     def losses(self, params: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Sum of -log p over the targets of one microbatch [B, T], and their number."""
-        layout = self.model.layout
-        cast = {k: p if "norm" in layout[k].axes else p.astype(self.compute_dtype) for k, p in params.items()}
-        decoder = self.model.bind(cast)
+        dtypes = self.model.compute_dtypes(self.compute_dtype)
+        decoder = self.model.bind({key: array.astype(dtypes[key]) for key, array in params.items()})
         policy = REMAT[self.remat]
         remat = None if policy is None else lambda f: jax.checkpoint(f, policy=policy)
         context = Rows(batch["segments"], batch["positions"])

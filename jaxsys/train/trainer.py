@@ -34,6 +34,7 @@ from jaxsys.optim import Optimizer
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.metrics import Metrics
+from jaxsys.train.samples import Samples
 from jaxsys.train.step import Step, groups
 from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, create, detect, plan, put, target
 from parallelism.errors import UserError
@@ -99,11 +100,11 @@ class Trainer:
         self.manager = self._open_checkpoints()
         try:
             self._restore_or_begin(pretrained, model)
+            self.live = Live(self.params, self.graphs)
             self._compile()
         except BaseException:
             self.manager.close()
             raise
-        self.live = Live(self.params, self.graphs)
         self._stop: str | None = None
         self._save: SaveHandle | None = None
         self._clock = 0.0
@@ -250,7 +251,14 @@ class Trainer:
                 )
             else:
                 self._compile_split(micro, step)
+            self.samples: Samples | None = None
+            if c.sample.prompts:
+                self.samples = Samples(
+                    c.sample, self.model, self.live, self.graphs, self.tokenizer, c.compute_dtype, c.seed
+                )
+                said.append(f"view for samples {self.samples.view_bytes / 1e6:.0f} MB")
             said.append(f"{len(self.graphs)} graphs")
+        self.graphs.freeze()
         self.graphs.save(self.run_directory / "graphs.json")
 
     def _compile_split(self, micro: Any, step: Any) -> None:
@@ -304,6 +312,7 @@ class Trainer:
         metrics = Metrics(self.run_directory, self.step)
         losses: list[float] = []
         before = self._evaluated(metrics) if c.eval_batches else None
+        self._sampled(metrics)
         spent = tokens = flops = stall = 0.0
         pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
 
@@ -347,20 +356,29 @@ class Trainer:
                 # Asked once: a signal that comes later ends the run after the next step, never unsaved.
                 stopping = self._stop is not None
                 due = self.manager.due(self.step) or self.step == last or stopping
-                if due or (c.eval_every and self.step % c.eval_every == 0 and self.step < last):
+                evaluates, samples = (
+                    bool(every) and self.step % every == 0 and self.step < last and not stopping
+                    for every in (c.eval_every, c.sample.every)
+                )
+                if due or evaluates or samples:
                     text = drain()
                 advance(1, text)
                 if due:
                     stall += self._checkpoint(final=self.step == last or stopping)
                     saved = self.step
                     self._clock = time.perf_counter()
-                if c.eval_every and self.step % c.eval_every == 0 and self.step < last:
+                if evaluates:
                     self._evaluated(metrics)
+                if samples:
+                    self._sampled(metrics)
+                if evaluates or samples:
                     self._clock = time.perf_counter()
                 if stopping:
                     break
             profile(None)
             after = self._evaluated(metrics) if c.eval_batches and self._stop is None else None
+            if self._stop is None and self.step > begun:
+                self._sampled(metrics)
             self.manager.wait()
             written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
             metrics.write(self.step, {"stall_seconds": stall, "checkpoint_bytes": written})
@@ -429,6 +447,20 @@ class Trainer:
             said.append(f"{loss:.4f}")
         metrics.write(self.step, {"heldout_loss": loss})
         return loss
+
+    def _sampled(self, metrics: Metrics) -> None:
+        if self.samples is None:
+            return
+        with self.console.stage(f"samples at step {self.step}") as said:
+            taken = self.samples.take()
+            said.append(f"weights of version {self.live.version}")
+        pairs = [
+            {"prompt": prompt, "text": result.text}
+            for prompt, result in zip(self.config.sample.prompts, taken, strict=True)
+        ]
+        for pair in pairs:
+            self.console.line(f"  {pair['prompt']!r} -> {pair['text']!r}")
+        metrics.write(self.step, {"samples": pairs})
 
     # -------------------------------------------------------------------------------------------------- helpers
 

@@ -253,6 +253,11 @@ def live(mesh):
     return Live(params(mesh), Graphs(mesh))
 
 
+def every(value):
+    """The same for each parameter."""
+    return dict.fromkeys(("w", "norm"), value)
+
+
 def leased(live, view=None):
     return dispatcher().call(live.lease, view)
 
@@ -271,13 +276,13 @@ def test_a_lease_is_taken_on_the_dispatchers_thread_only(live):
 def test_parameters_that_agree_need_no_view_and_no_copy(live):
     first = leased(live).params
     whole = {key: array.sharding for key, array in first.items()}
-    assert live.view("same", jnp.float32, whole) is None and not live.views
+    assert live.view("same", every(jnp.float32), whole) is None and not live.views
     assert leased(live).params is first
 
 
 def test_a_view_is_the_parameters_in_its_dtype_and_sharding(live, mesh):
     whole = NamedSharding(mesh, PartitionSpec())
-    name = live.view("serve", jnp.bfloat16, dict.fromkeys(("w", "norm"), whole))
+    name = live.view("serve", every(jnp.bfloat16), every(whole))
     got = leased(live, name).params
     assert {a.dtype for a in got.values()} == {jnp.dtype("bfloat16")}
     assert all(a.sharding.is_equivalent_to(whole, a.ndim) for a in got.values())
@@ -286,7 +291,7 @@ def test_a_view_is_the_parameters_in_its_dtype_and_sharding(live, mesh):
 
 
 def test_a_view_is_refreshed_once_a_version(live, mesh):
-    name = live.view("serve", jnp.bfloat16)
+    name = live.view("serve", every(jnp.bfloat16))
     assert leased(live, name).params is leased(live, name).params
     live.publish(params(mesh, 3.0))
     lease = leased(live, name)
@@ -295,7 +300,7 @@ def test_a_view_is_refreshed_once_a_version(live, mesh):
 
 
 def test_a_refresh_compiles_nothing(live, mesh):
-    name, new = live.view("serve", jnp.bfloat16), params(mesh, 3.0)
+    name, new = live.view("serve", every(jnp.bfloat16)), params(mesh, 3.0)
     leased(live, name)
     with no_compiles("a refresh"):
         live.publish(new)
@@ -303,9 +308,9 @@ def test_a_refresh_compiles_nothing(live, mesh):
 
 
 def test_a_view_is_declared_once_and_its_name_means_one_thing(live):
-    assert live.view("serve", jnp.bfloat16) == live.view("serve", jnp.bfloat16) == "serve"
+    assert live.view("serve", every(jnp.bfloat16)) == live.view("serve", every(jnp.bfloat16)) == "serve"
     with pytest.raises(ValueError, match="'serve'"):
-        live.view("serve", jnp.float16)
+        live.view("serve", every(jnp.float16))
 
 
 def test_the_trainer_may_donate_after_a_program_was_launched_with_the_lease(live, mesh):
@@ -322,7 +327,7 @@ def test_the_trainer_may_donate_after_a_program_was_launched_with_the_lease(live
 def test_donating_the_parameters_leaves_a_view_of_them_alone(live, mesh):
     """Also the arrays that a view holds in the dtype and sharding they had already."""
     whole = NamedSharding(mesh, PartitionSpec())
-    name = live.view("whole", jnp.float32, dict.fromkeys(("w", "norm"), whole))
+    name = live.view("whole", every(jnp.float32), every(whole))
     held, old = leased(live, name).params, leased(live).params
     jax.block_until_ready(live._graphs.compile("drop", lambda p: p["norm"] * 0, old, donate=(0,))(old))
     np.testing.assert_array_equal(held["norm"], np.ones(8))

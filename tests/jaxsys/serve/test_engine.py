@@ -40,6 +40,14 @@ def test_greedy_decode_equals_the_full_forward(engine, reference, prompt):
     assert request.finish_reason == "length"
 
 
+def test_logprobs_are_the_models_own_whatever_the_sampling_settings(engine, reference):
+    sampling = Sampling(max_tokens=8, temperature=0.6, top_k=3, top_p=0.9, seed=1)
+    (request,) = run(engine, [PROMPTS[1]], sampling)
+    expected = reference.log_softmax(request.tokens)[np.arange(2, 10), made(request)]
+    np.testing.assert_allclose(request.logprobs, expected, atol=1e-5)
+    assert made(request) != reference.greedy(PROMPTS[1], 8)[0]
+
+
 def test_requests_batched_equal_each_alone(engine):
     alone = [run(engine, [prompt])[0] for prompt in PROMPTS]
     together = run(engine, PROMPTS)
@@ -161,7 +169,7 @@ def test_after_warm_up_nothing_is_compiled_and_a_late_compile_raises(engine):
     with no_compiles("serving"):
         run(engine, PROMPTS, Sampling(5, top_k=3, top_p=0.7, seed=1), score=True)
     with pytest.raises(LateCompileError):
-        engine.graphs.compile("late", make_forward(engine.model, SIZES[0], 4), 1, 2, 3)
+        engine.graphs.compile("late", make_forward(engine.model, SIZES[0], 4, "fast"), 1, 2, 3)
 
 
 def test_the_pool_is_donated_and_never_copied(engine):
@@ -198,7 +206,7 @@ def test_a_view_of_the_trainers_weights_is_served():
     model = build(CONFIG)
     graphs = Graphs()
     live = Live({k: jax.device_put(weights(CONFIG)[k]) for k in model.layout}, graphs)
-    view = live.view("serve", dtype="bfloat16")
+    view = live.view("serve", dict.fromkeys(model.layout, "bfloat16"))
     config = EngineConfig(sizes=SIZES[2:], page_size=8, kv_bytes=1 << 20)
     engine = Engine(build(CONFIG, dtype="bfloat16"), live, graphs, config, view=view)
     direct = make_engine(dtype="bfloat16", sizes=SIZES[2:])
@@ -270,3 +278,40 @@ def test_the_pool_stays_within_its_bytes_and_shortens_the_context():
     assert engine._pool.k.nbytes + engine._pool.v.nbytes <= 20_000
     assert engine.max_context == 64
     assert len(made(run(engine, [[1] * 60], dataclasses.replace(GREEDY, max_tokens=9))[0])) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------- numerics
+
+
+@pytest.mark.parametrize(("dtype", "mesh"), [("float32", ""), ("bfloat16", ""), ("float32", "tensor=2")])
+def test_invariant_logprobs_are_bitwise_those_of_the_request_alone_and_of_scoring(dtype, mesh):
+    """Over the shape that is served: rows of XLA:CPU's matmuls depend on their number below it."""
+    engine = make_engine(dtype=dtype, mesh=mesh, numerics="invariant", sizes=None)
+    prompts = [*PROMPTS, list(range(90, 3, -1))]  # the last one is computed in two chunks
+    sampling = dataclasses.replace(GREEDY, max_tokens=9, temperature=0.7, seed=3)
+    together = [engine.add_request(prompt, sampling, score=True) for prompt in prompts]
+    engine.run(together)
+    for prompt, request in zip(prompts, together, strict=True):
+        alone = engine.add_request(prompt, sampling)
+        engine.run([alone])
+        assert (made(alone), alone.logprobs) == (made(request), request.logprobs)
+        scored = engine.add_request(request.tokens, dataclasses.replace(GREEDY, max_tokens=0), score=True)
+        engine.run([scored])
+        assert scored.prompt_logprobs == request.prompt_logprobs + request.logprobs
+
+
+def test_invariant_logprobs_are_those_of_the_whole_forward(reference):
+    engine = make_engine(numerics="invariant", sizes=None)
+    for prompt, request in zip(PROMPTS, run(engine, PROMPTS, score=True), strict=True):
+        tokens, logprobs = reference.greedy(prompt, 12)
+        assert made(request) == tokens
+        np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-5)
+        expected = reference.log_softmax(prompt)[np.arange(len(prompt) - 1), prompt[1:]]
+        np.testing.assert_allclose(request.prompt_logprobs, expected, atol=1e-5)
+
+
+def test_invariant_numerics_with_several_sizes_are_refused():
+    with pytest.raises(UserError, match="'invariant' with 3 sizes"):
+        EngineConfig(numerics="invariant", sizes=SIZES)
+    with pytest.raises(UserError, match="unknown numerics 'exact'"):
+        EngineConfig(numerics="exact")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from tiny_runs import make_config, quiet, state_bytes
 
+import jaxsys
 from checkpoint import open_checkpoint
 from checkpoint.storage import LocalDraft
-from jaxsys.optim import OptimConfig
-from jaxsys.train.config import CheckpointConfig
+from jaxsys.optim import Constant, OptimConfig
+from jaxsys.train.config import CheckpointConfig, SampleConfig
 from jaxsys.train.metrics import Metrics, read
 from jaxsys.train.trainer import NonFiniteLoss, Trainer
 from parallelism.errors import UserError
@@ -73,6 +74,40 @@ def test_held_out_loss_is_reported_before_and_after(tmp_path, material):
     assert summary.heldout_after < summary.heldout_before
     rows = [(row["step"], row["heldout_loss"]) for row in read(tmp_path / "run") if "heldout_loss" in row]
     assert rows == [(0, summary.heldout_before), (6, summary.heldout_after)]
+
+
+@pytest.mark.parametrize(("mesh", "compute"), [("data=2,tensor=2", "float32"), ("", "bfloat16")])
+def test_prompts_are_continued_by_the_live_weights_along_the_way(tmp_path, material, mesh, compute):
+    sample = SampleConfig(("The quick", "Document 7"), every=2, max_tokens=12)
+    config = make_config(tmp_path / "run", material, mesh=mesh, compute_dtype=compute, sample=sample)
+    config = dataclasses.replace(config, optim=OptimConfig(schedule=Constant(), learning_rate=0.03))
+    summary = train(config)
+    rows = {row["step"]: row["samples"] for row in read(tmp_path / "run") if "samples" in row}
+    assert list(rows) == [0, 2, 4, 6]
+    assert rows[0] != rows[6]
+    # What somebody says who loads the checkpoint; bfloat16 there rounds the norms too, a little.
+    llm = jaxsys.load(tmp_path / "run", dtype=compute, max_context=32)
+    texts = [result.text for result in llm.generate(sample.prompts, max_tokens=12, temperature=0.0)]
+    assert rows[6] == [{"prompt": p, "text": t} for p, t in zip(sample.prompts, texts, strict=True)]
+    without = train(dataclasses.replace(config, run=str(tmp_path / "other"), sample=SampleConfig()))
+    assert without.losses == summary.losses
+
+
+def test_the_copy_that_samples_are_taken_from_is_reported(tmp_path, material):
+    sample, said = SampleConfig(("The",), max_tokens=2), {}
+    for compute in ("float32", "bfloat16"):
+        console = quiet()
+        with Trainer(make_config(tmp_path / compute, material, compute_dtype=compute, sample=sample), console) as t:
+            said[compute] = t.samples.view_bytes
+            kernels = sum(s.nbytes // 2 for k, s in t.model.layout.items() if "norm" not in s.axes)
+            norms = sum(s.nbytes for s in t.model.layout.values() if "norm" in s.axes)
+    assert said == {"float32": 0, "bfloat16": kernels + norms}
+
+
+def test_a_prompt_that_the_context_cannot_hold_is_refused_before_training(tmp_path, material):
+    config = make_config(tmp_path / "run", material, sample=SampleConfig(("x" * 65,)))
+    with pytest.raises(UserError, match="prompt of 65 tokens, expected at most 63"):
+        Trainer(config, quiet())
 
 
 def test_without_evaluation_no_text_is_held_out(tmp_path, material):
