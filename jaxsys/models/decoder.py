@@ -32,7 +32,8 @@ class Linear(nnx.Module):
 
     def __init__(self, shape, axes, *, contract=1, std=0.02, dtype, rngs):
         self.contract = contract
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+        # float: a numpy scalar would decide the dtype of the product.
+        self.kernel = nnx.Param(float(std) * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return linear(x, self.kernel[...], self.contract)

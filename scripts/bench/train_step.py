@@ -60,6 +60,7 @@ def jaxsys_step(config, batch: int, length: int, compute: str, steps: int) -> Ca
         assert np.isfinite(float(metrics["loss"]))
         return steps * batch * length / (time.perf_counter() - start)
 
+    run.graph = fused  # type: ignore[attr-defined]
     return run
 
 

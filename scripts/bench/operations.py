@@ -1,0 +1,243 @@
+"""Where the time of a compiled graph goes, operation by operation, and how fast XLA runs each of them alone.
+
+    python scripts/bench/operations.py train_step [--model llama-25m] [--dtype bfloat16]
+    python scripts/bench/operations.py decode [--model smollm2-135m-instruct] [--dtype bfloat16]
+
+Operations that do the same work count as one row: a matmul by its shapes and dtypes, others by what they do. For a
+matmul ``alone`` is the rate of the same product in a program of its own, for the rest that of a copy: what is left
+between a row and its ``alone`` is this program's doing, what is beyond it XLA's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxsys.hugepages import restart_with_huge_pages
+
+BYTES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
+NAMES = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "s32": "int32", "s8": "int8"}
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$")
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+MOVES = {"copy", "transpose", "bitcast", "reshape", "convert", "slice", "concatenate", "pad", "broadcast", "parameter",
+         "constant", "tuple", "get-tuple-element", "dynamic-slice", "dynamic-update-slice", "gather", "scatter"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO text. shapes: (dtype, dimensions) of each result."""
+
+    opcode: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    operands: tuple[str, ...]
+    rest: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(BYTES.get(dtype, 4) * math.prod(dims) for dtype, dims in self.shapes)
+
+
+def parse(text: str) -> tuple[dict[str, Instruction], dict[str, list[str]]]:
+    """Instructions by name, and the names in each computation."""
+    found: dict[str, Instruction] = {}
+    inside: dict[str, list[str]] = defaultdict(list)
+    computation = ""
+    for line in text.splitlines():
+        if line and not line.startswith(" ") and line.endswith("{"):
+            computation = line.split()[1 if line.startswith("ENTRY") else 0].lstrip("%")
+        elif match := INSTRUCTION.match(line):
+            name, shape, opcode, operands, rest = match.groups()
+            shapes = tuple((d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in SHAPE.findall(shape))
+            found[name] = Instruction(opcode, shapes, tuple(re.findall(r"%([^\s,()]+)", operands)), rest)
+            inside[computation].append(name)
+    return found, inside
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matmul: operands, contracted and batch dimensions of each, the result's dtype."""
+
+    lhs: tuple[str, tuple[int, ...]]
+    rhs: tuple[str, tuple[int, ...]]
+    contract: tuple[tuple[int, ...], tuple[int, ...]]
+    batch: tuple[tuple[int, ...], tuple[int, ...]]
+    out: str
+
+    @property
+    def flops(self) -> float:
+        (_, left), (_, right) = self.lhs, self.rhs
+        free = [n for i, n in enumerate(right) if i not in (*self.contract[1], *self.batch[1])]
+        return 2.0 * math.prod(left) * math.prod(free)
+
+    def __str__(self) -> str:
+        def operand(side, contract):
+            dtype, dims = side
+            return f"{dtype}[{','.join(f'{n}*' if i in contract else str(n) for i, n in enumerate(dims))}]"
+
+        return f"{operand(self.lhs, self.contract[0])} x {operand(self.rhs, self.contract[1])} -> {self.out}"
+
+
+def product(name: str, found: dict[str, Instruction]) -> Product:
+    dot = found[name]
+
+    def dims(which: str) -> tuple[int, ...]:
+        match = re.search(which + r"={([\d,]*)}", dot.rest)
+        return tuple(int(n) for n in match[1].split(",") if n) if match else ()
+
+    left, right = (found[operand].shapes[0] for operand in dot.operands)
+    contract = dims("lhs_contracting_dims"), dims("rhs_contracting_dims")
+    return Product(left, right, contract, (dims("lhs_batch_dims"), dims("rhs_batch_dims")), dot.shapes[0][0])
+
+
+def classify(name: str, found: dict[str, Instruction], inside: dict[str, list[str]]) -> Product | str:
+    """What an instruction of the program does."""
+    at = found[name]
+    called = re.search(r"calls=%([^\s,]+)", at.rest)
+    names = inside[called[1]] if called else [name]
+    dots = [n for n in names if found[n].opcode == "dot"]
+    if dots:
+        return product(dots[0], found)
+    opcodes = {found[n].opcode for n in names}
+    if any(code.startswith(("reduce", "sort")) for code in opcodes):
+        return "reductions"
+    if opcodes <= MOVES:
+        return "copies, transposes, converts"
+    return "element-wise"
+
+
+def durations(profile: Path) -> dict[str, list[float]]:
+    """Seconds of every run of each HLO operation in a trace; parallel ones overlap."""
+    import jax
+
+    found: dict[str, list[float]] = defaultdict(list)
+    (path,) = profile.rglob("*.xplane.pb")
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines:
+            ends = {}
+            events = sorted(line.events, key=lambda e: e.start_ns)
+            for event in reversed(events):
+                if event.name.startswith("end: "):
+                    ends[event.name[5:]] = event.start_ns
+                    continue
+                stats = dict(event.stats)
+                if "hlo_op" in stats:
+                    found[str(stats["hlo_op"])].append(event.duration_ns / 1e9)
+    return found
+
+
+def alone(work: Product, seconds: float = 0.3) -> float:
+    """Flop/s of this product in a program of its own."""
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+
+    def fill(side):
+        dtype, dims = side
+        return jax.jit(lambda: jnp.full(dims, 0.5, NAMES[dtype]))()
+
+    def dot(a, b):
+        return lax.dot_general(a, b, (work.contract, work.batch), preferred_element_type=NAMES[work.out])
+
+    return work.flops / best(jax.jit(dot), (fill(work.lhs), fill(work.rhs)), seconds)
+
+
+def best(fn: Callable, arguments: tuple, seconds: float) -> float:
+    """The shortest of the runs that fit in ``seconds``."""
+    import jax
+
+    jax.block_until_ready(fn(*arguments))
+    times, begin = [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*arguments))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def copy_rate() -> float:
+    """Bytes a second that an element-wise program reads and writes."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jax.jit(lambda: jnp.zeros((2048, 1536), jnp.float32))()
+    return 2 * x.nbytes / best(jax.jit(lambda x: x + 1), (x,), 0.5)
+
+
+def train_step(model: str, dtype: str) -> tuple[Callable[[], Any], Any]:
+    from models import MODELS
+    from train_step import jaxsys_step
+
+    run = jaxsys_step(MODELS[model], 8, 256, dtype, 3)
+    return run, run.graph
+
+
+def decode(model: str, dtype: str) -> tuple[Callable[[], Any], Any]:
+    import jaxsys
+
+    llm = jaxsys.load(model, dtype=dtype, max_context=256)
+    graph = next(g for g in llm.engine.graphs if g.name == "forward[1x1]")
+    prompt = [1 + i % 1000 for i in range(128)]
+    return lambda: llm.generate([prompt], max_tokens=49, temperature=0.0, stop=()), graph
+
+
+def main() -> None:
+    from measure import Quiet, machine
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("graph", choices=["train_step", "decode"])
+    parser.add_argument("--model", help="default: llama-25m, smollm2-135m-instruct")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--rows", type=int, default=14, help="longest rows to print")
+    options = parser.parse_args()
+    import jax
+
+    begin = {"train_step": train_step, "decode": decode}[options.graph]
+    model = options.model or {"train_step": "llama-25m", "decode": "smollm2-135m-instruct"}[options.graph]
+    with Quiet():
+        run, graph = begin(model, options.dtype)
+        run()
+        with tempfile.TemporaryDirectory() as directory:
+            profiling = jax.profiler.ProfileOptions()
+            profiling.python_tracer_level = 0
+            with jax.profiler.trace(directory, profiler_options=profiling):
+                run()
+            times = durations(Path(directory))
+        found, inside = parse(graph.compiled.as_text())
+        rows: dict[Product | str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        for name, each in times.items():
+            if name in found and found[name].opcode not in ("while", "conditional", "call"):
+                kind = classify(name, found, inside)
+                work = kind.flops if isinstance(kind, Product) else moved(name, found)
+                row = rows[kind]
+                row[0], row[1], row[2] = row[0] + len(each), row[1] + sum(each), row[2] + work * len(each)
+        ordered = sorted(rows.items(), key=lambda item: -item[1][1])
+        total, copies = sum(row[1] for row in rows.values()), copy_rate()
+        print(f"{options.graph} of {model}, {options.dtype}, {machine()}")
+        print(f"{'operation':64}{'runs':>7}{'ms':>9}{'share':>7}{'rate':>14}{'alone':>14}")
+        for kind, (runs, seconds, work) in ordered[: options.rows]:
+            unit, rate = ("GFLOP/s", alone(kind)) if isinstance(kind, Product) else ("GB/s", copies)
+            print(
+                f"{kind!s:64}{runs:7.0f}{seconds * 1e3:9.1f}{seconds / total:7.1%}"
+                f"{work / seconds / 1e9:6.0f} {unit:7}{rate / 1e9:6.0f} {unit:7}"
+            )
+        rest = sum(row[1] for _, row in ordered[options.rows :])
+        print(f"{'the other ' + str(max(len(ordered) - options.rows, 0)):64}{'':7}{rest * 1e3:9.1f}{rest / total:7.1%}")
+
+
+def moved(name: str, found: dict[str, Instruction]) -> float:
+    """Bytes of an instruction's operands and results: what it reads and writes if it reads each once."""
+    at = found[name]
+    return at.nbytes + sum(found[operand].nbytes for operand in at.operands if operand in found)
+
+
+if __name__ == "__main__":
+    restart_with_huge_pages()
+    main()
