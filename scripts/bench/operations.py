@@ -28,7 +28,8 @@ NAMES = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$")
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 MOVES = {"copy", "transpose", "bitcast", "reshape", "convert", "slice", "concatenate", "pad", "broadcast", "parameter",
-         "constant", "tuple", "get-tuple-element", "dynamic-slice", "dynamic-update-slice", "gather", "scatter"}  # fmt: skip
+         "constant", "tuple", "get-tuple-element", "dynamic-slice", "dynamic-update-slice", "gather",
+         "scatter"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
