@@ -113,7 +113,12 @@ def size(path: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/main-job"), help="a new directory, or that of an earlier main job: emptied")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("runs/main-job"),
+        help="a new directory, or that of an earlier main job: emptied",
+    )
     parser.add_argument("--steps", type=int, default=16, help="training steps, half before the preemption")
     options = parser.parse_args()
     if options.steps < 4:
