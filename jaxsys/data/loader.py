@@ -58,7 +58,8 @@ class Loader:
         held = dataset.hashes < np.uint64(int(heldout * 2**64))
         whole = heldout == 0 or (held.any() and not held.all())
         cut = np.where(held, 0, lengths) if whole else lengths - np.ceil(lengths * heldout).astype(np.int64)
-        self._begin, self._end = (cut, lengths) if split == "heldout" else (np.zeros_like(cut), cut)
+        self._begin: np.ndarray = cut if split == "heldout" else np.zeros_like(cut)
+        self._end: np.ndarray = lengths if split == "heldout" else cut
         self._members = np.flatnonzero(self._begin < self._end)
         self._lengths = (self._end - self._begin)[self._members]
         self.tokens = int(self._lengths.sum())
