@@ -51,7 +51,7 @@ class ModelConfig:
     norm_offset: float = 0.0
     embed_scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} query heads do not group over {self.n_kv_heads} key/value heads")
         if self.windows and len(self.windows) != self.n_layers:

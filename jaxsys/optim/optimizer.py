@@ -7,7 +7,7 @@ is a matter of keys: a fused step updates all of them, a split one some.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
 
 Params = Mapping[str, jax.Array]
+# Which of the parameters, by key, get weight decay.
+Mask = Callable[[Params], dict[str, bool]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
 
-    def transformations(self, decayed) -> list[optax.GradientTransformation]:
+    def transformations(self, decayed: Mask) -> list[optax.GradientTransformation]:
         adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
         return [adam, optax.add_decayed_weights(self.weight_decay, mask=decayed)]
 
@@ -44,7 +46,7 @@ class SGD:
     nesterov: bool = False
     weight_decay: float = 0.0
 
-    def transformations(self, decayed) -> list[optax.GradientTransformation]:
+    def transformations(self, decayed: Mask) -> list[optax.GradientTransformation]:
         trace = [optax.trace(self.momentum, self.nesterov)] if self.momentum else []
         return [*trace, optax.add_decayed_weights(self.weight_decay, mask=decayed)]
 
@@ -59,7 +61,7 @@ class Adafactor:
     min_factored: int = 128
     weight_decay: float = 0.0
 
-    def transformations(self, decayed) -> list[optax.GradientTransformation]:
+    def transformations(self, decayed: Mask) -> list[optax.GradientTransformation]:
         return [
             optax.scale_by_factored_rms(
                 decay_rate=self.decay_rate, epsilon=self.eps, min_dim_size_to_factor=self.min_factored

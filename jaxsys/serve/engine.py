@@ -47,7 +47,7 @@ class EngineConfig:
     numerics: Numerics = "fast"
     sizes: tuple[Size, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.numerics not in SIZES:
             raise unknown_name("numerics", self.numerics, SIZES)
         if self.numerics == "invariant" and len(self.shapes) != 1:

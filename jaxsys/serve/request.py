@@ -36,7 +36,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 0, 2**31 - 1)
         _whole("top_k", self.top_k, 0, 2**31 - 1)
         if self.seed is not None:

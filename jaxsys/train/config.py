@@ -32,7 +32,7 @@ class DataConfig:
     tokenizer: str | None = None
     limit: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size", "seq_len")
         if not 0 <= self.heldout < 1:
             raise UserError(f"configuration key heldout: found {self.heldout}, expected at least 0 and below 1")
@@ -51,7 +51,7 @@ class CheckpointConfig:
     ram: str | None = None
     ram_every: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 1, "every", "keep", "ram_every")
 
 
@@ -70,7 +70,7 @@ class SampleConfig:
     temperature: float = 0.0
     chat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 0, "every")
 
 
@@ -113,7 +113,7 @@ class TrainConfig:
     target: str | None = None
     profile: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "accumulate", "update_groups", "log_every")
         _at_least(self, 0, "seed", "eval_every", "eval_batches")
         if self.seed >= 2**31:
