@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ALLOWED = 0.08
@@ -29,10 +29,10 @@ def _ticks() -> tuple[float, float]:
 
 
 class Worker:
-    """One contestant: this script again with ``--worker NAME``, which measures once for each line it is sent."""
+    """One contestant: a program that measures once for each line it is sent."""
 
-    def __init__(self, name: str, arguments: Sequence[str]):
-        command = [sys.executable, sys.argv[0], *arguments, "--worker", name]
+    def __init__(self, name: str, command: Sequence[str]):
+        self._name = name
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def measure(self) -> float | None:
@@ -43,7 +43,7 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("rate "):
                 return None if line.split()[1] == "none" else float(line.split()[1])
-        sys.exit(f"a worker of {sys.argv[0]} ended with exit code {self._process.wait()}")
+        sys.exit(f"the worker of {self._name} ended with exit code {self._process.wait()}")
 
     @property
     def cpu_seconds(self) -> float:
@@ -63,13 +63,16 @@ def serve(run: Callable[[], float] | None) -> None:
         print("rate", "none" if run is None else run(), flush=True)
 
 
-def interleaved(names: Sequence[str], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    names: Sequence[str], rounds: int, others: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[float]]:
     """The rates of every contestant, one a round in turn; a round before that is not counted.
 
-    Exits with 1 if other programs used the cores meanwhile.
+    A contestant is this script again with ``--worker NAME``, or the command that ``others`` has for its name. Exits
+    with 1 if other programs used the cores meanwhile.
     """
-    arguments = sys.argv[1:]
-    workers = {name: Worker(name, arguments) for name in names}
+    commands = {name: [sys.executable, *sys.argv, "--worker", name] for name in names} | dict(others or {})
+    workers = {name: Worker(name, command) for name, command in commands.items()}
     for name, worker in list(workers.items()):
         if worker.measure() is None:
             workers.pop(name).close()

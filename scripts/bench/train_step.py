@@ -1,9 +1,10 @@
 """Training tokens/s of a whole step (forward, backward, clipping, AdamW), against torch in the same run.
 
-    python scripts/bench/train_step.py [--model llama-25m] [--rounds 5]
+    python scripts/bench/train_step.py [--model llama-25m] [--rounds 5] [--peer tunix=PYTHON]
 
 Both float32 and bfloat16 compute over float32 parameters; torch's are eager float32 and bfloat16 autocast, the model
-that of transformers. Without torch, only jaxsys. On a machine with an NVIDIA GPU both run there.
+that of transformers. Without torch, only jaxsys. On a machine with an NVIDIA GPU both run there. ``--peer`` adds
+another JAX trainer, installed under an interpreter of its own: see peer_trainers.py.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def torch_step(config, batch: int, length: int, autocast: bool, steps: int) -> C
 def main() -> None:
     from measure import interleaved, machine, serve, table
     from models import MODELS
+    from peer_trainers import PEERS, Job, contestants
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="llama-25m")
@@ -105,6 +107,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of one round, after one that is not")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"measure this JAX trainer too ({', '.join(PEERS)}), with the interpreter that has it; repeatable",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     config = MODELS[options.model]
@@ -118,9 +127,21 @@ def main() -> None:
     if options.worker:
         serve(runs[options.worker]())
         return
-    found = interleaved(list(runs), options.rounds)
+    job = Job.of(
+        config,
+        batch=options.batch,
+        length=options.length,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        clip=CLIP,
+        warm=WARM,
+        steps=options.steps,
+    )
+    others = contestants(options.peer, job)
+    found = interleaved(list(runs), options.rounds, others)
     print(f"{options.model}, {options.batch}x{options.length} tokens a step, {machine()}")
     peers = {"jaxsys float32": "torch float32", "jaxsys bfloat16": "torch bfloat16 autocast"}
+    peers |= {name: f"jaxsys {name.split()[1]}" for name in others}
     print(table(found, peers, "tokens/s"))
 
 
