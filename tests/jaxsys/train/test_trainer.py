@@ -170,7 +170,7 @@ def test_a_loss_that_is_nan_stops_naming_step_batch_and_last_good_checkpoint(tmp
 def test_no_checkpoint_is_written_of_parameters_that_are_not_finite(tmp_path, material, every):
     """The loss of the step that breaks them is still finite."""
     config = make_config(
-        tmp_path / "run", material, optim=OptimConfig(learning_rate=math.inf), checkpoint=CheckpointConfig(every=every)
+        tmp_path / "run", material, optim=OptimConfig(learning_rate=1e300), checkpoint=CheckpointConfig(every=every)
     )
     with pytest.raises(NonFiniteLoss, match="there is no good checkpoint"):
         train(config)
