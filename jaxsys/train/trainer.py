@@ -474,10 +474,9 @@ class Trainer:
 
     def _work(self, host: dict[str, np.ndarray]) -> dict[str, float]:
         """Tokens of a batch (padding not counted) and the model's floating-point operations on them."""
-        used = host["segments"] > 0
-        n = int(used.sum())
-        context = float((host["positions"][used] + 1).mean()) if n else 0.0
-        return {"tokens": n, "flops": n * self.model.config.flops_per_token(context)}
+        contexts = host["positions"][host["segments"] > 0] + 1
+        n = len(contexts)
+        return {"tokens": n, "flops": n * self.model.config.flops_per_token(contexts) if n else 0.0}
 
     def _peak(self) -> float | None:
         found = target(self.config.target) if self.config.target else detect(self.mesh.devices.flat[0])
