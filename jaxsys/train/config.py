@@ -40,7 +40,7 @@ class CheckpointConfig:
     """every: steps between checkpoints on disk; keep: how many stay there.
 
     ram: a directory in host memory that outlives the process (``/dev/shm/...``), written every ``ram_every`` steps;
-    None for none.
+    None for none. Runs may share it: each has a directory of its own there, until somebody deletes it.
     """
 
     every: int = 100

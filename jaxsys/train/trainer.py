@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoint import Level, Manager, SaveHandle
+from checkpoint.storage import committed
 from jaxsys import configuration
 from jaxsys.console import Console
 from jaxsys.data import Loader, build_dataset, documents, prefetch
@@ -30,14 +28,17 @@ from jaxsys.live import Live
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import build
-from jaxsys.optim import Optimizer
+from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.tokenizer import Tokenizer
+from jaxsys.train import resume
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.metrics import Metrics
 from jaxsys.train.samples import Samples
 from jaxsys.train.step import Step, groups
-from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, create, detect, plan, put, target
+from jaxsys.train.stop import Stop
+from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, create, detect, plan, put, refuse_idle_axes, target
 from parallelism.errors import UserError
+from parallelism.layout import Layout
 from parallelism.sharding_report import report
 
 BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
@@ -77,19 +78,25 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, console: Console | None = None):
         self.config, self.console = config, console or Console()
+        if jax.process_count() > 1:
+            raise UserError(f"training: found {jax.process_count()} processes, expected one: start a single process")
         enable_persistent_cache()
         if "float64" in (config.parameter_dtype, config.compute_dtype):
             jax.config.update("jax_enable_x64", True)
         self.run_directory = Path(config.run)
         self.mesh = MeshSpec.parse(config.mesh).build()
+        parameter_rules = PARAMETERS.override(config.parameter_rules)
         self.activation_rules = ACTIVATIONS.override(config.activation_rules)
+        refuse_idle_axes(self.mesh.shape, parameter_rules, self.activation_rules)
         self.graphs = Graphs(self.mesh, self.activation_rules)
         pretrained = self._pretrained()
         model_config = pretrained.config if pretrained else config.model
         assert model_config is not None
         self.tokenizer = self._tokenizer()
         model = build(model_config, dtype=config.parameter_dtype, storage=config.storage)
-        self.plan = plan(model.layout, self.mesh, PARAMETERS.override(config.parameter_rules), model.units)
+        self.plan = plan(model.layout, self.mesh, parameter_rules, model.units)
+        if uneven := report(self.plan).indivisible:
+            self.console.line(f"sharding: {'; '.join(uneven)}")
         self.model = model.with_layout(self.plan.layout)
         self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
         self.step_functions = Step(
@@ -105,7 +112,7 @@ class Trainer:
         except BaseException:
             self.manager.close()
             raise
-        self._stop: str | None = None
+        self.stop = Stop()
         self._save: SaveHandle | None = None
         self._clock = 0.0
 
@@ -164,9 +171,12 @@ class Trainer:
         self.eval_sharding = NamedSharding(self.mesh, PartitionSpec(axes))
 
     def _open_checkpoints(self) -> Manager:
-        c, root = self.config.checkpoint, self.run_directory / "checkpoints"
-        levels = [Level("ram", c.ram, keep=2, every=c.ram_every)] if c.ram else []
-        return Manager([*levels, Level("disk", root, keep=c.keep, every=c.every)])
+        c = self.config.checkpoint
+        self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every)]
+        if c.ram:
+            ram = resume.own_directory(c.ram, self.run_directory)
+            self.levels.insert(0, Level("ram", ram, keep=2, every=c.ram_every))
+        return Manager(self.levels)
 
     def _restore_or_begin(self, pretrained: Pretrained | None, model: Any) -> None:
         """Parameters, optimizer state and step: from the newest checkpoint, else from the beginning."""
@@ -175,15 +185,19 @@ class Trainer:
         opt_shardings = {k: self.plan.shardings[p] if p else replicated for k, p in like.items()}
         self.layout = self.plan.layout | opt_layout
         if self.manager.latest() is not None:
+            self._check_resume(opt_layout)
             with self.console.stage("resume") as said:
                 restored = self.manager.restore(layout=self.layout, shardings={**self.plan.shardings, **opt_shardings})
-                self._check_resume(restored.meta)
                 said.append(
                     f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}"
                 )
             self.step = restored.step
             self.params = {key: restored.arrays[key] for key in self.plan.layout}
             self.opt_state = {name: restored.arrays[name] for name in opt_layout}
+            for key, (there, here) in resume.changes(restored.meta, self._meta()).items():
+                self.console.line(f"{key}: {there!r} before, {here!r} from here on")
+            if self.config.steps < self.step:
+                self.console.line(f"steps={self.config.steps} is below step {self.step}, which the run has reached")
             return
         self.step = 0
         if pretrained:
@@ -200,17 +214,18 @@ class Trainer:
         begin = self.graphs.compile("init_optimizer", self.optimizer.init, self.params, out_shardings=opt_shardings)
         self.opt_state = begin(self.params)
 
-    def _check_resume(self, meta: Mapping[str, Any]) -> None:
-        ours, theirs = self._meta(), meta
-        for part in ("model", "rng", "data"):
-            there = theirs.get(part, {})
-            if ours[part] != there:
-                changed = [k for k in ours[part] if ours[part][k] != there.get(k)]
-                raise UserError(
-                    f"{self.run_directory} was trained with another {part}: "
-                    + ", ".join(f"{k}={there.get(k)!r} there, {ours[part][k]!r} now" for k in changed)
-                    + "; resume with the same, or give another run directory"
-                )
+    def _check_resume(self, opt_layout: Layout) -> None:
+        before, now = self.manager.meta(), self._meta()
+        if before is None:
+            return  # every manifest is damaged: restore says so
+        resume.refuse(self.run_directory, before, now)
+        there = configuration.from_dict(OptimConfig, before["config"]["optim"], "optim.")
+        ours = self.config.optim.optimizer
+        if type(there.optimizer) is type(ours):
+            layout, _ = Optimizer(there, self.plan.layout, self.config.steps).layout_of_state()
+            if layout.logical == opt_layout.logical:
+                return
+        resume.refuse_optimizer(self.run_directory, before, now)
 
     def _meta(self) -> dict[str, Any]:
         c = self.config
@@ -311,16 +326,14 @@ class Trainer:
         begun = self.step
         metrics = Metrics(self.run_directory, self.step)
         losses: list[float] = []
-        before = self._evaluated(metrics) if c.eval_batches else None
-        self._sampled(metrics)
         spent = tokens = flops = stall = 0.0
         pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
 
-        def drain() -> str:
+        def drain() -> None:
             """Reads the metrics of the last launched step: the only place that waits for the device."""
             nonlocal pending, spent, tokens, flops
             if pending is None:
-                return ""
+                return
             step, device, host = pending
             pending = None
             values = {name: float(value) for name, value in jax.device_get(device).items()}
@@ -328,7 +341,7 @@ class Trainer:
             self._clock = time.perf_counter()
             if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
                 what = f"loss {values['loss']} and gradient norm {values['grad_norm']} at"
-                raise NonFiniteLoss(self._non_finite(what, step))
+                raise NonFiniteLoss(self._non_finite(f"{what} {self.train_data.identity(step)}"))
             losses.append(values["loss"])
             values |= {
                 "tokens_per_second": host["tokens"] / seconds,
@@ -339,10 +352,12 @@ class Trainer:
                 spent, tokens, flops = spent + seconds, tokens + host["tokens"], flops + host["flops"]
             if (step + 1) % c.log_every == 0:
                 metrics.write(step + 1, values)
-            return f"loss {values['loss']:.4f} {values['tokens_per_second']:,.0f} tokens/s"
+            advance(1, f"loss {values['loss']:.4f} {values['tokens_per_second']:,.0f} tokens/s")
 
-        with self._signals(), self._profiler() as profile, contextlib.ExitStack() as stack:
+        with self.stop, self._profiler() as profile, contextlib.ExitStack() as stack:
             stack.callback(metrics.close)
+            before = self._evaluated(metrics) if c.eval_batches else None
+            self._sampled(metrics)
             advance = stack.enter_context(self.console.bar("train", c.steps, self.step))
             batches = stack.enter_context(contextlib.closing(prefetch(self.train_data, self.step, last)))
             self._clock = time.perf_counter()
@@ -350,34 +365,36 @@ class Trainer:
             for step, host_batch in batches:
                 profile(step)
                 stall += self._launch(self._place(host_batch), step)
-                text = drain()
+                drain()
                 pending = (step, self._metrics, self._work(host_batch))
                 self.step = step + 1
-                # Asked once: a signal that comes later ends the run after the next step, never unsaved.
-                stopping = self._stop is not None
-                due = self.manager.due(self.step) or self.step == last or stopping
                 evaluates, samples = (
-                    bool(every) and self.step % every == 0 and self.step < last and not stopping
+                    bool(every) and self.step % every == 0 and self.step < last
                     for every in (c.eval_every, c.sample.every)
                 )
+                due = self.manager.due(self.step) or self.step == last
                 if due or evaluates or samples:
-                    text = drain()
-                advance(1, text)
-                if due:
+                    drain()
+                # Asked once, after the devices: a signal that comes later ends the run after the next step, never
+                # unsaved.
+                stopping = self.stop.asked is not None
+                if stopping:
+                    drain()
+                if due or stopping:
                     stall += self._checkpoint(final=self.step == last or stopping)
                     saved = self.step
                     self._clock = time.perf_counter()
-                if evaluates:
+                if evaluates and not self.stop.asked:
                     self._evaluated(metrics)
-                if samples:
+                if samples and not self.stop.asked:
                     self._sampled(metrics)
                 if evaluates or samples:
                     self._clock = time.perf_counter()
                 if stopping:
                     break
             profile(None)
-            after = self._evaluated(metrics) if c.eval_batches and self._stop is None else None
-            if self._stop is None and self.step > begun:
+            after = self._evaluated(metrics) if c.eval_batches and self.stop.asked is None else None
+            if self.stop.asked is None and self.step > begun:
                 self._sampled(metrics)
             self.manager.wait()
             written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
@@ -426,7 +443,8 @@ class Trainer:
         arrays = {**self.params, **self.opt_state}
         start = time.perf_counter()
         if not self.finite_graph(arrays):
-            raise NonFiniteLoss(self._non_finite("parameters or optimizer state are not finite after", self.step - 1))
+            batch = self.train_data.identity(self.step - 1)
+            raise NonFiniteLoss(self._non_finite(f"parameters or optimizer state are not finite after {batch}"))
         self._save_tokenizer()
         self._save = self.manager.save(self.step, arrays, self.layout, self._meta(), everywhere=final)
         return time.perf_counter() - start
@@ -444,6 +462,8 @@ class Trainer:
     def _evaluated(self, metrics: Metrics) -> float:
         with self.console.stage(f"held-out loss at step {self.step}") as said:
             loss = self.evaluate()
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(self._non_finite(f"held-out loss {loss} at step {self.step}"))
             said.append(f"{loss:.4f}")
         metrics.write(self.step, {"heldout_loss": loss})
         return loss
@@ -483,17 +503,15 @@ class Trainer:
         peak = found.peak(self.config.compute_dtype) if found else None
         return peak * self.mesh.size if peak else None
 
-    def _non_finite(self, what: str, step: int) -> str:
+    def _non_finite(self, what: str) -> str:
+        """The message for ``what``. Checkpoints are finite, and yet the newest may be of what went wrong."""
         self.manager.wait()
-        # The loss of every step before this one was finite, that of a checkpoint of this step is the one at fault.
-        good = max((s for s in self.manager.steps() if s < step), default=None)
         where = "there is no good checkpoint"
-        if good is not None:
-            where = f"the last good checkpoint is step {good} in {self.run_directory}"
-        return (
-            f"{what} step {step} ({self.train_data.identity(step)}); {where}: lower the learning rate or look at "
-            "that batch"
-        )
+        if steps := self.manager.steps():
+            paths = [str(path) for level in self.levels for s, path in committed(Path(level.path)) if s == steps[-1]]
+            before = f"step {steps[-2]}" if steps[1:] else "the beginning"
+            where = f"the same command resumes from step {steps[-1]}, or from {before} after rm -r {' '.join(paths)}"
+        return f"{what}; {where}: lower the learning rate or look at the text"
 
     def _save_tokenizer(self) -> None:
         directory = self.run_directory / "checkpoints" / "tokenizer"
@@ -507,28 +525,6 @@ class Trainer:
             self.console.line(
                 f"the tokenizer was not saved to {directory}: {error.strerror}; the next save tries again"
             )
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after its step, with a checkpoint; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number, _frame):
-            if self._stop is not None:
-                os._exit(128 + number)
-            self._stop = signal.Signals(number).name
-            # Not print: the signal may have come in the middle of one.
-            text = f"{self._stop}: finishing the step, saving, then exiting; again to exit at once\n"
-            os.write(2, text.encode())
-
-        old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for s, handler in old.items():
-                signal.signal(s, handler)
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Any]:
