@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from checkpoint.storage import committed
 from jaxsys import configuration
 from jaxsys.console import Console
 from jaxsys.data import Loader, build_dataset, documents, prefetch
-from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graphs, cache_root, enable_persistent_cache
 from jaxsys.hub import resolve
 from jaxsys.live import Live
@@ -32,16 +31,15 @@ from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train import resume
 from jaxsys.train.config import TrainConfig
+from jaxsys.train.launch import Launcher
 from jaxsys.train.metrics import Metrics
 from jaxsys.train.samples import Samples
-from jaxsys.train.step import Step, groups
+from jaxsys.train.step import Step
 from jaxsys.train.stop import Stop
 from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, create, detect, plan, put, refuse_idle_axes, target
 from parallelism.errors import UserError
 from parallelism.layout import Layout
 from parallelism.sharding_report import report
-
-BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
 
 
 class NonFiniteLoss(UserError):
@@ -103,7 +101,7 @@ class Trainer:
             self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.plan.shardings
         )
         self._data(model_config)
-        self._batch_shardings()
+        self.launcher = Launcher(config, self.step_functions, self.plan, self.graphs, self.activation_rules)
         self.manager = self._open_checkpoints()
         try:
             self._restore_or_begin(pretrained, model)
@@ -157,18 +155,6 @@ class Trainer:
         rows = c.batch_size // self.config.accumulate
         if self.config.eval_batches:
             self.heldout_data = Loader(dataset, rows, c.seq_len, self.config.seed, "heldout", c.heldout)
-
-    def _batch_shardings(self) -> None:
-        rows = self.config.data.batch_size // self.config.accumulate
-        axes = self.activation_rules["batch"].mesh_axes
-        shards = math.prod(self.mesh.shape[axis] for axis in axes)
-        if rows % shards:
-            raise UserError(
-                f"a microbatch of {rows} rows (data.batch_size / accumulate) does not divide over the {shards} shards "
-                f"of mesh axes {'*'.join(axes)}: make data.batch_size a multiple of {shards * self.config.accumulate}"
-            )
-        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, axes))
-        self.eval_sharding = NamedSharding(self.mesh, PartitionSpec(axes))
 
     def _open_checkpoints(self) -> Manager:
         c = self.config.checkpoint
@@ -246,26 +232,11 @@ class Trainer:
     def _compile(self) -> None:
         """Every graph of the run, before its first step."""
         c, f = self.config, self.step_functions
-        rows, T = c.data.batch_size // c.accumulate, c.data.seq_len
-        step = np.int32(0)
-
-        def batch(shape, sharding):
-            return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in BATCH_ARRAYS}
-
-        micro = batch((rows, T), self.eval_sharding)
-        whole = batch((c.accumulate, rows, T), self.batch_sharding)
-        state = (self.params, self.opt_state)
         with self.console.stage("compile") as said:
             if c.eval_batches:
-                self.evaluate_graph = self.graphs.compile("evaluate", f.losses, self.params, micro)
+                self.evaluate_graph = self.graphs.compile("evaluate", f.losses, self.params, self.launcher.microbatch)
             self.finite_graph = self.graphs.compile("finite", f.finite, {**self.params, **self.opt_state})
-            if c.step_form == "fused":
-                out = (*_shardings(state), None)
-                self.fused = self.graphs.compile(
-                    "train_step", f.fused, *state, step, whole, donate=(0, 1), out_shardings=out
-                )
-            else:
-                self._compile_split(micro, step)
+            self.launcher.prepare(self.params, self.opt_state)
             self.samples: Samples | None = None
             if c.sample.prompts:
                 self.samples = Samples(
@@ -275,44 +246,6 @@ class Trainer:
             said.append(f"{len(self.graphs)} graphs")
         self.graphs.freeze()
         self.graphs.save(self.run_directory / "graphs.json")
-
-    def _compile_split(self, micro: Any, step: Any) -> None:
-        f = self.step_functions
-        scalar = NamedSharding(self.mesh, PartitionSpec())
-        sums = (self.plan.shardings, {"loss": scalar, "targets": scalar})
-        self.grads_graph = self.graphs.compile("grads", f.grads, self.params, micro, out_shardings=sums)
-        acc = self.grads_graph.outputs
-        if self.config.accumulate > 1:
-            self.accumulate_graph = self.graphs.compile(
-                "accumulate", f.accumulate, acc, self.params, micro, donate=(0,), out_shardings=sums
-            )
-        self.finish_graph = self.graphs.compile("finish", f.finish, acc, step, out_shardings=(scalar, None))
-        sizes = {key: stored.nbytes for key, stored in self.plan.layout.items()}
-        self.groups = groups(list(self.plan.layout), sizes, self.config.update_groups)
-        scale, _ = self.finish_graph.outputs
-
-        # What all groups share is no group's to donate.
-        def update(params, own, shared, grads, scale, step):
-            return f.update(params, {**own, **shared}, grads, scale, step)
-
-        self.update_graphs = []
-        for i, keys in enumerate(self.groups):
-            params, own, shared = self._group(self.params, keys)
-            grads = {k: acc[0][k] for k in keys}
-            out = _shardings((params, {**own, **shared}))
-            self.update_graphs.append(
-                self.graphs.compile(
-                    f"update[{i}]", update, params, own, shared, grads, scale, step, donate=(0, 1), out_shardings=out
-                )
-            )
-
-    def _group(self, params: dict[str, jax.Array], keys: list[str]) -> tuple[dict, dict, dict]:
-        """A group's parameters, its own optimizer state, and the state that it shares."""
-        return (
-            {k: params[k] for k in keys},
-            {k: self.opt_state[k] for k in self.optimizer.owned(keys)},
-            {k: self.opt_state[k] for k in self.optimizer.shared},
-        )
 
     # ------------------------------------------------------------------------------------------------------ run
 
@@ -364,7 +297,7 @@ class Trainer:
             saved = self.step if self.manager.latest() == self.step else -1
             for step, host_batch in batches:
                 profile(step)
-                stall += self._launch(self._place(host_batch), step)
+                stall += self._launch(self.launcher.place(host_batch), step)
                 drain()
                 pending = (step, self._metrics, self._work(host_batch))
                 self.step = step + 1
@@ -409,35 +342,15 @@ class Trainer:
         )  # fmt: skip
 
     def _launch(self, batches: Any, step: int) -> float:
-        """One step on the dispatcher's thread; returns seconds waited for a snapshot of what it donates."""
-        number = np.int32(step)
-        if self.config.step_form == "fused":
-            stall = self._save.copied() if self._save else 0.0
+        """One step; returns seconds waited for a snapshot of what it donates."""
 
-            def work():
-                self.params, self.opt_state, self._metrics = self.fused(self.params, self.opt_state, number, batches)
-                self.live.publish(self.params)
+        def copied(keys: Iterable[str] | None) -> float:
+            return self._save.copied(keys) if self._save else 0.0
 
-            dispatcher().call(work)
-            return stall
-        sums = self.grads_graph(self.params, batches[0])
-        for more in batches[1:]:
-            sums = self.accumulate_graph(sums, self.params, more)
-        scale, self._metrics = self.finish_graph(sums, number)
-
-        def update() -> float:
-            # One piece of work: a lease taken between two groups would hold donated arrays.
-            waited, params, state = 0.0, dict(self.params), dict(self.opt_state)
-            for keys, graph in zip(self.groups, self.update_graphs, strict=True):
-                group, own, shared = self._group(params, keys)
-                waited += self._save.copied([*group, *own]) if self._save else 0.0
-                new, opt = graph(group, own, shared, {k: sums[0][k] for k in keys}, scale, number)
-                params, state = {**params, **new}, {**state, **opt}
-            self.params, self.opt_state = params, state
-            self.live.publish(self.params)
-            return waited
-
-        return dispatcher().call(update)
+        self.params, self.opt_state, self._metrics, waited = self.launcher.launch(
+            self.params, self.opt_state, batches, step, copied, self.live.publish
+        )
+        return waited
 
     def _checkpoint(self, final: bool) -> float:
         arrays = {**self.params, **self.opt_state}
@@ -453,8 +366,7 @@ class Trainer:
         """Mean loss over the first ``eval_batches`` held-out batches, in nats a token."""
         total = count = 0.0
         for i in range(min(self.config.eval_batches, self.heldout_data.steps_per_epoch)):
-            host = self.heldout_data.batch(i)
-            batch = {k: jax.device_put(host[k], self.eval_sharding) for k in BATCH_ARRAYS}
+            batch = self.launcher.place_microbatch(self.heldout_data.batch(i))
             loss, targets = self.evaluate_graph(self.params, batch)
             total, count = total + float(loss), count + float(targets)
         return total / max(count, 1.0)
@@ -483,14 +395,6 @@ class Trainer:
         metrics.write(self.step, {"samples": pairs})
 
     # -------------------------------------------------------------------------------------------------- helpers
-
-    def _place(self, host: dict[str, np.ndarray]) -> Any:
-        """The batch on its devices: one array [A, B, T] a name, or for the split step a list of A microbatches."""
-        A = self.config.accumulate
-        whole = {k: host[k].reshape(A, -1, host[k].shape[-1]) for k in BATCH_ARRAYS}
-        if self.config.step_form == "fused":
-            return {k: jax.device_put(v, self.batch_sharding) for k, v in whole.items()}
-        return [{k: jax.device_put(v[i], self.eval_sharding) for k, v in whole.items()} for i in range(A)]
 
     def _work(self, host: dict[str, np.ndarray]) -> dict[str, float]:
         """Tokens of a batch (padding not counted) and the model's floating-point operations on them."""
@@ -555,7 +459,3 @@ class Trainer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda array: array.sharding, tree)
