@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -296,6 +297,14 @@ class Manager:
             f"none of {len(candidates)} checkpoints in {where} can be restored, all are damaged (see the log); "
             "start anew or restore them from elsewhere"
         )
+
+    def meta(self) -> Mapping[str, Any] | None:
+        """What ``restore`` is to return as ``meta``, from the newest manifest that can be read: no array is."""
+        self.wait()
+        for step, level in [(s, level) for s in self.steps()[::-1] for level in self._levels if s in level.steps()]:
+            with contextlib.suppress(CorruptError):
+                return level.open(step).manifest.meta
+        return None
 
     def verify(self, step: int | None = None) -> list[VerifyReport]:
         """Read every chunk of a step (None: the newest) at every level that holds it; one report a level."""

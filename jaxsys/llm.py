@@ -17,7 +17,7 @@ from jaxsys.serve.engine import Engine, EngineConfig
 from jaxsys.serve.forward import Numerics
 from jaxsys.serve.request import Request, Result, Sampling
 from jaxsys.tokenizer import Tokenizer
-from parallelism import PARAMETERS, MeshSpec, plan, put
+from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, plan, put, refuse_idle_axes
 from parallelism.errors import UserError, unknown_name
 
 DTYPES = ("float32", "bfloat16")
@@ -53,6 +53,7 @@ def load(
     pretrained, tokenizer = Pretrained.open(source), Tokenizer.of(source)
     enable_persistent_cache()
     devices = spec.build()
+    refuse_idle_axes(devices.shape, PARAMETERS, ACTIVATIONS)
     decoder = build(pretrained.config, dtype=dtype)
     placed = plan(decoder.layout, devices, PARAMETERS, decoder.units)
     graphs = Graphs(devices)

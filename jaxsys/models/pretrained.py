@@ -95,7 +95,6 @@ def _open_native(path: Path) -> Pretrained:
         raise UserError(f"{where} has no 'model': not a checkpoint of a model; give a run's or an exported one")
     values = dict(manifest.meta["model"])
     config = _config(lambda: configuration.from_dict(ModelConfig, values, "model."), where)
-    family(config.family, where)
     found = {n: a.shape for n, a in manifest.arrays.items() if not n.startswith(OPTIMIZER)}
     _check(path, {name: logical.shape for name, logical in expected_weights(config).items()}, found, {})
     return Pretrained(path, config, _Whole(lambda logical: checkpoint.read(logical.name)))
@@ -171,6 +170,8 @@ class _Whole:
 def _config(make: Callable[[], ModelConfig], where: str) -> ModelConfig:
     try:
         return make()
+    except configuration.BadValue as error:
+        raise UserError(f"{where}: {error}") from error
     except UserError:
         raise
     except (ValueError, TypeError, ZeroDivisionError) as error:  # fields missing, or valid only one by one

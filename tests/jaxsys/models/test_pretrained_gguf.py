@@ -135,7 +135,7 @@ def test_factors_of_another_scaling_are_an_error(tmp_path):
         ({"expert_count": 8}, "expert_count is 8, supported is 0"),
         ({"attention.sliding_window": 16}, "attention.sliding_window is 16, a field with no meaning here"),
         ({"block_count": None}, "field 'block_count' is missing"),
-        ({"attention.head_count_kv": 3}, "4 query heads do not group over 3"),
+        ({"attention.head_count_kv": 3}, "n_heads: found 4, expected a multiple of n_kv_heads=3"),
     ],
 )
 def test_metadata_without_support_is_an_error_that_names_key_and_value(tmp_path, metadata, message):
