@@ -214,6 +214,29 @@ def test_a_view_of_the_trainers_weights_is_served():
         assert made(a) == made(b)
 
 
+def test_engines_that_share_a_registry_keep_their_own_pool_and_steps():
+    """What a pool or a forward is made for shows in no argument of its graph."""
+    graphs, model = Graphs(), build(CONFIG)
+    live = Live({key: jax.device_put(weights(CONFIG)[key]) for key in model.layout}, graphs)
+    short, long = (
+        Engine(model, live, graphs, EngineConfig(context, page_size=8, max_steps=steps, sizes=SIZES[2:]))
+        for context, steps in ((8, 2), (96, 8))
+    )
+    assert short._pool.k.shape != long._pool.k.shape
+    direct = make_engine(sizes=SIZES[2:])
+    assert [made(r) for r in run(long, PROMPTS)] == [made(r) for r in run(direct, PROMPTS)]
+
+
+def test_models_of_equal_shapes_that_share_a_registry_run_their_own_forward():
+    other = dataclasses.replace(CONFIG, rope_theta=100.0)
+    graphs, model = Graphs(), build(CONFIG)
+    live = Live({key: jax.device_put(weights(CONFIG)[key]) for key in model.layout}, graphs)
+    config = EngineConfig(page_size=8, kv_bytes=1 << 20, sizes=SIZES[2:])
+    Engine(model, live, graphs, config)
+    (request,) = run(Engine(build(other), live, graphs, config), PROMPTS[2:3])
+    assert made(request) == Reference(other).greedy(PROMPTS[2], 12)[0]
+
+
 def test_local_windows_soft_caps_and_post_norms_decode_as_the_full_forward():
     reference, engine = Reference(WINDOWED), make_engine(WINDOWED, sizes=SIZES[1:])
     for prompt, request in zip(PROMPTS, run(engine, PROMPTS), strict=True):
