@@ -96,6 +96,12 @@ def test_a_stream_adds_up_to_the_text_of_generate(llm):
     assert len(pieces) > 1
 
 
+@pytest.mark.parametrize("setting", [{"top_k": 1}, {"top_p": 1e-45}])
+def test_a_setting_that_leaves_one_token_is_greedy(llm, setting):
+    greedy, same = (llm.generate(["abc"], 8, **s)[0] for s in ({"temperature": 0.0}, setting))
+    assert same.tokens == greedy.tokens
+
+
 def test_generation_ends_at_the_tokenizers_end_unless_told_otherwise(llm, monkeypatch):
     tokens = llm.generate(["abc"], max_tokens=12, temperature=0.0, stop=())[0].tokens
     monkeypatch.setattr(llm.tokenizer, "eos_ids", (tokens[3],))
@@ -143,11 +149,22 @@ def test_bfloat16_weights_are_close_to_float32(llm, directory):
         (lambda llm: llm.generate([[1, 2]], chat=True), "expected text"),
         (lambda llm: llm.generate(["abc"], temperature=-1.0), "temperature"),
         (lambda llm: llm.score([[1, 2], [3] * 65]), "prompt of 65 tokens, expected at most 64"),
+        (lambda llm: llm.generate(None), "found None, expected a list of prompts"),
+        (lambda llm: llm.generate(["abc", 5]), "found 5, expected text or a list of token ids"),
+        (lambda llm: llm.generate([b"abc"]), "found b'abc'"),
+        (lambda llm: llm.generate(["abc", [1.5]]), "found 1.5 among its tokens"),
+        (lambda llm: llm.generate(["abc"], stop=5), "stop: found 5"),
+        (lambda llm: llm.generate(["abc"], stop="end"), "stop: found 'end'"),
+        (lambda llm: llm.stream([1.5]), "found 1.5 among its tokens"),
+        (lambda llm: llm.score([[1, 2], 3]), "found 3, expected a list of token ids"),
+        (lambda llm: llm.score(["text"]), "found 'text', expected a list of token ids"),
+        (lambda llm: llm.score(None), "found None, expected a list"),
     ],
 )
 def test_a_bad_call_is_refused_and_leaves_nothing_behind(llm, call, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as error:
         call(llm)
+    assert "\n" not in str(error.value)
     assert not llm.engine.busy
 
 
@@ -157,12 +174,28 @@ def test_a_bad_call_is_refused_and_leaves_nothing_behind(llm, call, words):
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"mesh": "tensor=99"}, "99 devices"),
         ({"mesh": "tensor"}, "expected AXIS=NUMBER"),
+        ({"mesh": 3}, "mesh: found 3, expected text"),
+        ({"dtype": jax.numpy.float32}, "unknown dtype .*known: bfloat16, float32"),
+        ({"model": None}, "model None: expected a path or a name"),
+        ({"model": ""}, "model '': expected a path or a name"),
+        ({"max_context": "5"}, "max_context='5'"),
+        ({"kv_bytes": 10}, "kv_bytes=10, expected at least"),
         ({"max_context": 65}, "max_context 65: expected 1 to 64"),
     ],
 )
 def test_a_bad_load_is_refused(directory, options, words):
-    with pytest.raises(UserError, match=words):
-        jaxsys.load(directory, **options)
+    with pytest.raises(UserError, match=words) as error:
+        jaxsys.load(**{"model": directory, **options})
+    assert "\n" not in str(error.value)
+
+
+def test_a_stream_that_is_never_read_holds_nothing(llm):
+    stream = llm.stream("abc")
+    assert not llm.engine.busy
+    next(stream)
+    assert llm.engine.busy
+    stream.close()
+    assert not llm.engine.busy
 
 
 # ------------------------------------------------------------------------------------------------------ command line
