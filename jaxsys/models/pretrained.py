@@ -67,7 +67,7 @@ class Pretrained:
         supported, and a weight that is missing, not used, of another shape, or not of a float type.
         """
         if not isinstance(source, ModelSource):
-            source = resolve(os.fspath(source))
+            source = resolve(source)
         return {"native": _open_native, "hf": _open_hf, "gguf": _open_gguf}[source.kind](source.path)
 
 
