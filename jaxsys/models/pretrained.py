@@ -23,6 +23,7 @@ import numpy as np
 from checkpoint import find_checkpoint, open_checkpoint
 from checkpoint.formats.gguf import GGUFFile
 from checkpoint.formats.safetensors import SafetensorsDir, write_safetensors
+from checkpoint.reshard import narrow
 from jaxsys import configuration
 from jaxsys.hub import ModelSource, resolve
 from jaxsys.models.config import ModelConfig
@@ -321,10 +322,6 @@ def _renamed(
             raise UserError(f"{directory}: array {name!r} is given twice or is none of the model's")
         if array.shape != logical.shape:
             raise UserError(f"{directory}: array {name!r} has shape {array.shape}, the model's is {logical.shape}")
-        with np.errstate(over="ignore"):
-            out = np.ascontiguousarray(array).reshape(file_shape(logical)).astype(dtype, copy=False)
-        if dtype == np.float16 and not np.isfinite(out).all() and np.isfinite(array).all():
-            raise UserError(f"{directory}: array {name!r} has values beyond float16; write bfloat16 or float32")
-        yield names[name], out
+        yield names[name], narrow(np.ascontiguousarray(array).reshape(file_shape(logical)), dtype, name)
     if left:
         raise UserError(f"{directory}: missing {_listing(list(left))}: the checkpoint is incomplete")

@@ -135,6 +135,20 @@ def test_narrowing_is_refused_unless_asked_for(tmp_path, h):
     np.testing.assert_array_equal(found, state.logical["layers.3.w"].astype(ml_dtypes.bfloat16))
 
 
+def test_a_cast_refuses_values_that_the_dtype_does_not_reach(tmp_path, h):
+    values = {"w": np.float32([1, -1e6])}
+    path = write(tmp_path / "c", values, {"w": [(slice(0, 2),)]})
+    logical = Logical("w", (2,), DTYPES["float16"], (None,))
+    stored = Stored("w", (2,), logical.dtype, (None,), (logical,))
+    plan = plan_array(open_checkpoint(path).manifest, stored, ((slice(0, 2),),))
+    with pytest.raises(UserError, match="'w' has values beyond float16"):
+        fill(open_checkpoint(path), plan)
+    with pytest.raises(UserError, match="'w' has values beyond float16"):
+        copy(path, tmp_path / "out", dtype="float16")
+    copy(path, tmp_path / "out", dtype="float16", keep_dtype=lambda name: name == "w")
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "out").read("w"), values["w"], strict=True)
+
+
 @pytest.mark.parametrize("source", ["int8", "uint8", "int16", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("target", ["int8", "int32", "float16", "bfloat16", "float32", "float64", "float8_e5m2fnuz"])
 def test_exact_casts_are_those_that_lose_nothing(source, target):
