@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+MAX_LAYERS = 10_000  # beyond any model: a damaged file may say 10**9, and every layer costs names and descriptions
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
@@ -52,6 +54,8 @@ class ModelConfig:
     embed_scale: float = 1.0
 
     def __post_init__(self):
+        if self.n_layers > MAX_LAYERS:
+            raise ValueError(f"{self.n_layers} layers, expected at most {MAX_LAYERS}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} query heads do not group over {self.n_kv_heads} key/value heads")
         if self.windows and len(self.windows) != self.n_layers:
