@@ -272,6 +272,26 @@ def test_reading_an_unknown_array_is_an_error(tmp_path, h):
         open_checkpoint(find_checkpoint(tmp_path)).read("nope")
 
 
+@pytest.mark.parametrize(
+    "box",
+    [
+        (slice(0, 11), slice(0, 8)),
+        (slice(10, 12), slice(0, 8)),
+        (slice(-1, None), slice(0, 8)),
+        (slice(3, 2), slice(0, 8)),
+        (slice(0, 10, 2), slice(0, 8)),
+        (slice(0, 10),),
+        (slice(0, 10), slice(0, 8), slice(0, 1)),
+        (),
+    ],
+    ids=str,
+)
+def test_a_box_that_is_not_inside_the_array_is_refused(tmp_path, h, box):
+    save(h, tmp_path)
+    with pytest.raises(UserError, match=r"the box .* is not inside array 'embed' of shape \(10, 8\)"):
+        open_checkpoint(find_checkpoint(tmp_path)).read("embed", box)
+
+
 def test_find_checkpoint_takes_the_newest_step_that_verifies(tmp_path, h, caplog):
     state = h.make_state()
     with Manager([Level("disk", tmp_path, keep=None)]) as manager:
