@@ -1,9 +1,11 @@
 """``jaxsys reshard``: what comes out, that ``jaxsys.load`` reads it, and what it never touches."""
 
+import shlex
+
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_runs import MODEL, write_tokenizer
+from tiny_runs import MODEL, ROOT, write_tokenizer
 
 import checkpoint
 import jaxsys
@@ -105,6 +107,19 @@ def test_a_run_to_hugging_face(run, tmp_path, dtype):
 def test_hugging_face_to_native(hugging_face, tmp_path, dtype):
     assert reshard(hugging_face, tmp_path / "out", *(["--dtype", dtype] if dtype else [])) == 0
     assert_same(native(tmp_path / "out"), cast(parameters(state()), dtype or "float32"))
+
+
+def test_the_commands_in_the_documentation(run, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "my-run").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    lines = (ROOT / "docs" / "checkpointing.md").read_text().splitlines()
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("jaxsys reshard ")]
+    assert len(commands) == 4 and not any(main(command) for command in commands)
+    assert_same(native("out"), state())
+    assert_same(native("half"), cast(state(), "bfloat16"))
+    assert_same(native("model"), parameters(state()))
+    assert {info.dtype for info in SafetensorsDir("exported").values()} == {DTYPES["bfloat16"]}
 
 
 def test_both_formats_generate_the_same(run, hugging_face, tmp_path):
