@@ -55,7 +55,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.n_layers > MAX_LAYERS:
-            raise ValueError(f"{self.n_layers} layers, expected at most {MAX_LAYERS}")
+            raise ValueError(f"n_layers: found {self.n_layers}, expected at most {MAX_LAYERS}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} query heads do not group over {self.n_kv_heads} key/value heads")
         if self.windows and len(self.windows) != self.n_layers:

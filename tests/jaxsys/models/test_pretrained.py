@@ -221,8 +221,8 @@ def test_damaged_config_is_an_error(copy, text):
 
 
 HOSTILE = [
-    ("llama2", "num_hidden_layers", 10**9, "1000000000 layers, expected at most 10000"),
-    ("gemma2", "num_hidden_layers", 10**9, "1000000000 layers, expected at most 10000"),
+    ("llama2", "num_hidden_layers", 10**9, "n_layers: found 1000000000, expected at most 10000"),
+    ("gemma2", "num_hidden_layers", 10**9, "n_layers: found 1000000000, expected at most 10000"),
     ("llama2", "head_dim", 10**12, "'model.layers.0.self_attn.k_proj.weight' has shape"),
     ("llama2", "head_dim", 10**400, "head_dim is 1000"),
     ("llama2", "rms_norm_eps", 10**400, "rms_norm_eps is 1000"),
@@ -398,7 +398,7 @@ def test_native_weights_that_do_not_fit_are_named(checkpoint, change, message):
     [
         ({"n_layer": 2}, "unknown configuration key 'model.n_layer': did you mean 'model.n_layers'"),
         ({"n_kv_heads": 3}, "configuration model: 4 query heads"),
-        ({"n_layers": 10**9}, "1000000000 layers, expected at most 10000"),
+        ({"n_layers": 10**9}, "n_layers: found 1000000000, expected at most 10000"),
         ({"n_kv_heads": 0}, "configuration model: "),
         ({"windows": [4]}, "configuration model: 1 windows for 2 layers"),
         ({"n_heads": "4"}, "model.n_heads: found '4', expected int"),
