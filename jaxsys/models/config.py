@@ -11,6 +11,8 @@ from jaxsys.configuration import BadValue, expect, expect_at_least, expect_posit
 
 Activation = Literal["silu", "gelu_tanh"]
 
+MAX_LAYERS = 10_000  # beyond any model: a damaged file may say 10**9, and every layer costs names and descriptions
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
@@ -70,6 +72,7 @@ class ModelConfig:
         expect(self, " or ".join(FAMILIES), lambda name: name in FAMILIES, "family")
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
         expect_at_least(self, 1, *sizes)
+        expect(self, f"at most {MAX_LAYERS}", lambda n: n <= MAX_LAYERS, "n_layers")
         expect(self, "an even number (rotary embedding turns pairs)", lambda n: n % 2 == 0, "head_dim")
         expect(self, f"a multiple of n_kv_heads={self.n_kv_heads}", lambda n: n % self.n_kv_heads == 0, "n_heads")
         expect_positive(self, "norm_eps", "rope_theta", "attention_scale", "attention_softcap", "logit_softcap")

@@ -54,7 +54,7 @@ def main() -> None:
     from measure import interleaved, machine, serve, table
 
     from jaxsys.console import Console
-    from jaxsys.export import export_hf_directory
+    from jaxsys.export import to_hugging_face
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
@@ -71,7 +71,7 @@ def main() -> None:
             return
         with tempfile.TemporaryDirectory() as directory:
             weights = Path(directory) / "hf"
-            export_hf_directory(options.model, weights, None, Console())
+            to_hugging_face(options.model, weights, None, Console())
             run = torch_decode(weights, dtype, prompt, options.tokens)
         serve(run)
         return
