@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -125,6 +126,7 @@ class Manager:
         self._coordinator = coordinator or default_coordinator()
         self._levels = [OpenLevel(level, LocalStorage(level.path), self._coordinator, chunk_bytes) for level in levels]
         self._handles: list[SaveHandle] = []
+        self._closed = False
         try:
             together(self._coordinator, "open", self._acquire)
         except BaseException:
@@ -161,9 +163,11 @@ class Manager:
 
         Before ``arrays`` are donated, call ``copied`` of the handle. ``meta`` is JSON and is copied now.
         everywhere: write to all levels, whatever their interval (the last save of a run).
-        Raises ValueError if no level is due or the arguments do not fit together, UserError if a level already
-        holds a later good step: another run's, or the future of a run that went back.
+        Raises ValueError if no level is due, the arguments do not fit together, or after ``close``, UserError if a
+        level already holds a later good step: another run's, or the future of a run that went back.
         """
+        if self._closed:
+            raise ValueError(f"cannot save step {step}: this manager is closed; make another")
         began = time.perf_counter()
         due = [level for level in self._levels if everywhere or level.due(step)]
         if not due:
@@ -297,6 +301,14 @@ class Manager:
             "start anew or restore them from elsewhere"
         )
 
+    def meta(self) -> Mapping[str, Any] | None:
+        """What ``restore`` is to return as ``meta``, from the newest manifest that can be read: no array is."""
+        self.wait()
+        for step, level in [(s, level) for s in self.steps()[::-1] for level in self._levels if s in level.steps()]:
+            with contextlib.suppress(CorruptError):
+                return level.open(step).manifest.meta
+        return None
+
     def verify(self, step: int | None = None) -> list[VerifyReport]:
         """Read every chunk of a step (None: the newest) at every level that holds it; one report a level."""
         self.wait()
@@ -315,6 +327,7 @@ class Manager:
     def close(self) -> None:
         """Finish pending saves and let another writer in."""
         self.wait()
+        self._closed = True
         for level in self._levels:
             level.executor.shutdown()
         self._release()

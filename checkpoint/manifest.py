@@ -10,13 +10,14 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import xxhash
 
+from checkpoint.header import check_shape, is_file_name
 from parallelism.errors import UserError
 
 FORMAT = "jaxsys-checkpoint"
@@ -119,7 +120,15 @@ class Manifest:
             raise CorruptError(
                 f"{where} is damaged: digest {digest(head)}, expected {tail[1].decode()}; use another checkpoint"
             )
-        body = json.loads(data)
+        try:
+            return cls._from_body(json.loads(data), where)
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+            raise CorruptError(f"{where} makes no sense ({type(e).__name__}: {e}); use another checkpoint") from e
+
+    @classmethod
+    def _from_body(cls, body: Mapping[str, Any], where: str) -> Manifest:
         if body.get("format") != FORMAT:
             raise UserError(f"{where} has format {body.get('format')!r}, expected {FORMAT!r}; is it another program's?")
         if body["version"] > VERSION:
@@ -132,12 +141,16 @@ class Manifest:
 
 
 def chunk_from_json(c: Mapping[str, Any]) -> Chunk:
-    return Chunk(tuple(c["start"]), tuple(c["shape"]), c["file"], c["offset"], c["nbytes"], c["digest"])
+    chunk = Chunk(tuple(c["start"]), tuple(c["shape"]), c["file"], c["offset"], c["nbytes"], c["digest"])
+    if any(type(n) is not int for n in (*chunk.start, *chunk.shape, chunk.offset, chunk.nbytes)):
+        raise TypeError(f"a chunk has numbers that are not integers: {c}")
+    return chunk
 
 
 def _decode_array(name: str, entry: dict[str, Any], where: str) -> Array:
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{where}: array {name!r} has dtype {entry['dtype']!r}, which is not known here; upgrade")
+    check_shape(name, entry["shape"], DTYPES[entry["dtype"]].itemsize)
     chunks = tuple(chunk_from_json(c) for c in entry["chunks"])
     array = Array(DTYPES[entry["dtype"]], tuple(entry["shape"]), tuple(entry["axes"]), chunks)
     check_coverage(name, array, where)
@@ -145,24 +158,54 @@ def _decode_array(name: str, entry: dict[str, Any], where: str) -> Array:
 
 
 def check_coverage(name: str, array: Array, where: str) -> None:
-    """Raise CorruptError unless the chunks lie inside the array and hold as many elements as it has."""
-    elements = 0
+    """Raise CorruptError unless the chunks lie beside the manifest and hold every element of the array exactly once."""
     for chunk in array.chunks:
-        size = math.prod(chunk.shape)
+        if not is_file_name(chunk.file):
+            raise CorruptError(
+                f"{where}: array {name!r} has a chunk in {chunk.file!r}, not the name of a file beside the manifest; "
+                "do not use this checkpoint"
+            )
         inside = len(chunk.start) == len(chunk.shape) == len(array.shape) and all(
-            lo >= 0 and lo + n <= whole for lo, n, whole in zip(chunk.start, chunk.shape, array.shape, strict=True)
+            lo >= 0 and n >= 1 and lo + n <= whole
+            for lo, n, whole in zip(chunk.start, chunk.shape, array.shape, strict=True)
         )
-        if not inside or chunk.nbytes != size * array.dtype.itemsize:
+        if not inside or chunk.offset < 0 or chunk.nbytes != math.prod(chunk.shape) * array.dtype.itemsize:
             raise CorruptError(
                 f"{where}: array {name!r} of shape {array.shape} has a chunk at {chunk.start} of shape {chunk.shape} "
                 f"and {chunk.nbytes} bytes, which does not fit; use another checkpoint"
             )
-        elements += size
+    elements = sum(math.prod(chunk.shape) for chunk in array.chunks)
     if elements != math.prod(array.shape):
         raise CorruptError(
             f"{where}: chunks of array {name!r} hold {elements} elements, expected {math.prod(array.shape)}; "
             "use another checkpoint"
         )
+    if (pair := _overlap(array.chunks)) is not None:
+        raise CorruptError(
+            f"{where}: chunks of array {name!r} at {pair[0].start} and {pair[1].start} overlap; use another checkpoint"
+        )
+
+
+def _overlap(chunks: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
+    """Two chunks that share an element, if there are any. All are not empty, and of one rank."""
+    if len(chunks) < 2:
+        return None
+    start = np.array([c.start for c in chunks], np.int64)
+    stop = start + np.array([c.shape for c in chunks], np.int64)
+    # Sorted along the axis that is cut most often: a chunk meets only those that begin before it ends there.
+    axis = max(range(start.shape[1]), key=lambda d: len(np.unique(start[:, d])))
+    order = np.argsort(start[:, axis], kind="stable")
+    start, stop = start[order], stop[order]
+    rows = 256  # at once: [rows, chunks] truths in memory
+    for first in range(0, len(chunks), rows):
+        block = slice(first, first + rows)
+        meets = slice(first, int(np.searchsorted(start[:, axis], stop[block, axis].max())))
+        shared = (start[block, None] < stop[None, meets]) & (start[None, meets] < stop[block, None])
+        one, other = np.nonzero(shared.all(-1))
+        if (apart := one != other).any():
+            i, j = one[apart][0], other[apart][0]
+            return chunks[order[first + i]], chunks[order[first + j]]
+    return None
 
 
 def split(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -93,11 +93,22 @@ class CheckpointReader:
         return raw.view(self.array(name).dtype).reshape(chunk.shape)
 
     def read(self, name: str, box: Sequence[slice] | None = None) -> np.ndarray:
-        """A logical array, or a box of it (one slice of step 1 a dimension), in the dtype of the checkpoint."""
+        """A logical array, or a box of it (one slice of step 1 a dimension), in the dtype of the checkpoint.
+
+        Raises UserError for a name that it does not hold and a box that is not inside, CorruptError on damage.
+        """
         array = self.array(name)
-        bounds = [s.indices(n)[:2] for s, n in zip(box or [slice(None)] * len(array.shape), array.shape, strict=True)]
+        box = [slice(None)] * len(array.shape) if box is None else box
+        bounds = [(s.start or 0, n if s.stop is None else s.stop) for s, n in zip(box, array.shape, strict=False)]
+        inside = all(0 <= lo <= hi <= n for (lo, hi), n in zip(bounds, array.shape, strict=False))
+        if len(box) != len(array.shape) or not inside or any(s.step not in (None, 1) for s in box):
+            asked = ", ".join(f"{s.start}:{s.stop}" + (f":{s.step}" if s.step else "") for s in box)
+            raise UserError(
+                f"{self.where}: the box [{asked}] is not inside array {name!r} of shape {array.shape}; "
+                "give a start and a stop in each dimension"
+            )
         start = tuple(lo for lo, _ in bounds)
-        wanted: Box = start, tuple(max(0, hi - lo) for lo, hi in bounds)
+        wanted: Box = start, tuple(hi - lo for lo, hi in bounds)
         out = np.empty(wanted[1], array.dtype)
         for chunk in array.chunks:
             shared = intersect(wanted, (chunk.start, chunk.shape))

@@ -160,6 +160,17 @@ def _is_float(dtype: np.dtype) -> bool:
     return "float" in dtype.name
 
 
+def narrow(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """``array`` in ``dtype``, rounded. Raises UserError, naming the array, if a finite value does not stay finite."""
+    if exact(array.dtype, dtype):
+        return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = array.astype(dtype)
+    if (np.isfinite(array) & ~np.isfinite(out)).any():
+        raise UserError(f"array {name!r} has values beyond {dtype.name}; use a dtype of wider range")
+    return out
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadMetrics:
     """Bytes of chunks that this process read, and those of them that its shards needed."""
@@ -226,7 +237,7 @@ def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
     for read in plan.reads:
         data = reader.read_chunk(read.name, read.chunk)
         for move in read.moves:
-            pieces[move.piece][move.target] = data[move.source].astype(plan.stored.dtype, copy=False)
+            pieces[move.piece][move.target] = narrow(data[move.source], plan.stored.dtype, read.name)
     return pieces
 
 
@@ -238,12 +249,16 @@ def copy(
     rename: Callable[[str], str] | None = None,
     progress: Progress | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    keep_dtype: Callable[[str], bool] | None = None,
+    add_files: Callable[[Path], None] | None = None,
 ) -> Path:
     """Stream a checkpoint (or the newest good one of a run) into the new checkpoint directory ``dst_dir``.
 
     Holds one chunk at a time. Every chunk is verified when read, and the whole result before it gets its name.
-    dtype: for floating-point arrays (others stay). select: which logical names to take. rename: their new names.
-    Raises UserError if ``dst_dir`` exists, nothing is selected or two arrays get one name, CorruptError on damage.
+    dtype: for floating-point arrays (others stay), but not those that ``keep_dtype`` names. select: which logical
+    names to take. rename: their new names. add_files: as for ``write``.
+    Raises UserError if ``dst_dir`` exists, nothing is selected, two arrays get one name, or a value is too large for
+    ``dtype``; CorruptError on damage.
     """
     reader = open_checkpoint(find_checkpoint(src_dir))
     dst = Path(dst_dir)
@@ -252,7 +267,8 @@ def copy(
     targets: dict[str, Logical] = {}
     for name, array in reader.manifest.arrays.items():
         if select is None or select(name):
-            new = DTYPES[dtype] if dtype and _is_float(array.dtype) else array.dtype
+            stays = not _is_float(array.dtype) or (keep_dtype is not None and keep_dtype(name))
+            new = array.dtype if dtype is None or stays else DTYPES[dtype]
             targets[name] = Logical(rename(name) if rename else name, array.shape, new, array.axes)
     if not targets:
         raise UserError(f"no array of {reader.where} is selected; it holds {sorted(reader.manifest.arrays)[:3]}...")
@@ -268,13 +284,12 @@ def copy(
         done = 0
         for name, logical in targets.items():
             for chunk in reader.manifest.arrays[name].chunks:
-                data = reader.read_chunk(name, chunk).astype(logical.dtype, copy=False)
-                yield Piece(logical, chunk.start, data)
+                yield Piece(logical, chunk.start, narrow(reader.read_chunk(name, chunk), logical.dtype, name))
                 done += chunk.nbytes
                 if progress:
                     progress(done, total)
 
-    return write(dst, reader.manifest.step, reader.manifest.meta, targets.values(), pieces(), chunk_bytes)
+    return write(dst, reader.manifest.step, reader.manifest.meta, targets.values(), pieces(), chunk_bytes, add_files)
 
 
 def write(
@@ -284,22 +299,26 @@ def write(
     specs: Collection[Logical],
     pieces: Iterable[Piece],
     chunk_bytes: int = CHUNK_BYTES,
+    add_files: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write ``pieces``, which cover the logical arrays ``specs``, as the new checkpoint directory ``dst_dir``.
 
-    Holds one piece at a time; the result is verified before it gets its name.
+    Holds one piece at a time; the result is verified before it gets its name, and after an error nothing is left.
+    add_files: called with the directory to write other files into, before it gets its name.
     Raises UserError if ``dst_dir`` exists and when the disk refuses.
     """
     dst = Path(dst_dir)
     total = sum(spec.nbytes for spec in specs)
-    dst.parent.mkdir(parents=True, exist_ok=True)
     lock_path = dst.with_name(f".{dst.name}.lock")
     lock = WriterLock(lock_path, dst)
-    lock.acquire()
+    draft = LocalDraft(dst)
     try:
-        if dst.exists():
-            raise UserError(f"{dst} exists already; choose a new directory or remove it")
-        draft = LocalDraft(dst)
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as e:
+        raise UserError(f"cannot write {dst}: {e.strerror}; choose another place") from e
+    try:
+        _refuse_existing(dst)
         draft.begin()
         try:
             chunks = write_chunks(draft, pieces, chunk_bytes=chunk_bytes)
@@ -307,15 +326,21 @@ def write(
             report = CheckpointReader(draft.files()).verify()
             if not report.ok:
                 raise UserError(f"{dst} did not verify after writing: {report.errors[0]}; check the disk")
+            if add_files is not None:
+                add_files(draft.directory)
+            _refuse_existing(dst)  # somebody else may have made it meanwhile, and a commit replaces
             draft.commit()
-        except OSError as e:
-            draft.abort()
-            needed = f"{total >> 20} MiB needed, {shutil.disk_usage(dst.parent).free >> 20} MiB free"
-            raise UserError(f"cannot write {dst}: {e.strerror} ({needed}); choose another place") from e
-        except BaseException:
-            draft.abort()
-            raise
+        finally:
+            draft.abort()  # finds nothing to remove after a commit
+    except OSError as e:
+        needed = f"{total >> 20} MiB needed, {shutil.disk_usage(dst.parent).free >> 20} MiB free"
+        raise UserError(f"cannot write {dst}: {e.strerror} ({needed}); choose another place") from e
     finally:
         lock_path.unlink(missing_ok=True)
         lock.release()
     return dst
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already; choose a new directory or remove it")

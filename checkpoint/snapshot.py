@@ -24,13 +24,15 @@ class Snapshot:
     The copies own their bytes. On CPU a numpy view of a jax.Array shares its buffer, and a view that
     is alive turns the donation of that array into a copy without a word.
 
-    Raises ValueError if ``arrays`` and ``layout`` do not have the same keys, shapes and dtypes.
+    Raises ValueError unless ``arrays`` are jax arrays with the keys, shapes and dtypes of ``layout``.
     """
 
     def __init__(self, arrays: Mapping[str, jax.Array], layout: Layout):
         if arrays.keys() != layout.keys():
             raise ValueError(f"arrays and layout differ in keys: {sorted(arrays.keys() ^ layout.keys())[:3]}")
         for key, array in arrays.items():
+            if not isinstance(array, jax.Array):
+                raise ValueError(f"{key}: found {type(array).__name__}, expected a jax array (see jax.device_put)")
             if (array.shape, array.dtype) != (layout[key].shape, layout[key].dtype):
                 raise ValueError(
                     f"{key}: array is {array.dtype}{list(array.shape)}, "

@@ -172,32 +172,32 @@ class LocalFiles:
 
 
 class LocalDraft:
-    """A checkpoint being written beside its final place, as ``.tmp-<name>``."""
+    """A checkpoint being written in ``directory``, beside its final place: ``.tmp-<name>``."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._tmp = path.with_name(f".tmp-{path.name}")
+        self.directory = path.with_name(f".tmp-{path.name}")
         self._old = path.with_name(f".old-{path.name}")
 
     def begin(self) -> None:
-        shutil.rmtree(self._tmp, ignore_errors=True)
-        self._tmp.mkdir()
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir()
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[BinaryIO]:
-        with open(self._tmp / name, "xb") as file:
+        with open(self.directory / name, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
 
     def files(self) -> LocalFiles:
-        return LocalFiles(self._tmp)
+        return LocalFiles(self.directory)
 
     def commit(self) -> None:
-        fsync_directory(self._tmp)
+        fsync_directory(self.directory)
         if self._path.exists():
             os.rename(self._path, self._old)
-        os.rename(self._tmp, self._path)
+        os.rename(self.directory, self._path)
         fsync_directory(self._path.parent)
         if self._old.exists():
             remove_directory(self._old)
@@ -205,7 +205,7 @@ class LocalDraft:
     def abort(self) -> None:
         if self._old.exists() and not self._path.exists():
             os.rename(self._old, self._path)
-        shutil.rmtree(self._tmp, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class LocalStorage:

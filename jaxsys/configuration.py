@@ -8,14 +8,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from parallelism.errors import UserError, unknown_name
 
 Config = TypeVar("Config")
+
+
+class BadValue(UserError):
+    """A value that a configuration's own class refuses. ``from_dict`` completes the key with those it lies below."""
+
+    def __init__(self, key: str, found: Any, expected: str):
+        super().__init__(f"configuration key {key}: found {found!r}, expected {expected}")
+        self.key, self.found, self.expected = key, found, expected
+
+
+def expect(config: Any, expected: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raises BadValue for a field that is neither None nor as expected; no number may be infinite or NaN."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not ((not isinstance(value, float) or math.isfinite(value)) and holds(value)):
+            raise BadValue(name, value, expected)
+
+
+def expect_at_least(config: Any, least: float, *names: str) -> None:
+    expect(config, f"at least {least}", lambda value: value >= least, *names)
+
+
+def expect_positive(config: Any, *names: str) -> None:
+    expect(config, "a number above 0", lambda value: value > 0, *names)
+
+
+def expect_text(config: Any, *names: str) -> None:
+    expect(config, "a text that is not empty", bool, *names)
 
 
 def kind(cls: Any) -> str:
@@ -47,6 +76,8 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str = "") -> Con
     fields = {name: _value(hints[name], value, where + name) for name, value in values.items()}
     try:
         return cls(**fields)
+    except BadValue as error:
+        raise BadValue(where + error.key, error.found, error.expected) from None
     except UserError:
         raise
     except (TypeError, ValueError, ZeroDivisionError) as error:  # keys that are missing, or do not fit together

@@ -95,12 +95,13 @@ class Graphs:
     ) -> Graph:
         """The graph ``name`` for arguments like ``args`` (arrays or ShapeDtypeStructs with shardings).
 
-        Asked again with the same name, arguments, donation, output shardings and options it returns the graph
-        it has: a name stands for one function. Raises LateCompileError when frozen.
+        Asked again with the same name, function, arguments, donation, output shardings and options it returns the
+        graph it has. Two functions are the same if they are equal: closures are not, however alike, as what they close
+        over is part of the program; methods of one object are. Raises LateCompileError when frozen.
         """
         outputs, tree = jax.tree.flatten(out_shardings)
         asked = (tuple(donate), str(tree), tuple(outputs), tuple(sorted((compiler_options or {}).items())))
-        key = (name, _signature(args), asked)
+        key = (name, fn, _signature(args), asked)
         if key in self._graphs:
             return self._graphs[key]
         if self._frozen:

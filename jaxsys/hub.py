@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,7 @@ class ModelSource:
     kind: Kind
 
 
-def resolve(name_or_path: str | Path) -> ModelSource:
+def resolve(name_or_path: str | os.PathLike[str]) -> ModelSource:
     """The files of a model, found by, in this order:
 
     a path: a GGUF file, a Hugging Face directory (config.json), or a native checkpoint (manifest.json in it, or in
@@ -43,6 +44,8 @@ def resolve(name_or_path: str | Path) -> ModelSource:
 
     Raises UserError that says what was tried.
     """
+    if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
+        raise UserError(f"model {name_or_path!r}: expected a path or a name")
     text = str(name_or_path)
     path = Path(name_or_path).expanduser()
     if any(path.glob("checkpoints/step-*/manifest.json")):

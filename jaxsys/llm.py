@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxsys.graphs import Graphs, enable_persistent_cache
-from jaxsys.hub import resolve
+from jaxsys.hub import ModelSource, resolve
 from jaxsys.live import Live
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
-from jaxsys.models.state import build
+from jaxsys.models.state import Model, build
 from jaxsys.serve.engine import Engine, EngineConfig
 from jaxsys.serve.forward import Numerics
-from jaxsys.serve.request import Request, Result, Sampling
+from jaxsys.serve.request import Request, Result, Sampling, token_ids
 from jaxsys.tokenizer import Tokenizer
-from parallelism import PARAMETERS, MeshSpec, plan, put
+from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, plan, put, refuse_idle_axes
 from parallelism.errors import UserError, unknown_name
 
 DTYPES = ("float32", "bfloat16")
@@ -45,21 +47,39 @@ def load(
     a token's log-probability is bitwise the same sampled or scored, whatever shares its batch.
     Raises UserError for anything wrong with these.
     """
-    if dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, DTYPES)
+    if str(dtype) not in DTYPES:
+        raise unknown_name("dtype", str(dtype), DTYPES)
+    if not isinstance(mesh, str):
+        raise UserError(f"mesh: found {mesh!r:.40}, expected text such as 'tensor=2', or '' for one device")
     config = EngineConfig(max_context=max_context, kv_bytes=kv_bytes, numerics=numerics)
-    source = resolve(os.fspath(model))
+    source = resolve(model)
     spec = MeshSpec.parse(mesh)
-    pretrained, tokenizer = Pretrained.open(source), Tokenizer.of(source)
+    tokenizer = Tokenizer.of(source)
     enable_persistent_cache()
     devices = spec.build()
-    decoder = build(pretrained.config, dtype=dtype)
-    placed = plan(decoder.layout, devices, PARAMETERS, decoder.units)
+    refuse_idle_axes(devices.shape, PARAMETERS, ACTIVATIONS)
+    decoder, params = _read(source, devices, dtype)
     graphs = Graphs(devices)
-    live = Live(put(placed, pretrained.reader), graphs)
-    engine = Engine(decoder.with_layout(placed.layout), live, graphs, config)
+    engine = Engine(decoder, Live(params, graphs), graphs, config, name=str(source.path))
     graphs.freeze()
     return LLM(engine, tokenizer)
+
+
+def _read(source: ModelSource, devices: Mesh, dtype: str, attempts: int = 4) -> tuple[Model, dict[str, jax.Array]]:
+    """The model as it lies on ``devices``, and its parameters.
+
+    A run that trains may delete the checkpoint that is being read: then it begins again, with the newest.
+    """
+    steps = set(source.path.glob("step-*"))
+    try:
+        pretrained = Pretrained.open(source)
+        model = build(pretrained.config, dtype=dtype)
+        placed = plan(model.layout, devices, PARAMETERS, model.units)
+        return model.with_layout(placed.layout), put(placed, pretrained.reader)
+    except UserError:
+        if attempts == 1 or steps <= set(source.path.glob("step-*")):
+            raise
+    return _read(source, devices, dtype, attempts - 1)
 
 
 class LLM:
@@ -107,12 +127,18 @@ class LLM:
     ) -> Iterator[str]:
         """The text of one result piece by piece, whole characters each; they add up to ``generate``'s text."""
         sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop)
-        return self.pieces(*self.submit([prompt], sampling, chat))
+        request = self.engine.make_request(self.encode(prompt, chat), sampling)
+
+        def queued() -> Iterator[str]:  # when the first piece is asked for: a stream that nobody reads holds nothing
+            self.engine.add(request)
+            yield from self.pieces(request)
+
+        return queued()
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, chat: bool = False) -> list[Request]:
         """Queues prompts with the engine, for ``pieces`` and ``result``; ends only where ``sampling`` says."""
-        if isinstance(prompts, str):
-            raise UserError(f"prompts: found the text {prompts[:20]!r}, expected a list of prompts: put it in brackets")
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+            raise UserError(f"prompts: found {prompts!r:.40}, expected a list of prompts: put it in brackets")
         return self._queue([self.encode(prompt, chat) for prompt in prompts], sampling)
 
     def pieces(self, request: Request) -> Iterator[str]:
@@ -129,6 +155,8 @@ class LLM:
 
         The first token has nothing before it and no entry: entry i is of token i + 1.
         """
+        if not isinstance(sequences, Iterable):
+            raise UserError(f"score: found {sequences!r:.40}, expected a list of lists of token ids")
         requests = self._queue(sequences, Sampling(max_tokens=0), score=True)
         self.engine.run(requests)
         return [np.array(request.prompt_logprobs, np.float32) for request in requests]
@@ -139,7 +167,7 @@ class LLM:
             return self.tokenizer.encode_message(prompt) if chat else self.tokenizer.encode(prompt)
         if chat:
             raise UserError("prompt: found token ids with chat=True, expected text: give text, or chat=False")
-        return list(prompt)
+        return token_ids("prompt", prompt, "text or a list of token ids")
 
     def result(self, request: Request) -> Result:
         """What a finished request came to."""
@@ -164,16 +192,11 @@ class LLM:
         stop: Sequence[int] | None,
     ) -> Sampling:
         ends = self.tokenizer.eos_ids if stop is None else stop
-        return Sampling(max_tokens, temperature, top_k, top_p, seed, tuple(ends))
+        return Sampling(max_tokens, temperature, top_k, top_p, seed, tuple(token_ids("sampling: stop", ends)))
 
-    def _queue(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, score: bool = False) -> list[Request]:
+    def _queue(self, prompts: Iterable[Sequence[int]], sampling: Sampling, *, score: bool = False) -> list[Request]:
         """All of them or, if one is bad, none."""
-        requests: list[Request] = []
-        try:
-            for prompt in prompts:
-                requests.append(self.engine.add_request(prompt, sampling, score=score))
-        except UserError:
-            for request in requests:
-                self.engine.cancel(request)
-            raise
+        requests = [self.engine.make_request(prompt, sampling, score=score) for prompt in prompts]
+        for request in requests:
+            self.engine.add(request)
         return requests

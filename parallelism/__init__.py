@@ -3,7 +3,7 @@
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Region, Stored
 from parallelism.mesh import AXES, MeshSpec
-from parallelism.rules import ACTIVATIONS, PARAMETERS, Rule, Rules
+from parallelism.rules import ACTIVATIONS, PARAMETERS, Rule, Rules, refuse_idle_axes
 from parallelism.sharding import (
     Decision,
     Plan,
@@ -43,6 +43,7 @@ __all__ = [
     "detect",
     "plan",
     "put",
+    "refuse_idle_axes",
     "report",
     "sharding_context",
     "target",

@@ -52,6 +52,14 @@ class Report:
     def nbytes_per_device(self) -> int:
         return sum(row.nbytes_per_device for row in self.rows)
 
+    @property
+    def indivisible(self) -> list[str]:
+        """A line for each dimension that does not divide: what was done with it, in how many arrays."""
+        alike: dict[str, int] = defaultdict(int)
+        for decision in self.decisions:
+            alike[str(decision)] += 1
+        return [f"{what} (in {_arrays(n)})" for what, n in alike.items()]
+
     def as_dicts(self) -> list[dict[str, Any]]:
         """One dictionary of plain JSON types an array."""
         return [dataclasses.asdict(row) | {"shape": list(row.shape)} for row in self.rows]
@@ -83,10 +91,7 @@ class Report:
             lines += [f"  {_name(rows)}: {why}" for (_, why), rows in reasons.items()]
         if self.decisions:
             lines += ["", "dimensions that do not divide:"]
-            alike: dict[str, int] = defaultdict(int)
-            for decision in self.decisions:
-                alike[str(decision)] += 1
-            lines += [f"  {what} (in {_arrays(n)})" for what, n in alike.items()]
+            lines += [f"  {line}" for line in self.indivisible]
         return "\n".join(lines)
 
 

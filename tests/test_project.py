@@ -100,7 +100,7 @@ def test_nothing_but_the_dispatcher_calls_a_compiled_program():
 def test_where_arrays_are_put_on_a_mesh():
     """Batches, what is loaded and what is restored; everything else is made by graphs."""
     found = attributes({"device_put", *(name for name in dir(jax) if name.startswith("make_array_from"))})
-    assert set(found) == {"jaxsys/train/trainer.py", "parallelism/sharding.py", "checkpoint/reshard.py"}, found
+    assert set(found) == {"jaxsys/train/launch.py", "parallelism/sharding.py", "checkpoint/reshard.py"}, found
 
 
 def test_import_contract():
@@ -153,7 +153,7 @@ def test_first_two_commands_of_the_readme_are_one_line_each_and_name_files_that_
 
 def test_every_jaxsys_command_in_the_documentation_parses():
     from jaxsys import configuration
-    from jaxsys.cli.main import COMMANDS, parse
+    from jaxsys.cli.command_line import COMMANDS, parse
     from jaxsys.train import recipes
 
     lines = [line for page in PAGES for block in fenced("sh", page) for line in block.splitlines()]

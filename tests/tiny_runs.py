@@ -2,16 +2,20 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from checkpoint import open_checkpoint
 from jaxsys.console import Console
 from jaxsys.models.config import ModelConfig
+from jaxsys.models.pretrained import export_hf
+from jaxsys.models.state import build
 from jaxsys.optim import Constant, OptimConfig
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train import CheckpointConfig, DataConfig, TrainConfig
@@ -54,6 +58,17 @@ def make_config(run: Path, material: Path, **changes) -> TrainConfig:
         eval_batches=1,
     )
     return dataclasses.replace(config, **changes)
+
+
+def write_model(directory: Path, material: Path, seed: int = 0) -> dict[str, np.ndarray]:
+    """A model as a Hugging Face directory; returns its arrays."""
+    rng = np.random.default_rng(seed)
+    logical = build(MODEL, storage="listed").layout.logical
+    arrays = {name: rng.standard_normal(a.shape).astype(np.float32) for name, a in logical.items()}
+    export_hf(directory, MODEL, arrays.items(), dtype="float32", token_ids={})
+    for path in (material / "tokenizer").iterdir():
+        shutil.copy(path, directory)
+    return arrays
 
 
 def quiet() -> Console:

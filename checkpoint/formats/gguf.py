@@ -21,6 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType,
 from gguf.quants import dequantize
 from numpy.typing import DTypeLike
 
+from checkpoint.header import MAX_DIMENSIONS, check_disjoint, check_shape, unique
 from parallelism.errors import UserError
 
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
@@ -117,8 +118,12 @@ class _Header:
             if version not in (2, 3):
                 raise UserError(f"{path}: GGUF version {version} found, 2 or 3 (little-endian) expected")
             tensor_count, pair_count = self._scalar("Q"), self._scalar("Q")
-            self.metadata = {self._string(): self._value(self._scalar("I")) for _ in range(pair_count)}
-            table = [self._tensor() for _ in range(tensor_count)]
+            self.metadata = unique((self._string(), self._value(self._scalar("I"))) for _ in range(pair_count))
+            alignment = self.metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+            if type(alignment) is not int or alignment < 1 or alignment % 8:
+                raise ValueError(f"general.alignment is {alignment!r:.80}, expected a multiple of 8")
+            tensors = unique(self._tensor(alignment) for _ in range(tensor_count))
+            check_disjoint({name: (t.start, t.start + t.nbytes) for name, t in tensors.items()})
         except (struct.error, IndexError) as error:
             raise UserError(
                 f"{path}: truncated GGUF file: its {len(data)} bytes end inside the header; fetch the file again"
@@ -129,13 +134,9 @@ class _Header:
             raise UserError(
                 f"{path}: damaged GGUF header near byte {self._at} ({error}); fetch the file again"
             ) from error
-        alignment = self.metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise UserError(f"{path}: general.alignment is {alignment!r}, expected a positive number of bytes")
+        # Offsets count from where the data begins, which is known now.
         base = -(-self._at // alignment) * alignment
-        self.tensors = {
-            name: TensorInfo(shape, type, base + offset, nbytes) for name, shape, type, offset, nbytes in table
-        }
+        self.tensors = {name: dataclasses.replace(t, start=base + t.start) for name, t in tensors.items()}
 
     def _scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._data, self._at)
@@ -156,8 +157,10 @@ class _Header:
         if kind != GGUFValueType.ARRAY:
             return self._scalar(_SCALARS[kind])
         item, count = GGUFValueType(self._scalar("I")), self._scalar("Q")
-        if item not in _SCALARS:
-            return [self._value(item) for _ in range(count)]
+        if item == GGUFValueType.STRING:
+            return [self._string() for _ in range(count)]
+        if item == GGUFValueType.ARRAY:
+            raise ValueError("an array of arrays")
         # One array of scalars at once: token scores and types are as many as the vocabulary.
         array = np.dtype("<" + _SCALARS[item])
         start, self._at = self._at, self._at + count * array.itemsize
@@ -165,11 +168,17 @@ class _Header:
             raise IndexError
         return np.frombuffer(self._data, array, count, start).tolist()
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], str, int, int]:
-        name = self._string()
-        shape = tuple(reversed([self._scalar("Q") for _ in range(self._scalar("I"))]))
+    def _tensor(self, alignment: int) -> tuple[str, TensorInfo]:
+        """A name, and its tensor with ``start`` counted from where the data begins."""
+        name, dimensions = self._string(), self._scalar("I")
+        if dimensions > MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} has {dimensions} dimensions")
+        shape = tuple(reversed([self._scalar("Q") for _ in range(dimensions)]))
         kind, offset = GGMLQuantizationType(self._scalar("I")), self._scalar("Q")
         block, nbytes = GGML_QUANT_SIZES[kind]
-        if shape and shape[-1] % block:
-            raise ValueError(f"tensor {name!r} of type {kind.name} has rows of {shape[-1]}, no multiple of {block}")
-        return name, shape, kind.name, offset, math.prod(shape) // block * nbytes
+        check_shape(name, shape, 4)  # what is dequantised comes as float32
+        if (row := shape[-1] if shape else 1) % block:
+            raise ValueError(f"tensor {name!r} of type {kind.name} has rows of {row}, no multiple of {block}")
+        if offset % alignment:
+            raise ValueError(f"tensor {name!r} begins at {offset}, no multiple of {alignment}")
+        return name, TensorInfo(shape, kind.name, offset, math.prod(shape) // block * nbytes)

@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from checkpoint.header import check_disjoint, check_shape, is_file_name, unique
 from parallelism.errors import UserError
 
 DTYPES: dict[str, np.dtype] = {
@@ -128,42 +129,54 @@ def _read_header(path: Path) -> dict[str, ArrayInfo]:
                 raise UserError(
                     f"{path}: truncated safetensors file, or none: {size} bytes hold no header; fetch it again"
                 )
-            header = dict(json.loads(file.read(length)))
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a {type(header).__name__}, expected an object")
+        header.pop("__metadata__", None)
+        arrays = {name: _array_info(path, name, entry, 8 + length) for name, entry in header.items()}
+        check_disjoint({name: (info.start, info.start + info.nbytes) for name, info in arrays.items()})
     except OSError as error:
         raise UserError(f"{path}: cannot read the safetensors file ({error.strerror})") from error
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged safetensors header ({error}); fetch the file again") from error
-    arrays = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: damaged safetensors header at array {name!r}; fetch the file again") from error
-        if code not in DTYPES:
-            raise UserError(f"{path}: array {name!r} has dtype {code}, supported are {', '.join(DTYPES)}")
-        info = ArrayInfo(shape, DTYPES[code], path, 8 + length + start)
-        if stop - start != info.nbytes:
-            raise UserError(f"{path}: array {name!r} of shape {shape} and dtype {code} has {stop - start} bytes")
-        if info.start + info.nbytes > size:
-            raise UserError(
-                f"{path}: truncated safetensors file: array {name!r} ends at byte {info.start + info.nbytes}, "
-                f"the file at {size}; fetch it again"
-            )
-        arrays[name] = info
+    last = max(arrays.items(), key=lambda item: item[1].start + item[1].nbytes, default=None)
+    if last is not None and (end := last[1].start + last[1].nbytes) > size:
+        raise UserError(
+            f"{path}: truncated safetensors file: array {last[0]!r} ends at byte {end}, the file at {size}; "
+            "fetch it again"
+        )
     return arrays
+
+
+def _array_info(path: Path, name: str, entry: Any, base: int) -> ArrayInfo:
+    """One entry of a header; ``base`` is where the arrays begin. Raises ValueError for one that makes no sense."""
+    keys = ("dtype", "shape", "data_offsets")
+    if not isinstance(entry, dict) or not all(key in entry for key in keys):
+        raise ValueError(f"array {name!r} lacks one of {', '.join(keys)}")
+    code, shape, offsets = (entry[key] for key in keys)
+    if not isinstance(code, str) or code not in DTYPES:
+        raise UserError(f"{path}: array {name!r} has dtype {code!r:.80}, supported are {', '.join(DTYPES)}")
+    check_shape(name, shape, DTYPES[code].itemsize)
+    if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int] or not 0 <= offsets[0] <= offsets[1]:
+        raise ValueError(f"array {name!r} lies at {offsets!r:.80}, expected a start and an end in bytes")
+    info = ArrayInfo(tuple(shape), DTYPES[code], path, base + offsets[0])
+    if offsets[1] - offsets[0] != info.nbytes:
+        raise ValueError(f"array {name!r} of shape {shape} and dtype {code} has {offsets[1] - offsets[0]} bytes")
+    return info
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        listed = dict(json.loads(index.read_bytes())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        listed = dict(json.loads(index.read_bytes(), object_pairs_hook=unique)["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{index}: damaged index, no readable 'weight_map'; fetch the file again") from error
     if not listed:
         raise UserError(f"{index}: the index lists no arrays; fetch the file again")
+    for name, file in listed.items():
+        if not is_file_name(file):
+            raise UserError(f"{index}: array {name!r} is in {file!r:.80}, expected the name of a file beside the index")
     return listed
 
 
@@ -246,16 +259,16 @@ class _Shard:
         self._file = open(path, "xb")  # noqa: SIM115 - closed by close() or discard()
         self._file.seek(8 + _HEADER_ROOM)
 
-    def _entry(self, name: str, array: np.ndarray) -> dict[str, Any]:
+    def _entry(self, array: np.ndarray) -> dict[str, Any]:
         offsets = [self.nbytes, self.nbytes + array.nbytes]
         return {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
 
     def has_room(self, name: str, array: np.ndarray, max_bytes: int) -> bool:
-        entry = len(json.dumps({name: self._entry(name, array)}))
+        entry = len(json.dumps({name: self._entry(array)}))
         return self.nbytes + array.nbytes <= max_bytes and self._header_bytes + entry <= _HEADER_ROOM
 
     def add(self, name: str, array: np.ndarray) -> None:
-        self._header[name] = self._entry(name, array)
+        self._header[name] = self._entry(array)
         self._header_bytes += len(json.dumps({name: self._header[name]}))
         if array.nbytes:
             self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -47,6 +47,9 @@ class GenerateArgs:
     def run(self) -> int:
         if not self.prompt:
             raise UserError("generate: found no --prompt, expected at least one: --prompt 'The capital of France is'")
+        for n, prompt in enumerate(self.prompt, 1):
+            if not prompt:
+                raise UserError(f"generate: --prompt {n} of {len(self.prompt)} is empty, expected a text to continue")
         from jaxsys.console import Console
         from jaxsys.llm import load
         from jaxsys.serve.request import Sampling
@@ -74,7 +77,7 @@ class GenerateArgs:
                     "logprobs": result.logprobs.tolist(),
                     "finish_reason": result.finish_reason,
                 }
-                print(json.dumps(values), flush=True)
+                print(json.dumps(values, allow_nan=False), flush=True)
             else:
                 print(flush=True)
         seconds, tokens = time.perf_counter() - start, sum(request.made for request in requests)

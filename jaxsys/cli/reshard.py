@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-
-from parallelism.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,25 +23,19 @@ class ReshardArgs:
     format: Literal["native", "hf"] = "native"
     """native: a jaxsys checkpoint; hf: config.json, safetensors and tokenizer."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Cast floating-point arrays; the default keeps them."""
+    """Of the parameters; the default keeps them from native to native, and is float32 otherwise."""
     parameters_only: bool = False
     """Leave the optimizer state out (hf always does)."""
 
     def run(self) -> int:
         from jaxsys.console import Console
-        from jaxsys.export import export_hf_directory, export_native
+        from jaxsys.export import to_hugging_face, to_native
 
-        if self.destination.exists():
-            raise UserError(f"{self.destination} exists already: give a new directory, or remove it first")
         console = Console()
-        try:
-            with console.stage(f"{self.source} to {self.destination}") as said:
-                if self.format == "hf":
-                    written = export_hf_directory(self.source, self.destination, self.dtype, console)
-                else:
-                    written = export_native(self.source, self.destination, self.dtype, self.parameters_only, console)
-                said.append(f"{written / 1e6:.1f} MB as {self.format}")
-        except BaseException:
-            shutil.rmtree(self.destination, ignore_errors=True)
-            raise
+        with console.stage(f"{self.source} to {self.destination}") as said:
+            if self.format == "hf":
+                written = to_hugging_face(self.source, self.destination, self.dtype, console)
+            else:
+                written = to_native(self.source, self.destination, self.dtype, self.parameters_only, console)
+            said.append(f"{written / 1e6:.1f} MB as {self.format}")
         return 0

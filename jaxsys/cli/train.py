@@ -46,9 +46,10 @@ class TrainArgs:
         line = trainer.console.line
         said = f"loss {summary.losses[-1]:.4f}" if summary.losses else "nothing to do"
         line(f"step {summary.step} of {config.steps}, {said}")
-        used = "" if summary.utilisation is None else f", {summary.utilisation:.1%} of the devices' peak"
-        rate = summary.model_flops_per_second / 1e9
-        line(f"{summary.tokens_per_second:,.0f} tokens/s, {rate:,.1f} model GFLOP/s{used}")
+        if summary.tokens_per_second:  # measured from the second step on
+            used = "" if summary.utilisation is None else f", {summary.utilisation:.1%} of the devices' peak"
+            rate = summary.model_flops_per_second / 1e9
+            line(f"{summary.tokens_per_second:,.0f} tokens/s, {rate:,.1f} model GFLOP/s{used}")
         if not summary.finished:
             line(f"stopped; the same command resumes from step {summary.step}")
         if summary.save_error is not None:

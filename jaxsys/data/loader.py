@@ -90,7 +90,7 @@ class Loader:
         return pack(documents, self.seq_len, start, max(high - low, 0))
 
     def identity(self, step: int, rows: slice = slice(None)) -> str:
-        """One line that names a batch in reports: epoch, rows and the first documents in it."""
+        """One line that names a batch in reports: the step that it is for (from 1), epoch, rows, first documents."""
         low, high, _ = rows.indices(self.batch_size)
         order, ends, first, _ = self._window(step, low)
         epoch, at = divmod(step, self.steps_per_epoch)
@@ -100,7 +100,7 @@ class Loader:
         names = [self.dataset.names[int(i)] for i in inside[:3]]
         more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
         return (
-            f"{self.split} step {step}: epoch {epoch}, rows {row + low}-{row + high - 1} of {self.rows_per_epoch}, "
+            f"{self.split} step {step + 1}: epoch {epoch}, rows {row + low}-{row + high - 1} of {self.rows_per_epoch}, "
             f"documents {', '.join(names)}{more}"
         )
 

@@ -19,10 +19,17 @@ from parallelism.sharding import constrain
 CHUNK_LOGITS = 1 << 23
 
 
-def chunk_length(batch: int, length: int, vocabulary: int) -> int:
-    """The largest divisor of ``length`` whose logits [batch, chunk, vocabulary] stay within CHUNK_LOGITS."""
-    allowed = max(1, CHUNK_LOGITS // (batch * vocabulary))
-    return max(n for n in range(1, length + 1) if length % n == 0 and n <= allowed)
+def chunk_length(batch: int, length: int, width: int, vocabulary: int) -> int:
+    """Positions a chunk, such that its logits [batch, chunk, vocabulary] are few: see CHUNK_LOGITS.
+
+    They may also be as many as the hidden states [batch, length, width] are, which are alive anyway: each chunk reads
+    the kernel and adds to its gradient, so that chunks of a few rows of a large batch would be all memory traffic.
+    The largest divisor of ``length`` is taken if it is near to what is allowed; else the last chunk is filled up.
+    """
+    allowed = max(CHUNK_LOGITS, batch * length * width) // (batch * vocabulary)
+    allowed = min(max(1, allowed), length)
+    divisor = max(n for n in range(1, allowed + 1) if length % n == 0)
+    return divisor if 2 * divisor > allowed else -(-length // -(-length // allowed))
 
 
 def cross_entropy(
@@ -62,7 +69,8 @@ def _forward(hidden, kernel, targets, vocabulary, softcap):
 
     start = (jnp.zeros((), wide), jnp.zeros(kernel.shape, wide))
     (total, d_kernel), d_hidden = lax.scan(step, start, _chunks(hidden, kernel, targets))
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
+    B, T, D = hidden.shape
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]
     return total, (d_hidden, d_kernel.astype(kernel.dtype))
 
 
@@ -75,9 +83,13 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunks(hidden, kernel, targets):
-    B, T = targets.shape
-    c = chunk_length(B, T, kernel.shape[0])
-    return tuple(jnp.moveaxis(a.reshape(B, T // c, c, *a.shape[2:]), 1, 0) for a in (hidden, targets))
+    """hidden and targets with chunks in front, filled up with zeros that are no targets."""
+    B, T, D = hidden.shape
+    c = chunk_length(B, T, D, kernel.shape[0])
+    if missing := -T % c:
+        hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
+        targets = jnp.pad(targets, ((0, 0), (0, missing)), constant_values=-1)
+    return tuple(jnp.moveaxis(a.reshape(B, -1, c, *a.shape[2:]), 1, 0) for a in (hidden, targets))
 
 
 def _chunk(h, kernel, targets, vocabulary, softcap):

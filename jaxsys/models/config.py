@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from typing import Literal, get_args
+
+import numpy as np
+
+from jaxsys.configuration import BadValue, expect, expect_at_least, expect_positive
+
+Activation = Literal["silu", "gelu_tanh"]
+
+MAX_LAYERS = 10_000  # beyond any model: a damaged file may say 10**9, and every layer costs names and descriptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +22,13 @@ class Llama3Scaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+
+    def __post_init__(self) -> None:
+        expect_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_position")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise BadValue(
+                "high_freq_factor", self.high_freq_factor, f"more than low_freq_factor={self.low_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +55,7 @@ class ModelConfig:
     max_seq_len: int = 2048
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    activation: str = "silu"
+    activation: Activation = "silu"
     rope_theta: float = 10_000.0
     rope_scaling: Llama3Scaling | None = None
     windows: tuple[int | None, ...] = ()
@@ -52,10 +67,23 @@ class ModelConfig:
     embed_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_heads} query heads do not group over {self.n_kv_heads} key/value heads")
-        if self.windows and len(self.windows) != self.n_layers:
-            raise ValueError(f"{len(self.windows)} windows for {self.n_layers} layers")
+        from jaxsys.models.families import FAMILIES  # the families make configurations: they import this module
+
+        expect(self, " or ".join(FAMILIES), lambda name: name in FAMILIES, "family")
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
+        expect_at_least(self, 1, *sizes)
+        expect(self, f"at most {MAX_LAYERS}", lambda n: n <= MAX_LAYERS, "n_layers")
+        expect(self, "an even number (rotary embedding turns pairs)", lambda n: n % 2 == 0, "head_dim")
+        expect(self, f"a multiple of n_kv_heads={self.n_kv_heads}", lambda n: n % self.n_kv_heads == 0, "n_heads")
+        expect_positive(self, "norm_eps", "rope_theta", "attention_scale", "attention_softcap", "logit_softcap")
+        expect_positive(self, "embed_scale")
+        expect(self, "a finite number", lambda _: True, "norm_offset")
+        expect(self, " or ".join(get_args(Activation)), lambda name: name in get_args(Activation), "activation")
+        expect(self, f"none, or one for each of n_layers={self.n_layers}", self._one_a_layer, "windows")
+        expect(self, "windows of at least 1", lambda windows: all(w is None or w >= 1 for w in windows), "windows")
+
+    def _one_a_layer(self, values: tuple) -> bool:
+        return len(values) in (0, self.n_layers)
 
     @property
     def query_group(self) -> int:
@@ -74,12 +102,12 @@ class ModelConfig:
         attention = self.d_model * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
         return self.n_layers * (attention + 3 * self.d_model * self.d_ff) + self.vocab_size * self.d_model
 
-    def flops_per_token(self, mean_context: float) -> float:
-        """Floating-point operations of one forward and backward pass, a token.
+    def flops_per_token(self, contexts: np.ndarray) -> float:
+        """Floating-point operations of one forward and backward pass, a token on average.
 
-        mean_context: keys a token attends to on average, T/2 for causal rows of length T: the masked half
-        is not work (so this is half the attention term of PaLM, appendix B).
+        contexts: for each token the keys it attends to where no window cuts them, itself included. The masked half of
+        a row is not work (so this is half the attention term of PaLM, appendix B).
         """
         windows = self.windows or (None,) * self.n_layers
-        keys = sum(min(mean_context, w if w else math.inf) for w in windows)
+        keys = sum(float(np.mean(contexts if w is None else np.minimum(contexts, w))) for w in windows)
         return 6.0 * self.matmul_parameters() + 12.0 * self.n_heads * self.head_dim * keys

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import numpy as np
 from checkpoint import find_checkpoint, open_checkpoint
 from checkpoint.formats.gguf import GGUFFile
 from checkpoint.formats.safetensors import SafetensorsDir, write_safetensors
+from checkpoint.reshard import narrow
 from jaxsys import configuration
 from jaxsys.hub import ModelSource, resolve
 from jaxsys.models.config import ModelConfig
@@ -67,7 +69,7 @@ class Pretrained:
         supported, and a weight that is missing, not used, of another shape, or not of a float type.
         """
         if not isinstance(source, ModelSource):
-            source = resolve(os.fspath(source))
+            source = resolve(source)
         return {"native": _open_native, "hf": _open_hf, "gguf": _open_gguf}[source.kind](source.path)
 
 
@@ -95,9 +97,8 @@ def _open_native(path: Path) -> Pretrained:
         raise UserError(f"{where} has no 'model': not a checkpoint of a model; give a run's or an exported one")
     values = dict(manifest.meta["model"])
     config = _config(lambda: configuration.from_dict(ModelConfig, values, "model."), where)
-    family(config.family, where)
     found = {n: a.shape for n, a in manifest.arrays.items() if not n.startswith(OPTIMIZER)}
-    _check(path, {name: logical.shape for name, logical in expected_weights(config).items()}, found, {})
+    _check(path, {name: logical.shape for name, logical in expected_weights(config).items()}, found)
     return Pretrained(path, config, _Whole(lambda logical: checkpoint.read(logical.name)))
 
 
@@ -107,7 +108,7 @@ def _open_hf(path: Path) -> Pretrained:
         values = json.loads(where.read_bytes())
     except OSError as error:
         raise UserError(f"{where}: cannot read the model's configuration ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); fetch the file again") from error
     if not isinstance(values, dict):
         raise UserError(f"{where}: holds {type(values).__name__}, expected an object with a 'model_type'")
@@ -119,7 +120,7 @@ def _open_hf(path: Path) -> Pretrained:
             raise UserError(f"{path}: weight {name!r} has dtype {info.dtype}, expected a float of 16 to 64 bits")
     names = kind.weight_names(config)
     shapes = {name: info.shape for name, info in arrays.items()}
-    extras = _check(path, _file_shapes(config, names), shapes, kind.redundant_weights(config))
+    extras = _check(path, _file_shapes(config, names), shapes, functools.partial(kind.redundant_weights, config))
 
     def read(logical: Logical, box: Box) -> np.ndarray:
         name, box = names[logical.name], _bounded(box, logical.shape)
@@ -140,7 +141,7 @@ def _open_gguf(path: Path) -> Pretrained:
     config = _config(lambda: kind.config_from_gguf(file), str(path))
     names = kind.gguf_names(config)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    extras = _check(path, _file_shapes(config, names), shapes, kind.redundant_gguf(config))
+    extras = _check(path, _file_shapes(config, names), shapes, functools.partial(kind.redundant_gguf, config))
     _check_extras(path, extras, file.read, names)
 
     def whole(logical: Logical) -> np.ndarray:
@@ -171,9 +172,11 @@ class _Whole:
 def _config(make: Callable[[], ModelConfig], where: str) -> ModelConfig:
     try:
         return make()
+    except configuration.BadValue as error:
+        raise UserError(f"{where}: {error}") from error
     except UserError:
         raise
-    except (ValueError, TypeError, ZeroDivisionError) as error:  # fields missing, or valid only one by one
+    except (ValueError, TypeError, ArithmeticError) as error:  # fields missing, or valid only one by one
         raise UserError(f"{where}: these fields make no model: {error}") from error
 
 
@@ -217,17 +220,21 @@ def _check(
     path: Path,
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
-    redundant: Mapping[str, str | np.ndarray],
+    redundant: Callable[[], Mapping[str, str | np.ndarray]] = dict,
 ) -> dict[str, str | np.ndarray]:
-    """Raises UserError unless files and model agree on names and shapes; returns the redundant weights found."""
+    """Raises UserError unless files and model agree on names and shapes; returns the redundant weights found.
+
+    redundant: called once the shapes agree, as it computes arrays of the sizes that the configuration claims.
+    """
     if missing := [name for name in expected if name not in found]:
         raise UserError(f"{path}: missing {_listing(missing)}: the files are incomplete, or of another model")
-    if unused := [name for name in found if name not in expected and name not in redundant]:
-        raise UserError(f"{path}: not used: {_listing(unused)}: the configuration is of another model")
     for name, shape in expected.items():
         if found[name] != shape:
             raise UserError(f"{path}: weight {name!r} has shape {found[name]}, the configuration calls for {shape}")
-    return {name: source for name, source in redundant.items() if name in found}
+    known = redundant()
+    if unused := [name for name in found if name not in expected and name not in known]:
+        raise UserError(f"{path}: not used: {_listing(unused)}: the configuration is of another model")
+    return {name: source for name, source in known.items() if name in found}
 
 
 def _check_extras(
@@ -321,10 +328,6 @@ def _renamed(
             raise UserError(f"{directory}: array {name!r} is given twice or is none of the model's")
         if array.shape != logical.shape:
             raise UserError(f"{directory}: array {name!r} has shape {array.shape}, the model's is {logical.shape}")
-        with np.errstate(over="ignore"):
-            out = np.ascontiguousarray(array).reshape(file_shape(logical)).astype(dtype, copy=False)
-        if dtype == np.float16 and not np.isfinite(out).all() and np.isfinite(array).all():
-            raise UserError(f"{directory}: array {name!r} has values beyond float16; write bfloat16 or float32")
-        yield names[name], out
+        yield names[name], narrow(np.ascontiguousarray(array).reshape(file_shape(logical)), dtype, name)
     if left:
         raise UserError(f"{directory}: missing {_listing(list(left))}: the checkpoint is incomplete")

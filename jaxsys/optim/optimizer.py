@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxsys.configuration import BadValue, expect, expect_at_least, expect_positive
 from jaxsys.optim.schedules import WSD, Constant, Cosine
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
@@ -22,6 +23,10 @@ from parallelism.layout import Layout, Logical, Stored
 Params = Mapping[str, jax.Array]
 # Which of the parameters, by key, get weight decay.
 Mask = Callable[[Params], dict[str, bool]]
+
+
+def _expect_decay(optimizer: object, *names: str) -> None:
+    expect(optimizer, "at least 0 and below 1", lambda value: 0 <= value < 1, *names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,11 @@ class AdamW:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        _expect_decay(self, "b1", "b2")
+        expect_positive(self, "eps")
+        expect_at_least(self, 0, "weight_decay")
 
     def transformations(self, decayed: Mask) -> list[optax.GradientTransformation]:
         adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
@@ -45,6 +55,12 @@ class SGD:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _expect_decay(self, "momentum")
+        expect_at_least(self, 0, "weight_decay")
+        if self.nesterov and not self.momentum:
+            raise BadValue("nesterov", True, "false where momentum is 0")
 
     def transformations(self, decayed: Mask) -> list[optax.GradientTransformation]:
         trace = [optax.trace(self.momentum, self.nesterov)] if self.momentum else []
@@ -60,6 +76,11 @@ class Adafactor:
     clipping_threshold: float = 1.0
     min_factored: int = 128
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        expect_positive(self, "decay_rate", "eps", "clipping_threshold")
+        expect_at_least(self, 1, "min_factored")
+        expect_at_least(self, 0, "weight_decay")
 
     def transformations(self, decayed: Mask) -> list[optax.GradientTransformation]:
         return [
@@ -83,6 +104,10 @@ class OptimConfig:
     schedule: Cosine | WSD | Constant = dataclasses.field(default_factory=Cosine)
     learning_rate: float = 3e-4
     clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, 0, "learning_rate")
+        expect_positive(self, "clip_norm")
 
 
 class Optimizer:

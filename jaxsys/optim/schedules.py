@@ -7,12 +7,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxsys.configuration import expect, expect_at_least
+
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
     """The peak rate after a linear warm-up."""
 
     warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, 0, "warmup_steps")
 
     def factor(self, step: jax.Array, steps: int) -> jax.Array:
         return _warm(step, self.warmup_steps)
@@ -24,6 +29,10 @@ class Cosine:
 
     warmup_steps: int = 0
     final: float = 0.1
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, 0, "warmup_steps")
+        _expect_share(self, "final")
 
     def factor(self, step: jax.Array, steps: int) -> jax.Array:
         t = jnp.clip((step - self.warmup_steps) / max(steps - self.warmup_steps, 1), 0.0, 1.0)
@@ -38,6 +47,10 @@ class WSD:
     decay: float = 0.2
     final: float = 0.0
 
+    def __post_init__(self) -> None:
+        expect_at_least(self, 0, "warmup_steps")
+        _expect_share(self, "decay", "final")
+
     def factor(self, step: jax.Array, steps: int) -> jax.Array:
         length = max(self.decay * steps, 1.0)
         t = jnp.clip((step - (steps - length)) / length, 0.0, 1.0)
@@ -47,3 +60,7 @@ class WSD:
 def _warm(step: jax.Array, warmup_steps: int) -> jax.Array:
     # The first step is 1/warmup of the peak and not zero: a step that changes nothing is a step lost.
     return jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1)).astype(jnp.float32)
+
+
+def _expect_share(schedule: object, *names: str) -> None:
+    expect(schedule, "a share from 0 to 1", lambda value: 0 <= value <= 1, *names)

@@ -18,7 +18,7 @@ from jaxsys.serve.batch import empty_batch, pack
 from jaxsys.serve.forward import Numerics, Output, make_forward
 from jaxsys.serve.pages import PageAllocator
 from jaxsys.serve.pool import make_pool, page_bytes, pool_dtype
-from jaxsys.serve.request import Request, Sampling
+from jaxsys.serve.request import Request, Sampling, token_ids, whole
 from jaxsys.serve.scheduler import Scheduler, Size
 from parallelism.errors import UserError, unknown_name
 
@@ -37,7 +37,8 @@ class EngineConfig:
     page_size: positions a page; what attention reads at once. max_steps: tokens a sequence makes between two looks of
     the host. numerics: see ``jaxsys.serve.forward.Numerics``. sizes: the shapes that are compiled; None is those that
     suit the numerics, and ``invariant`` has one, through which everything goes.
-    Raises UserError for numerics that there are not, or that the sizes do not allow.
+    Raises UserError for a number that is not whole and positive, for numerics that there are not, or that the sizes do
+    not allow.
     """
 
     max_context: int | None = None
@@ -48,8 +49,11 @@ class EngineConfig:
     sizes: tuple[Size, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.numerics not in SIZES:
-            raise unknown_name("numerics", self.numerics, SIZES)
+        for name in ("max_context", "kv_bytes", "page_size", "max_steps"):
+            if name != "max_context" or self.max_context is not None:
+                whole(name, getattr(self, name), 1)
+        if str(self.numerics) not in SIZES:
+            raise unknown_name("numerics", str(self.numerics), SIZES)
         if self.numerics == "invariant" and len(self.shapes) != 1:
             raise UserError(
                 f"numerics 'invariant' with {len(self.shapes)} sizes, expected one that everything goes through"
@@ -65,15 +69,23 @@ class Engine:
     """Serves the parameters in ``live`` through graphs of its own in ``graphs``. For one thread.
 
     model: with the layout of those parameters; view: the name of a view of ``live`` to serve instead of them.
+    name: of the model, in errors.
     The constructor compiles every graph and makes the pool; freeze ``graphs`` after it.
     Raises UserError if the pool's bytes do not hold one sequence of ``max_context``.
     """
 
     def __init__(
-        self, model: Model, live: Live, graphs: Graphs, config: EngineConfig | None = None, *, view: str | None = None
+        self,
+        model: Model,
+        live: Live,
+        graphs: Graphs,
+        config: EngineConfig | None = None,
+        *,
+        view: str | None = None,
+        name: str = "the model",
     ):
         self.config = config = config or EngineConfig()
-        self.model, self.live, self.graphs, self.view = model, live, graphs, view
+        self.model, self.live, self.graphs, self.view, self.name = model, live, graphs, view, name
         params = dispatcher().call(lambda: dict(live.lease(view).params))
         dtype = pool_dtype(params)
         self.max_context, pages = _pool_size(model, config, dtype)
@@ -99,12 +111,24 @@ class Engine:
     # -------------------------------------------------------------------------------------------------- requests
 
     def add_request(self, prompt: Sequence[int], sampling: Sampling | None = None, *, score: bool = False) -> Request:
-        """Queues a prompt of token ids. max_tokens is cut to what the context has room for.
+        """Makes a request and queues it."""
+        request = self.make_request(prompt, sampling, score=score)
+        self.add(request)
+        return request
+
+    def add(self, request: Request) -> None:
+        """Queues a request."""
+        self.scheduler.add(request)
+
+    def make_request(self, prompt: Sequence[int], sampling: Sampling | None = None, *, score: bool = False) -> Request:
+        """The request for a prompt of token ids, not queued yet. max_tokens is cut to what the context has room for.
 
         score: the log-probabilities of the prompt's own tokens are wanted too.
-        Raises UserError for an empty prompt, a token that is not in the vocabulary, and a prompt too long.
+        Raises UserError for what is no list of token ids, an empty prompt, a token that is not in the vocabulary, and
+        a prompt too long.
         """
-        sampling, tokens, vocabulary = sampling or Sampling(), [int(t) for t in prompt], self.model.config.vocab_size
+        sampling, tokens = sampling or Sampling(), token_ids("prompt", prompt)
+        vocabulary = self.model.config.vocab_size
         if not tokens:
             raise UserError("prompt: found no token, expected at least one: give a longer text")
         if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
@@ -118,9 +142,7 @@ class Engine:
             )
         sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-        request = Request(len(tokens), tokens, sampling, seed, score)
-        self.scheduler.add(request)
-        return request
+        return Request(len(tokens), tokens, sampling, seed, score)
 
     def cancel(self, request: Request) -> None:
         """Drops a request and frees its pages."""
@@ -137,6 +159,7 @@ class Engine:
         """Runs the next packed batch; returns the requests that finished with it.
 
         max_steps: tokens a sequence at most, where fewer than the configured number are wanted at once.
+        Raises UserError if what the weights give is not finite.
         """
         plan = self.scheduler.schedule(max_steps)
         if plan is None:
@@ -151,13 +174,18 @@ class Engine:
 
         version, output = dispatcher().call(launch)
         host = jax.device_get(output)
-        row = 0
+        sampling = [n for n, chunk in enumerate(plan.chunks) if chunk.samples]
+        ran, row = int(host.steps), 0
+        if not all(np.isfinite(a).all() for a in (host.logprobs[:ran, 0, sampling], host.target_logprobs)):
+            raise UserError(
+                f"{self.name}: its logits are not finite, so no token can be chosen or scored: its weights hold NaN or "
+                "infinite values, or overflow their dtype; check the file, or take an earlier checkpoint"
+            )
         for chunk in plan.chunks:
             if chunk.request.score:
                 count = min(chunk.count, chunk.request.prompt_tokens - 1 - chunk.start)
                 chunk.request.prompt_logprobs += host.target_logprobs[0, row : row + max(count, 0)].tolist()
             row += chunk.count
-        ran = int(host.steps)
         return self.scheduler.advance(plan, host.tokens[:ran, 0].tolist(), host.logprobs[:ran, 0].tolist(), version)
 
     def run(self, requests: Iterable[Request]) -> None:
@@ -188,13 +216,16 @@ def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype) -> tuple[int
     """Positions of the longest sequence, and pages of the pool."""
     size = config.page_size
     affordable = config.kv_bytes // page_bytes(model, size, dtype)
-    longest = min(model.config.max_seq_len, max(affordable - 1, 0) * size)
+    if affordable < 2:  # page 0 belongs to no sequence
+        least = 2 * page_bytes(model, size, dtype)
+        raise UserError(f"kv_bytes={config.kv_bytes}, expected at least {least}: the smallest pool of this model")
+    longest = min(model.config.max_seq_len, (affordable - 1) * size)
     wanted = longest if config.max_context is None else config.max_context
-    if wanted < 1 or wanted > longest:
-        need = (-(-max(wanted, 1) // size) + 1) * page_bytes(model, size, dtype)
+    if wanted > longest:
+        need = (-(-wanted // size) + 1) * page_bytes(model, size, dtype)
         raise UserError(
             f"max_context {wanted}: expected 1 to {longest}: the model was trained with {model.config.max_seq_len} "
-            f"positions, and a KV pool of {config.kv_bytes} bytes holds {max(affordable - 1, 0) * size} "
+            f"positions, and a KV pool of {config.kv_bytes} bytes holds {(affordable - 1) * size} "
             f"({need} bytes hold the {wanted})"
         )
     sequences = max(s.sequences for s in config.shapes)

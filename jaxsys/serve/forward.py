@@ -96,7 +96,8 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
             stopped = ((last >= 0) & (made[..., None] == batch.stop).any(-1)).any()
             position = jnp.where(last >= 0, position, -1)
             tokens, context = _one_row_each(made, position, context, size)
-            return tokens, context, jnp.where(last >= 0, jnp.arange(size.sequences), -1), pool, out, stopped
+            last = jnp.where(last >= 0, jnp.arange(size.sequences, dtype=jnp.int32), -1)
+            return tokens, context, last, pool, out, stopped
 
         state = (batch.tokens, batch.context, batch.last, pool, empty, jnp.bool_(False))
         *_, pool, out, _ = lax.while_loop(goes_on, step, state)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -37,21 +38,39 @@ class Sampling:
     stop: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _whole("max_tokens", self.max_tokens, 0, 2**31 - 1)
-        _whole("top_k", self.top_k, 0, 2**31 - 1)
+        whole("sampling: max_tokens", self.max_tokens, 0, 2**31 - 1)
+        whole("sampling: top_k", self.top_k, 0, 2**31 - 1)
         if self.seed is not None:
-            _whole("seed", self.seed, 0, 2**32 - 1)
+            whole("sampling: seed", self.seed, 0, 2**32 - 1)
         _real("temperature", self.temperature, 0.0, math.inf)
         _real("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise UserError("sampling: top_p=0 keeps no token, expected more than 0 and at most 1: use temperature=0")
-        for token in self.stop:
-            _whole("stop token", token, 0, 2**31 - 1)
+        for token in token_ids("sampling: stop", self.stop):
+            whole("sampling: stop token", token, 0, 2**31 - 1)
 
 
-def _whole(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= int(value) <= high:
-        raise UserError(f"sampling: {name}={value!r}, expected a whole number from {low} to {high}")
+def whole(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raises UserError unless ``value`` is a whole number from ``low`` to ``high``."""
+    number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not number or int(value) < low or (high is not None and int(value) > high):  # type: ignore[call-overload]
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise UserError(f"{name}={value!r}, expected a whole number {allowed}")
+
+
+def token_ids(name: str, value: object, expected: str = "a list of token ids") -> list[int]:
+    """``value`` as a list of token ids. Raises UserError for what is no sequence of whole numbers."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise UserError(f"{name}: found {value!r:.40}, expected {expected}")
+    ids = []
+    for token in value:
+        try:
+            if isinstance(token, bool):
+                raise TypeError
+            ids.append(operator.index(token))
+        except TypeError:
+            raise UserError(f"{name}: found {token!r:.40} among its tokens, expected whole numbers") from None
+    return ids
 
 
 def _real(name: str, value: object, low: float, high: float) -> None:

@@ -68,7 +68,8 @@ def _restrict(scaled: jax.Array, settings: Settings) -> jax.Array:
     order_k = _largest_with(order, jnp.ones_like(scaled), k.astype(jnp.float32))
     scaled = jnp.where(order >= order_k[..., None], scaled, -jnp.inf)
     p = jax.nn.softmax(scaled, axis=-1)
-    order_p = _largest_with(order, p, settings.top_p)
+    # The most likely token is kept however small top_p: one below the smallest normal number counts as zero.
+    order_p = jnp.minimum(_largest_with(order, p, settings.top_p), order.max(-1))
     order_p = jnp.where(settings.top_p < 1, order_p, 0)
     return jnp.where(order >= order_p[..., None], scaled, -jnp.inf)
 

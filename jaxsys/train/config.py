@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from jaxsys.configuration import expect, expect_at_least, expect_text
 from jaxsys.models.config import ModelConfig
 from jaxsys.optim import OptimConfig
+from parallelism import target
 from parallelism.errors import UserError
-
-
-def _at_least(config: object, least: int, *names: str) -> None:
-    for name in names:
-        if (found := getattr(config, name)) < least:
-            raise UserError(f"configuration key {name}: found {found}, expected at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +29,10 @@ class DataConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size", "seq_len")
-        if not 0 <= self.heldout < 1:
-            raise UserError(f"configuration key heldout: found {self.heldout}, expected at least 0 and below 1")
+        expect_at_least(self, 1, "batch_size", "seq_len")
+        expect_at_least(self, 1, "limit")
+        expect_text(self, "source", "tokenizer")
+        expect(self, "at least 0 and below 1", lambda share: 0 <= share < 1, "heldout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +40,7 @@ class CheckpointConfig:
     """every: steps between checkpoints on disk; keep: how many stay there.
 
     ram: a directory in host memory that outlives the process (``/dev/shm/...``), written every ``ram_every`` steps;
-    None for none.
+    None for none. Runs may share it: each has a directory of its own there, until somebody deletes it.
     """
 
     every: int = 100
@@ -52,7 +49,8 @@ class CheckpointConfig:
     ram_every: int = 10
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "every", "keep", "ram_every")
+        expect_at_least(self, 1, "every", "keep", "ram_every")
+        expect_text(self, "ram")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,8 @@ class SampleConfig:
     chat: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "every")
+        expect_at_least(self, 0, "every", "temperature")
+        expect_at_least(self, 1, "max_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +113,12 @@ class TrainConfig:
     profile: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "accumulate", "update_groups", "log_every")
-        _at_least(self, 0, "seed", "eval_every", "eval_batches")
-        if self.seed >= 2**31:
-            raise UserError(f"configuration key seed: found {self.seed}, expected less than 2**31")
+        expect_text(self, "run", "init_from")
+        expect_at_least(self, 1, "steps", "accumulate", "update_groups", "log_every")
+        expect_at_least(self, 0, "seed", "eval_every", "eval_batches")
+        expect(self, "less than 2**31", lambda seed: seed < 2**31, "seed")
+        if self.target is not None:
+            target(self.target)
         start, _ = self.profile_steps
         if self.profile and start >= self.steps:
             raise UserError(f"profile {self.profile!r}: the run ends at step {self.steps}: begin earlier")

@@ -5,6 +5,7 @@ A record that cannot be written (a full disk) is an error in the log and never t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -22,18 +23,25 @@ class Metrics:
     def __init__(self, run: Path, step: int):
         self.path = run / "metrics.jsonl"
         run.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(self.path) if _step(line) <= step]
+        kept = [row for row in read(run) if row["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(self.path)
+        self._there = [(row["step"], row.keys()) for row in kept if row["step"] == step]
         # Unbuffered, so that a line is there whole or not at all and none is tried again later.
         self._file = self.path.open("ab", buffering=0)
         self._events = _Events(run / "tensorboard", step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """values: numbers (NaN and inf are written as null, which is JSON's only way)."""
+        """values: numbers (NaN and inf are written as null, which is JSON's only way).
+
+        What was recorded of the step that the run resumed from stays as it is.
+        """
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-        line = json.dumps({"step": step, **finite}).encode() + b"\n"
+        row = {"step": step, **finite}
+        if (step, row.keys()) in self._there:
+            return
+        line = json.dumps(row).encode() + b"\n"
         end = self._file.tell()
         try:
             if self._file.write(line) < len(line):
@@ -91,14 +99,11 @@ class _Events:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """What a run recorded, in order."""
-    return [json.loads(line) for line in _lines(run / "metrics.jsonl")]
-
-
-def _lines(path: Path) -> list[str]:
-    # A killed writer may leave half a line at the end.
-    return [line for line in path.read_text().split("\n")[:-1] if line] if path.exists() else []
-
-
-def _step(line: str) -> int:
-    return json.loads(line)["step"]
+    """What a run recorded, in order. A killed writer may leave half a line, a power loss anything: left out."""
+    path, rows = run / "metrics.jsonl", []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows

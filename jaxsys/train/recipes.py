@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+import os
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxsys.models.config import ModelConfig
@@ -54,13 +57,35 @@ def find(name: str) -> TrainConfig:
     if not Path(path).is_file():
         raise UserError(f"recipe {name!r}: there is no file {path}; give path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise UserError(f"recipe {name!r}: {path} is not a .py file; give path/to/file.py:function")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _faults_of(path):
+        spec.loader.exec_module(module)
     recipes = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == spec.name}
     if function not in recipes:
         raise unknown_name(f"recipe in {path}", function, recipes)
-    config = recipes[function]()
+    with _faults_of(path):
+        config = recipes[function]()
     if not isinstance(config, TrainConfig):
         raise UserError(f"recipe {name!r} returned {type(config).__name__}, expected a TrainConfig")
     return config
+
+
+@contextlib.contextmanager
+def _faults_of(path: str) -> Iterator[None]:
+    """What the code of a recipe file raises is its writer's to mend: one line with the place in that file."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(path)]
+        if (
+            isinstance(error, SyntaxError)
+            and error.filename
+            and os.path.abspath(error.filename) == os.path.abspath(path)
+        ):
+            lines = [error.lineno]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"recipe {where}: {' '.join(what.split())}") from error

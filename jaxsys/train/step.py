@@ -39,7 +39,8 @@ without a batch dimension (all but attention's)."""
 class Step:
     """Traceable pieces of a train step for one model, optimizer and precision.
 
-    compute_dtype: kernels are cast to it for forward and backward; gradients and updates are in the parameters'.
+    compute_dtype: kernels are cast to it for forward and backward; gradients are summed in at least
+    float32; updates are in the parameters' dtype.
     shardings: of the parameters; gradients are kept in them.
     """
 
@@ -49,7 +50,7 @@ class Step:
     remat: str
     shardings: Mapping[str, NamedSharding]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.remat not in REMAT:
             raise unknown_name("remat policy", self.remat, REMAT)
 
@@ -65,13 +66,14 @@ class Step:
         return cross_entropy(hidden, decoder.head_kernel, batch["targets"], config.vocab_size, config.logit_softcap)
 
     def grads(self, params: Arrays, batch: Batch) -> tuple[Arrays, Arrays]:
-        """Sums over one microbatch: gradients, and {"loss", "targets"}."""
+        """Sums over one microbatch: gradients, in at least float32 so that more add up, and {"loss", "targets"}."""
 
         def loss(params):
             total, count = self.losses(params, batch)
             return total, count
 
         (total, count), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        grads = {key: g.astype(jnp.promote_types(g.dtype, jnp.float32)) for key, g in grads.items()}
         return self._keep(grads), {"loss": total, "targets": count}
 
     def accumulate(self, sums: tuple[Arrays, Arrays], params: Arrays, batch: Batch) -> tuple[Arrays, Arrays]:
@@ -82,7 +84,7 @@ class Step:
         """The factor that turns summed gradients into clipped means, and the step's metrics."""
         grads, totals = sums
         mean = 1.0 / jnp.maximum(totals["targets"], 1.0)
-        squares = [jnp.sum(jnp.square(g.astype(jnp.promote_types(g.dtype, jnp.float32)))) for g in grads.values()]
+        squares = [jnp.sum(jnp.square(g)) for g in grads.values()]
         norm = jnp.sqrt(sum(squares)) * mean
         metrics = {
             "loss": totals["loss"] * mean,
@@ -95,7 +97,8 @@ class Step:
     def update(
         self, params: Arrays, state: Any, grads: Arrays, scale: jax.Array, step: jax.Array
     ) -> tuple[Arrays, Any]:
-        """One group's new parameters and optimizer state."""
+        """One group's new parameters and optimizer state, in the dtypes that they have."""
+        grads = {key: g.astype(params[key].dtype) for key, g in grads.items()}
         params, state = self.optimizer.update(params, state, grads, scale, step)
         return self._keep(params), state
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,27 +17,29 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoint import Level, Manager, SaveHandle
+from checkpoint.storage import committed
 from jaxsys import configuration
 from jaxsys.console import Console
 from jaxsys.data import Loader, build_dataset, documents, prefetch
-from jaxsys.dispatch import dispatcher
-from jaxsys.graphs import Graphs, cache_root, enable_persistent_cache
+from jaxsys.graphs import Graph, Graphs, cache_root, enable_persistent_cache
 from jaxsys.hub import resolve
 from jaxsys.live import Live
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import build
-from jaxsys.optim import Optimizer
+from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.tokenizer import Tokenizer
+from jaxsys.train import resume
 from jaxsys.train.config import TrainConfig
+from jaxsys.train.launch import Launcher
 from jaxsys.train.metrics import Metrics
 from jaxsys.train.samples import Samples
-from jaxsys.train.step import Step, groups
-from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, create, detect, plan, put, target
+from jaxsys.train.step import Step
+from jaxsys.train.stop import Stop
+from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, create, detect, plan, put, refuse_idle_axes, target
 from parallelism.errors import UserError
+from parallelism.layout import Layout
 from parallelism.sharding_report import report
-
-BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
 
 
 class NonFiniteLoss(UserError):
@@ -77,26 +76,32 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, console: Console | None = None):
         self.config, self.console = config, console or Console()
+        if jax.process_count() > 1:
+            raise UserError(f"training: found {jax.process_count()} processes, expected one: start a single process")
         enable_persistent_cache()
         if "float64" in (config.parameter_dtype, config.compute_dtype):
             jax.config.update("jax_enable_x64", True)
         self.run_directory = Path(config.run)
         self.mesh = MeshSpec.parse(config.mesh).build()
+        parameter_rules = PARAMETERS.override(config.parameter_rules)
         self.activation_rules = ACTIVATIONS.override(config.activation_rules)
+        refuse_idle_axes(self.mesh.shape, parameter_rules, self.activation_rules)
         self.graphs = Graphs(self.mesh, self.activation_rules)
         pretrained = self._pretrained()
         model_config = pretrained.config if pretrained else config.model
         assert model_config is not None
         self.tokenizer = self._tokenizer()
         model = build(model_config, dtype=config.parameter_dtype, storage=config.storage)
-        self.plan = plan(model.layout, self.mesh, PARAMETERS.override(config.parameter_rules), model.units)
+        self.plan = plan(model.layout, self.mesh, parameter_rules, model.units)
+        if uneven := report(self.plan).indivisible:
+            self.console.line(f"sharding: {'; '.join(uneven)}")
         self.model = model.with_layout(self.plan.layout)
         self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
         self.step_functions = Step(
             self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.plan.shardings
         )
         self._data(model_config)
-        self._batch_shardings()
+        self.launcher = Launcher(config, self.step_functions, self.plan, self.graphs, self.activation_rules)
         self.manager = self._open_checkpoints()
         try:
             self._restore_or_begin(pretrained, model)
@@ -105,7 +110,7 @@ class Trainer:
         except BaseException:
             self.manager.close()
             raise
-        self._stop: str | None = None
+        self.stop = Stop()
         self._save: SaveHandle | None = None
         self._clock = 0.0
 
@@ -151,22 +156,13 @@ class Trainer:
         if self.config.eval_batches:
             self.heldout_data = Loader(dataset, rows, c.seq_len, self.config.seed, "heldout", c.heldout)
 
-    def _batch_shardings(self) -> None:
-        rows = self.config.data.batch_size // self.config.accumulate
-        axes = self.activation_rules["batch"].mesh_axes
-        shards = math.prod(self.mesh.shape[axis] for axis in axes)
-        if rows % shards:
-            raise UserError(
-                f"a microbatch of {rows} rows (data.batch_size / accumulate) does not divide over the {shards} shards "
-                f"of mesh axes {'*'.join(axes)}: make data.batch_size a multiple of {shards * self.config.accumulate}"
-            )
-        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, axes))
-        self.eval_sharding = NamedSharding(self.mesh, PartitionSpec(axes))
-
     def _open_checkpoints(self) -> Manager:
-        c, root = self.config.checkpoint, self.run_directory / "checkpoints"
-        levels = [Level("ram", c.ram, keep=2, every=c.ram_every)] if c.ram else []
-        return Manager([*levels, Level("disk", root, keep=c.keep, every=c.every)])
+        c = self.config.checkpoint
+        self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every)]
+        if c.ram:
+            ram = resume.own_directory(c.ram, self.run_directory)
+            self.levels.insert(0, Level("ram", ram, keep=2, every=c.ram_every))
+        return Manager(self.levels)
 
     def _restore_or_begin(self, pretrained: Pretrained | None, model: Any) -> None:
         """Parameters, optimizer state and step: from the newest checkpoint, else from the beginning."""
@@ -175,15 +171,19 @@ class Trainer:
         opt_shardings = {k: self.plan.shardings[p] if p else replicated for k, p in like.items()}
         self.layout = self.plan.layout | opt_layout
         if self.manager.latest() is not None:
+            self._check_resume(opt_layout)
             with self.console.stage("resume") as said:
                 restored = self.manager.restore(layout=self.layout, shardings={**self.plan.shardings, **opt_shardings})
-                self._check_resume(restored.meta)
                 said.append(
                     f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}"
                 )
             self.step = restored.step
             self.params = {key: restored.arrays[key] for key in self.plan.layout}
             self.opt_state = {name: restored.arrays[name] for name in opt_layout}
+            for key, (there, here) in resume.changes(restored.meta, self._meta()).items():
+                self.console.line(f"{key}: {there!r} before, {here!r} from here on")
+            if self.config.steps < self.step:
+                self.console.line(f"steps={self.config.steps} is below step {self.step}, which the run has reached")
             return
         self.step = 0
         if pretrained:
@@ -193,24 +193,25 @@ class Trainer:
         else:
             seed = np.int32(self.config.seed)
 
-            def compile_init(fn, out_shardings):
+            def compile_init(fn: Callable, out_shardings: Any) -> Graph:
                 return self.graphs.compile("init", fn, seed, out_shardings=out_shardings)
 
             self.params = create(self.plan, model.init, compile_init, seed)
         begin = self.graphs.compile("init_optimizer", self.optimizer.init, self.params, out_shardings=opt_shardings)
         self.opt_state = begin(self.params)
 
-    def _check_resume(self, meta: Mapping[str, Any]) -> None:
-        ours, theirs = self._meta(), meta
-        for part in ("model", "rng", "data"):
-            there = theirs.get(part, {})
-            if ours[part] != there:
-                changed = [k for k in ours[part] if ours[part][k] != there.get(k)]
-                raise UserError(
-                    f"{self.run_directory} was trained with another {part}: "
-                    + ", ".join(f"{k}={there.get(k)!r} there, {ours[part][k]!r} now" for k in changed)
-                    + "; resume with the same, or give another run directory"
-                )
+    def _check_resume(self, opt_layout: Layout) -> None:
+        before, now = self.manager.meta(), self._meta()
+        if before is None:
+            return  # every manifest is damaged: restore says so
+        resume.refuse(self.run_directory, before, now)
+        there = configuration.from_dict(OptimConfig, before["config"]["optim"], "optim.")
+        ours = self.config.optim.optimizer
+        if type(there.optimizer) is type(ours):
+            layout, _ = Optimizer(there, self.plan.layout, self.config.steps).layout_of_state()
+            if layout.logical == opt_layout.logical:
+                return
+        resume.refuse_optimizer(self.run_directory, before, now)
 
     def _meta(self) -> dict[str, Any]:
         c = self.config
@@ -231,26 +232,11 @@ class Trainer:
     def _compile(self) -> None:
         """Every graph of the run, before its first step."""
         c, f = self.config, self.step_functions
-        rows, T = c.data.batch_size // c.accumulate, c.data.seq_len
-        step = np.int32(0)
-
-        def batch(shape, sharding):
-            return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in BATCH_ARRAYS}
-
-        micro = batch((rows, T), self.eval_sharding)
-        whole = batch((c.accumulate, rows, T), self.batch_sharding)
-        state = (self.params, self.opt_state)
         with self.console.stage("compile") as said:
             if c.eval_batches:
-                self.evaluate_graph = self.graphs.compile("evaluate", f.losses, self.params, micro)
+                self.evaluate_graph = self.graphs.compile("evaluate", f.losses, self.params, self.launcher.microbatch)
             self.finite_graph = self.graphs.compile("finite", f.finite, {**self.params, **self.opt_state})
-            if c.step_form == "fused":
-                out = (*_shardings(state), None)
-                self.fused = self.graphs.compile(
-                    "train_step", f.fused, *state, step, whole, donate=(0, 1), out_shardings=out
-                )
-            else:
-                self._compile_split(micro, step)
+            self.launcher.prepare(self.params, self.opt_state)
             self.samples: Samples | None = None
             if c.sample.prompts:
                 self.samples = Samples(
@@ -260,44 +246,6 @@ class Trainer:
             said.append(f"{len(self.graphs)} graphs")
         self.graphs.freeze()
         self.graphs.save(self.run_directory / "graphs.json")
-
-    def _compile_split(self, micro: Any, step: Any) -> None:
-        f = self.step_functions
-        scalar = NamedSharding(self.mesh, PartitionSpec())
-        sums = (self.plan.shardings, {"loss": scalar, "targets": scalar})
-        self.grads_graph = self.graphs.compile("grads", f.grads, self.params, micro, out_shardings=sums)
-        acc = self.grads_graph.outputs
-        if self.config.accumulate > 1:
-            self.accumulate_graph = self.graphs.compile(
-                "accumulate", f.accumulate, acc, self.params, micro, donate=(0,), out_shardings=sums
-            )
-        self.finish_graph = self.graphs.compile("finish", f.finish, acc, step, out_shardings=(scalar, None))
-        sizes = {key: stored.nbytes for key, stored in self.plan.layout.items()}
-        self.groups = groups(list(self.plan.layout), sizes, self.config.update_groups)
-        scale, _ = self.finish_graph.outputs
-
-        # What all groups share is no group's to donate.
-        def update(params, own, shared, grads, scale, step):
-            return f.update(params, {**own, **shared}, grads, scale, step)
-
-        self.update_graphs = []
-        for i, keys in enumerate(self.groups):
-            params, own, shared = self._group(self.params, keys)
-            grads = {k: acc[0][k] for k in keys}
-            out = _shardings((params, {**own, **shared}))
-            self.update_graphs.append(
-                self.graphs.compile(
-                    f"update[{i}]", update, params, own, shared, grads, scale, step, donate=(0, 1), out_shardings=out
-                )
-            )
-
-    def _group(self, params: dict[str, jax.Array], keys: list[str]) -> tuple[dict, dict, dict]:
-        """A group's parameters, its own optimizer state, and the state that it shares."""
-        return (
-            {k: params[k] for k in keys},
-            {k: self.opt_state[k] for k in self.optimizer.owned(keys)},
-            {k: self.opt_state[k] for k in self.optimizer.shared},
-        )
 
     # ------------------------------------------------------------------------------------------------------ run
 
@@ -311,16 +259,14 @@ class Trainer:
         begun = self.step
         metrics = Metrics(self.run_directory, self.step)
         losses: list[float] = []
-        before = self._evaluated(metrics) if c.eval_batches else None
-        self._sampled(metrics)
         spent = tokens = flops = stall = 0.0
         pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
 
-        def drain() -> str:
+        def drain() -> None:
             """Reads the metrics of the last launched step: the only place that waits for the device."""
             nonlocal pending, spent, tokens, flops
             if pending is None:
-                return ""
+                return
             step, device, host = pending
             pending = None
             values = {name: float(value) for name, value in jax.device_get(device).items()}
@@ -328,7 +274,7 @@ class Trainer:
             self._clock = time.perf_counter()
             if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
                 what = f"loss {values['loss']} and gradient norm {values['grad_norm']} at"
-                raise NonFiniteLoss(self._non_finite(what, step))
+                raise NonFiniteLoss(self._non_finite(f"{what} {self.train_data.identity(step)}"))
             losses.append(values["loss"])
             values |= {
                 "tokens_per_second": host["tokens"] / seconds,
@@ -339,45 +285,49 @@ class Trainer:
                 spent, tokens, flops = spent + seconds, tokens + host["tokens"], flops + host["flops"]
             if (step + 1) % c.log_every == 0:
                 metrics.write(step + 1, values)
-            return f"loss {values['loss']:.4f} {values['tokens_per_second']:,.0f} tokens/s"
+            advance(1, f"loss {values['loss']:.4f} {values['tokens_per_second']:,.0f} tokens/s")
 
-        with self._signals(), self._profiler() as profile, contextlib.ExitStack() as stack:
+        with self.stop, self._profiler() as profile, contextlib.ExitStack() as stack:
             stack.callback(metrics.close)
+            before = self._evaluated(metrics) if c.eval_batches else None
+            self._sampled(metrics)
             advance = stack.enter_context(self.console.bar("train", c.steps, self.step))
             batches = stack.enter_context(contextlib.closing(prefetch(self.train_data, self.step, last)))
             self._clock = time.perf_counter()
             saved = self.step if self.manager.latest() == self.step else -1
             for step, host_batch in batches:
                 profile(step)
-                stall += self._launch(self._place(host_batch), step)
-                text = drain()
+                stall += self._launch(self.launcher.place(host_batch), step)
+                drain()
                 pending = (step, self._metrics, self._work(host_batch))
                 self.step = step + 1
-                # Asked once: a signal that comes later ends the run after the next step, never unsaved.
-                stopping = self._stop is not None
-                due = self.manager.due(self.step) or self.step == last or stopping
                 evaluates, samples = (
-                    bool(every) and self.step % every == 0 and self.step < last and not stopping
+                    bool(every) and self.step % every == 0 and self.step < last
                     for every in (c.eval_every, c.sample.every)
                 )
+                due = self.manager.due(self.step) or self.step == last
                 if due or evaluates or samples:
-                    text = drain()
-                advance(1, text)
-                if due:
+                    drain()
+                # Asked once, after the devices: a signal that comes later ends the run after the next step, never
+                # unsaved.
+                stopping = self.stop.asked is not None
+                if stopping:
+                    drain()
+                if due or stopping:
                     stall += self._checkpoint(final=self.step == last or stopping)
                     saved = self.step
                     self._clock = time.perf_counter()
-                if evaluates:
+                if evaluates and not self.stop.asked:
                     self._evaluated(metrics)
-                if samples:
+                if samples and not self.stop.asked:
                     self._sampled(metrics)
                 if evaluates or samples:
                     self._clock = time.perf_counter()
                 if stopping:
                     break
             profile(None)
-            after = self._evaluated(metrics) if c.eval_batches and self._stop is None else None
-            if self._stop is None and self.step > begun:
+            after = self._evaluated(metrics) if c.eval_batches and self.stop.asked is None else None
+            if self.stop.asked is None and self.step > begun:
                 self._sampled(metrics)
             self.manager.wait()
             written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
@@ -392,41 +342,22 @@ class Trainer:
         )  # fmt: skip
 
     def _launch(self, batches: Any, step: int) -> float:
-        """One step on the dispatcher's thread; returns seconds waited for a snapshot of what it donates."""
-        number = np.int32(step)
-        if self.config.step_form == "fused":
-            stall = self._save.copied() if self._save else 0.0
+        """One step; returns seconds waited for a snapshot of what it donates."""
 
-            def work():
-                self.params, self.opt_state, self._metrics = self.fused(self.params, self.opt_state, number, batches)
-                self.live.publish(self.params)
+        def copied(keys: Iterable[str] | None) -> float:
+            return self._save.copied(keys) if self._save else 0.0
 
-            dispatcher().call(work)
-            return stall
-        sums = self.grads_graph(self.params, batches[0])
-        for more in batches[1:]:
-            sums = self.accumulate_graph(sums, self.params, more)
-        scale, self._metrics = self.finish_graph(sums, number)
-
-        def update() -> float:
-            # One piece of work: a lease taken between two groups would hold donated arrays.
-            waited, params, state = 0.0, dict(self.params), dict(self.opt_state)
-            for keys, graph in zip(self.groups, self.update_graphs, strict=True):
-                group, own, shared = self._group(params, keys)
-                waited += self._save.copied([*group, *own]) if self._save else 0.0
-                new, opt = graph(group, own, shared, {k: sums[0][k] for k in keys}, scale, number)
-                params, state = {**params, **new}, {**state, **opt}
-            self.params, self.opt_state = params, state
-            self.live.publish(self.params)
-            return waited
-
-        return dispatcher().call(update)
+        self.params, self.opt_state, self._metrics, waited = self.launcher.launch(
+            self.params, self.opt_state, batches, step, copied, self.live.publish
+        )
+        return waited
 
     def _checkpoint(self, final: bool) -> float:
         arrays = {**self.params, **self.opt_state}
         start = time.perf_counter()
         if not self.finite_graph(arrays):
-            raise NonFiniteLoss(self._non_finite("parameters or optimizer state are not finite after", self.step - 1))
+            batch = self.train_data.identity(self.step - 1)
+            raise NonFiniteLoss(self._non_finite(f"parameters or optimizer state are not finite after {batch}"))
         self._save_tokenizer()
         self._save = self.manager.save(self.step, arrays, self.layout, self._meta(), everywhere=final)
         return time.perf_counter() - start
@@ -435,8 +366,7 @@ class Trainer:
         """Mean loss over the first ``eval_batches`` held-out batches, in nats a token."""
         total = count = 0.0
         for i in range(min(self.config.eval_batches, self.heldout_data.steps_per_epoch)):
-            host = self.heldout_data.batch(i)
-            batch = {k: jax.device_put(host[k], self.eval_sharding) for k in BATCH_ARRAYS}
+            batch = self.launcher.place_microbatch(self.heldout_data.batch(i))
             loss, targets = self.evaluate_graph(self.params, batch)
             total, count = total + float(loss), count + float(targets)
         return total / max(count, 1.0)
@@ -444,6 +374,8 @@ class Trainer:
     def _evaluated(self, metrics: Metrics) -> float:
         with self.console.stage(f"held-out loss at step {self.step}") as said:
             loss = self.evaluate()
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(self._non_finite(f"held-out loss {loss} at step {self.step}"))
             said.append(f"{loss:.4f}")
         metrics.write(self.step, {"heldout_loss": loss})
         return loss
@@ -464,37 +396,26 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- helpers
 
-    def _place(self, host: dict[str, np.ndarray]) -> Any:
-        """The batch on its devices: one array [A, B, T] a name, or for the split step a list of A microbatches."""
-        A = self.config.accumulate
-        whole = {k: host[k].reshape(A, -1, host[k].shape[-1]) for k in BATCH_ARRAYS}
-        if self.config.step_form == "fused":
-            return {k: jax.device_put(v, self.batch_sharding) for k, v in whole.items()}
-        return [{k: jax.device_put(v[i], self.eval_sharding) for k, v in whole.items()} for i in range(A)]
-
     def _work(self, host: dict[str, np.ndarray]) -> dict[str, float]:
         """Tokens of a batch (padding not counted) and the model's floating-point operations on them."""
-        used = host["segments"] > 0
-        n = int(used.sum())
-        context = float((host["positions"][used] + 1).mean()) if n else 0.0
-        return {"tokens": n, "flops": n * self.model.config.flops_per_token(context)}
+        contexts = host["positions"][host["segments"] > 0] + 1
+        n = len(contexts)
+        return {"tokens": n, "flops": n * self.model.config.flops_per_token(contexts) if n else 0.0}
 
     def _peak(self) -> float | None:
         found = target(self.config.target) if self.config.target else detect(self.mesh.devices.flat[0])
         peak = found.peak(self.config.compute_dtype) if found else None
         return peak * self.mesh.size if peak else None
 
-    def _non_finite(self, what: str, step: int) -> str:
+    def _non_finite(self, what: str) -> str:
+        """The message for ``what``. Checkpoints are finite, and yet the newest may be of what went wrong."""
         self.manager.wait()
-        # The loss of every step before this one was finite, that of a checkpoint of this step is the one at fault.
-        good = max((s for s in self.manager.steps() if s < step), default=None)
         where = "there is no good checkpoint"
-        if good is not None:
-            where = f"the last good checkpoint is step {good} in {self.run_directory}"
-        return (
-            f"{what} step {step} ({self.train_data.identity(step)}); {where}: lower the learning rate or look at "
-            "that batch"
-        )
+        if steps := self.manager.steps():
+            paths = [str(path) for level in self.levels for s, path in committed(Path(level.path)) if s == steps[-1]]
+            before = f"step {steps[-2]}" if steps[1:] else "the beginning"
+            where = f"the same command resumes from step {steps[-1]}, or from {before} after rm -r {' '.join(paths)}"
+        return f"{what}; {where}: lower the learning rate or look at the text"
 
     def _save_tokenizer(self) -> None:
         directory = self.run_directory / "checkpoints" / "tokenizer"
@@ -508,28 +429,6 @@ class Trainer:
             self.console.line(
                 f"the tokenizer was not saved to {directory}: {error.strerror}; the next save tries again"
             )
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after its step, with a checkpoint; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number, _frame):
-            if self._stop is not None:
-                os._exit(128 + number)
-            self._stop = signal.Signals(number).name
-            # Not print: the signal may have come in the middle of one.
-            text = f"{self._stop}: finishing the step, saving, then exiting; again to exit at once\n"
-            os.write(2, text.encode())
-
-        old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for s, handler in old.items():
-                signal.signal(s, handler)
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Any]:
@@ -560,7 +459,3 @@ class Trainer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda array: array.sharding, tree)

@@ -55,7 +55,7 @@ def main() -> None:
     from models import MODELS, write_random
 
     from jaxsys.console import Console
-    from jaxsys.export import export_hf_directory
+    from jaxsys.export import to_hugging_face
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -77,7 +77,7 @@ def main() -> None:
                 write_random(MODELS[model], weights)
                 model = str(weights)
             elif engine == "transformers":
-                export_hf_directory(model, weights, None, Console())
+                to_hugging_face(model, weights, None, Console())
             if engine == "jaxsys":
                 run = jaxsys_decode(model, dtype, prompt, options.tokens)
             else:

@@ -4,7 +4,8 @@
 
 Each trainer has an interpreter of its own, because their requirements exclude one another; so this file, which those
 interpreters run, imports nothing of jaxsys. A trainer's model code and its jitted train step are its own; from here
-come the shape, optax's clipped AdamW (as train_step.py sets it) and the random tokens. Written for google-tunix 0.1.7,
+come the shape, optax's clipped AdamW (as train_step.py sets it) and the random tokens. Each is measured as its users
+start it, and with the huge pages that jaxsys gives itself. Written for google-tunix 0.1.7,
 and easydel 0.3, which does not import without pillow and torch.
 """
 
@@ -212,7 +213,9 @@ def contestants(peers: Sequence[str], job: Job) -> dict[str, list[str]]:
             sys.exit(f"--peer {peer}: {found.stderr.strip().rpartition(chr(10))[2] or 'not a Python interpreter'}")
         print(found.stdout.strip(), file=sys.stderr)
         for variant in PEERS[name].variants:
-            commands[f"{name} {variant}"] = [*command, "--worker", f"{name} {variant}"]
+            worker = [*command, "--worker", f"{name} {variant}"]
+            commands[f"{name} {variant}"] = ["env", "-u", "GLIBC_TUNABLES", *worker]
+            commands[f"{name} {variant}, huge pages"] = worker
     return commands
 
 

@@ -304,6 +304,21 @@ def test_arrays_that_do_not_fit_the_layout_are_an_error_and_block_nothing(paths,
 # -- failure
 
 
+def test_numpy_arrays_are_an_error_that_says_so(paths, state):
+    with Manager(levels(paths)) as manager:
+        with pytest.raises(ValueError, match="embed: found ndarray, expected a jax array"):
+            manager.save(1, {**state.arrays, "embed": np.asarray(state.arrays["embed"])}, state.layout, {})
+        save(manager, 1, state).wait()
+
+
+def test_a_closed_manager_says_so(paths, state):
+    manager = Manager(levels(paths))
+    manager.close()
+    with pytest.raises(ValueError, match="cannot save step 1: this manager is closed"):
+        save(manager, 1, state)
+    manager.close()
+
+
 def full(monkeypatch, where):
     """Every write under ``where`` fails as on a full disk, until the context ends."""
     write = LocalDraft.write

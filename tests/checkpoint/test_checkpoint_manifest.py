@@ -1,7 +1,10 @@
 """The format: encoding, damage, and cutting boxes into chunks."""
 
+import dataclasses
+import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import Level, Manager
-from checkpoint.manifest import DTYPES, Array, Chunk, CorruptError, Manifest, digest, split
+from checkpoint.manifest import DTYPES, Array, Chunk, CorruptError, Manifest, check_coverage, digest, split
 from parallelism.errors import UserError
 
 CHUNK = Chunk((0, 0), (2, 3), "data-00000.bin", 0, 12, "0" * 32)
@@ -69,6 +72,111 @@ def test_chunks_that_do_not_fill_the_array_are_found(change):
     body = json.loads(MANIFEST.encode())
     body["arrays"]["a"] |= change
     with pytest.raises(CorruptError, match="'a'"):
+        Manifest.decode(redigest(body), "m")
+
+
+def with_boxes(shape, boxes, **changes):
+    """An array of bytes with these chunks (start, shape)."""
+    chunks = [Chunk(start, size, "data", 0, math.prod(size), "0" * 32) for start, size in boxes]
+    chunks = [dataclasses.replace(chunk, **changes) for chunk in chunks]
+    return Array(DTYPES["int8"], tuple(shape), (None,) * len(shape), tuple(chunks))
+
+
+@st.composite
+def partitions(draw):
+    """A shape, and boxes that fill it: cut in two where and as often as chance has it, so not only grids."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), max_size=4)))
+    boxes = [((0,) * len(shape), shape)]
+    for _ in range(draw(st.integers(0, 12))):
+        start, size = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        axes = [d for d, n in enumerate(size) if n > 1]
+        if not axes:
+            boxes.append((start, size))
+            continue
+        axis = draw(st.sampled_from(axes))
+        at = draw(st.integers(1, size[axis] - 1))
+        boxes.append((start, (*size[:axis], at, *size[axis + 1 :])))
+        boxes.append(
+            ((*start[:axis], start[axis] + at, *start[axis + 1 :]), (*size[:axis], size[axis] - at, *size[axis + 1 :]))
+        )
+    return shape, draw(st.permutations(boxes))
+
+
+@settings(max_examples=200, deadline=None)
+@given(partitions(), st.data())
+def test_boxes_that_fill_an_array_are_accepted_and_no_others(partition, data):
+    shape, boxes = partition
+    check_coverage("a", with_boxes(shape, boxes), "m")
+    at, other = (data.draw(st.integers(0, len(boxes) - 1)) for _ in range(2))
+    rest = boxes[:at] + boxes[at + 1 :]
+    wrong = {"dropped": rest, "duplicated": [*boxes, boxes[at]]}
+    if at != other:
+        wrong["one for another"] = [*rest, boxes[other]]
+    start, size = boxes[at]
+    for axis, step in itertools.product(range(len(shape)), (-1, 1)):
+        moved = (*start[:axis], start[axis] + step, *start[axis + 1 :])
+        wrong[f"moved by {step} along {axis}"] = [*rest, (moved, size)]
+        grown = (*size[:axis], size[axis] + step, *size[axis + 1 :])
+        wrong[f"grown by {step} along {axis}"] = [*rest, (start, grown)]
+    for what, chunks in wrong.items():
+        with pytest.raises(CorruptError, match="'a'"):
+            check_coverage("a", with_boxes(shape, chunks), "m")
+            raise AssertionError(what)
+
+
+def test_an_overlap_with_a_hole_is_found():
+    """The elements are as many as they should be."""
+    boxes = [((0, 0), (1, 2)), ((0, 1), (1, 2)), ((1, 0), (1, 2))]
+    with pytest.raises(CorruptError, match=r"at \(0, 0\) and \(0, 1\) overlap"):
+        check_coverage("a", with_boxes((2, 3), boxes), "m")
+
+
+@pytest.mark.parametrize("shape", [(6_000, 1), (1, 6_000), (60, 100)])
+def test_thousands_of_chunks_are_checked_in_a_moment(shape):
+    boxes = [(index, (1, 1)) for index in np.ndindex(*shape)]
+    began = time.perf_counter()
+    check_coverage("a", with_boxes(shape, boxes), "m")
+    assert time.perf_counter() - began < 5  # all pairs one by one would take minutes
+    with pytest.raises(CorruptError, match="overlap"):
+        check_coverage("a", with_boxes(shape, [*boxes[:-1], boxes[7]]), "m")
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../data", "a/b", "..", ".", "", "a\\b", "a\0", "c:x", 3, None])
+def test_a_chunk_lies_beside_the_manifest(file):
+    body = json.loads(MANIFEST.encode())
+    body["arrays"]["a"]["chunks"][0]["file"] = file
+    with pytest.raises(CorruptError, match=r"'a' has a chunk in .*beside the manifest"):
+        Manifest.decode(redigest(body), "m")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start": [0.0, 0]},
+        {"start": "00"},
+        {"shape": [2, True]},
+        {"shape": None},
+        {"shape": [2]},
+        {"shape": [-2, -3]},
+        {"offset": -1},
+        {"offset": "0"},
+        {"nbytes": 12.0},
+    ],
+    ids=str,
+)
+def test_a_chunk_that_makes_no_sense_is_one_line(change):
+    body = json.loads(MANIFEST.encode())
+    body["arrays"]["a"]["chunks"][0] |= change
+    with pytest.raises(CorruptError, match=r"^m") as error:
+        Manifest.decode(redigest(body), "m")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"shape": [2**63, 0], "chunks": []}, {"shape": "23"}, {"chunks": 3}, {"axes": 3}])
+def test_an_array_that_makes_no_sense_is_one_line(change):
+    body = json.loads(MANIFEST.encode())
+    body["arrays"]["a"] |= change
+    with pytest.raises(CorruptError, match=r"^m makes no sense"):
         Manifest.decode(redigest(body), "m")
 
 

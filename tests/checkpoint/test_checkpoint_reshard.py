@@ -31,15 +31,19 @@ def grid(draw, shape):
 
 def write(path, values, boxes, chunk_bytes=32):
     """A checkpoint of ``values`` whose pieces are ``boxes[name]``."""
-    draft = LocalDraft(path)
-    draft.begin()
     specs = {k: Logical(k, v.shape, v.dtype, (None,) * v.ndim) for k, v in values.items()}
     pieces = [
         Piece(specs[k], tuple(s.start for s in box), np.array(values[k][box], order="C"))
         for k in values
         for box in boxes[k]
     ]
-    write_manifest(draft, 3, {"a": 1}, specs.values(), write_chunks(draft, pieces, chunk_bytes=chunk_bytes))
+    return commit(path, specs.values(), pieces, chunk_bytes)
+
+
+def commit(path, specs, pieces, chunk_bytes=32):
+    draft = LocalDraft(path)
+    draft.begin()
+    write_manifest(draft, 3, {"a": 1}, specs, write_chunks(draft, pieces, chunk_bytes=chunk_bytes))
     draft.commit()
     return path
 
@@ -78,6 +82,59 @@ def test_any_boxes_written_read_back_as_any_other_boxes(tmp_path_factory, data):
     for name in names:
         box = draw(st.sampled_from(grid(draw, shape)))
         np.testing.assert_array_equal(reader.read(name, box), values[name][box])
+
+
+def sharded(draw, values):
+    """The arrays as some mesh stores them: alike ones stacked or listed, axes padded until they divide, and cut.
+
+    values: name -> [L, ...], whose rows are the logical arrays name.0, name.1, ... Returns (stored, boxes, whole) each.
+    """
+    out = []
+    for name, rows in values.items():
+        shape, axes = rows.shape[1:], (None,) * (rows.ndim - 1)
+        parts = [Logical(f"{name}.{i}", shape, rows.dtype, axes) for i in range(len(rows))]
+        ways = [draw(st.integers(1, 3)) for _ in shape]
+        padded = tuple(-(-n // k) * k for n, k in zip(shape, ways, strict=True))
+        whole = np.zeros((len(rows), *padded), rows.dtype)
+        whole[(slice(None), *(slice(0, n) for n in shape))] = rows
+        if draw(st.booleans()):
+            stored = [Stored(name, whole.shape, rows.dtype, (None, *axes), tuple(parts), True)]
+            ways, wholes = [draw(st.sampled_from([k for k in (1, 2, 3) if len(rows) % k == 0])), *ways], [whole]
+        else:
+            stored = [Stored(part.name, padded, rows.dtype, axes, (part,)) for part in parts]
+            wholes = list(whole)
+        for each, array in zip(stored, wholes, strict=True):
+            sizes = [n // k for n, k in zip(each.shape, ways, strict=True)]
+            cuts = [[slice(i * n, (i + 1) * n) for i in range(k)] for n, k in zip(sizes, ways, strict=True)]
+            out.append((each, tuple(itertools.product(*cuts)), array))
+    return out
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_any_mesh_written_reads_back_on_any_other(tmp_path_factory, data):
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    values = {}
+    for name in "abc"[: draw(st.integers(1, 3))]:
+        shape = (draw(st.integers(1, 4)), *draw(st.lists(st.integers(0, 5), max_size=3)))
+        dtype = DTYPES[draw(st.sampled_from(["float32", "bfloat16", "int32"]))]
+        values[name] = (100 * rng.standard_normal(shape)).astype(dtype)
+
+    source = sharded(draw, values)
+    pieces = [
+        Piece(region.logical, region.start, np.array(whole[box][region.within], order="C"))
+        for stored, boxes, whole in source
+        for box in boxes
+        for region in stored.regions(box)
+    ]
+    specs = [part for stored, _, _ in source for part in stored.parts]
+    path = commit(tmp_path_factory.mktemp("mesh") / "c", specs, pieces, draw(st.integers(1, 64)))
+
+    reader = open_checkpoint(path)
+    for stored, boxes, whole in sharded(draw, values):
+        for box, piece in zip(boxes, fill(reader, plan_array(reader.manifest, stored, boxes)), strict=True):
+            np.testing.assert_array_equal(piece, whole[box], strict=True)
 
 
 def save(h, root, chunk_bytes=64, **how):
@@ -133,6 +190,20 @@ def test_narrowing_is_refused_unless_asked_for(tmp_path, h):
     arrays, _ = load(reader, narrow.layout, narrow.shardings, cast=True)
     found = h.to_logical(arrays, narrow.layout)["layers.3.w"]
     np.testing.assert_array_equal(found, state.logical["layers.3.w"].astype(ml_dtypes.bfloat16))
+
+
+def test_a_cast_refuses_values_that_the_dtype_does_not_reach(tmp_path, h):
+    values = {"w": np.float32([1, -1e6])}
+    path = write(tmp_path / "c", values, {"w": [(slice(0, 2),)]})
+    logical = Logical("w", (2,), DTYPES["float16"], (None,))
+    stored = Stored("w", (2,), logical.dtype, (None,), (logical,))
+    plan = plan_array(open_checkpoint(path).manifest, stored, ((slice(0, 2),),))
+    with pytest.raises(UserError, match="'w' has values beyond float16"):
+        fill(open_checkpoint(path), plan)
+    with pytest.raises(UserError, match="'w' has values beyond float16"):
+        copy(path, tmp_path / "out", dtype="float16")
+    copy(path, tmp_path / "out", dtype="float16", keep_dtype=lambda name: name == "w")
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "out").read("w"), values["w"], strict=True)
 
 
 @pytest.mark.parametrize("source", ["int8", "uint8", "int16", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
@@ -256,6 +327,26 @@ def test_reading_an_unknown_array_is_an_error(tmp_path, h):
     save(h, tmp_path)
     with pytest.raises(UserError, match="no array 'nope'"):
         open_checkpoint(find_checkpoint(tmp_path)).read("nope")
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (slice(0, 11), slice(0, 8)),
+        (slice(10, 12), slice(0, 8)),
+        (slice(-1, None), slice(0, 8)),
+        (slice(3, 2), slice(0, 8)),
+        (slice(0, 10, 2), slice(0, 8)),
+        (slice(0, 10),),
+        (slice(0, 10), slice(0, 8), slice(0, 1)),
+        (),
+    ],
+    ids=str,
+)
+def test_a_box_that_is_not_inside_the_array_is_refused(tmp_path, h, box):
+    save(h, tmp_path)
+    with pytest.raises(UserError, match=r"the box .* is not inside array 'embed' of shape \(10, 8\)"):
+        open_checkpoint(find_checkpoint(tmp_path)).read("embed", box)
 
 
 def test_find_checkpoint_takes_the_newest_step_that_verifies(tmp_path, h, caplog):

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 
 import pytest
-from tiny_runs import make_config, quiet, write_recipe
+from tiny_runs import make_config, quiet, write_model, write_recipe
 
 from checkpoint.storage import LocalStorage
 from jaxsys.cli.main import main
@@ -48,6 +47,8 @@ SETTINGS = {
     "both model and init_from": (["init_from=smollm2-135m-instruct"], ["init_from", "model"]),
     "a mesh larger than the devices": (["mesh=fsdp=64"], ["'fsdp=64'", "needs 64 devices", "found 8"]),
     "an unknown mesh axis": (["mesh=tensr=2"], ["tensr", "'tensor'"]),
+    "a mesh axis that splits nothing": (["mesh=stage=2"], ["mesh stage=2", "repeat", "leave stage out"]),
+    "activation rules that collide": (["activation_rules=seq=tensor"], ["activations rules split both 'seq' and"]),
     "an axis that does not divide under error": (
         ["mesh=tensor=2", "parameter_rules=heads=:error,kv_heads=:error"],
         ["layers.0.attention.k.kernel", "'kv_heads'", "size 3", "tensor=2", ":pad", ":replicate"],
@@ -70,13 +71,18 @@ SETTINGS = {
     "a value of the wrong type": (["steps=many"], ["steps", "'many'", "int"]),
     "a choice that is none": (["step_form=both"], ["step_form", "'both'", "fused, split"]),
     "no steps": (["steps=0"], ["steps", "found 0", "at least 1"]),
-    "a negative interval": (["checkpoint.every=-1"], ["every", "found -1"]),
+    "a negative interval": (["checkpoint.every=-1"], ["checkpoint.every: found -1"]),
     "a seed of too many bits": (["seed=4294967296"], ["seed", "2**31"]),
-    "all text held out": (["data.heldout=1.0"], ["heldout", "below 1"]),
-    "heads that do not group": (["model.n_heads=8"], ["8 query heads", "3 key/value heads"]),
+    "all text held out": (["data.heldout=1.0"], ["key data.heldout: found 1.0", "below 1"]),
+    "heads that do not group": (["model.n_heads=8"], ["model.n_heads: found 8", "multiple of n_kv_heads=3"]),
     "adafactor on a padded layout": (
         ["mesh=tensor=2", "optim.optimizer=adafactor"], ["adafactor", "stored padded", ":replicate"],
     ),
+    "an unknown target": (["target=h20"], ["unknown target 'h20'", "'h200'"]),
+    "a run without a name": (["run="], ["key run: found ''"]),
+    "a source without a name": (["data.source="], ["key data.source: found ''"]),
+    "a negative learning rate": (["optim.learning_rate=-1"], ["optim.learning_rate: found -1.0", "at least 0"]),
+    "an unknown family": (["model.family=mamba"], ["key model.family: found 'mamba'", "gemma2 or llama"]),
     "a profile that ends before it begins": (["profile=5:3"], ["profile '5:3'", "START:STOP"]),
     "a profile beyond the run": (["profile=50:60"], ["profile '50:60'", "ends at step 6"]),
 }  # fmt: skip
@@ -124,18 +130,7 @@ def test_a_recipe_that_is_none(refused, tmp_path):
 
 @pytest.fixture
 def hugging_face(tmp_path, material):
-    """A model as a Hugging Face directory."""
-    import numpy as np
-    from tiny_runs import MODEL
-
-    from jaxsys.models.pretrained import export_hf
-    from jaxsys.models.state import build
-
-    logical = build(MODEL, storage="listed").layout.logical
-    arrays = ((name, np.zeros(a.shape, np.float32)) for name, a in logical.items())
-    export_hf(tmp_path / "model", MODEL, arrays, dtype="float32", token_ids={})
-    for path in (material / "tokenizer").iterdir():
-        shutil.copy(path, tmp_path / "model")
+    write_model(tmp_path / "model", material)
     return tmp_path / "model"
 
 
@@ -154,6 +149,11 @@ def test_a_truncated_gguf_file(refused, recipe, tmp_path):
     assert "model.gguf" in refused(*initialised_from(recipe, tmp_path / "model.gguf"))
 
 
+def test_a_mesh_axis_that_splits_nothing_of_a_served_model(refused, hugging_face):
+    line = refused("generate", "--model", hugging_face, "--prompt", "x", "--mesh", "expert=2")
+    assert "mesh expert=2" in line and "leave expert out" in line
+
+
 def test_an_architecture_that_is_not_supported_names_those_that_are(refused, recipe, hugging_face):
     path = hugging_face / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "mamba"}))
@@ -170,11 +170,12 @@ def test_a_weight_that_is_missing_is_named(refused, recipe, hugging_face):
 # --------------------------------------------------------------------------------------------------------- existing
 
 
-def test_resume_with_another_model(refused, recipe):
+def test_resume_with_another_model(refused, recipe, capsys):
     assert main(["train", "--config", recipe, "--set", "steps=1"]) == 0
+    assert "\n0 tokens/s" not in capsys.readouterr().err  # a first step is not measured
     line = refused("train", "--config", recipe, "--set", "model.rope_theta=5e4")
     assert "another model: rope_theta=10000.0 there, 50000.0 now" in line and "another run directory" in line
-    assert "restore with the model that wrote it" in refused("train", "--config", recipe, "--set", "model.d_ff=32")
+    assert "another model: d_ff=24 there, 32 now" in refused("train", "--config", recipe, "--set", "model.d_ff=32")
 
 
 def test_a_run_directory_that_another_is_writing(refused, recipe, tmp_path):

@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsys.configuration import dumps, from_dict, override, to_dict
+from jaxsys.models import decoder
+from jaxsys.models.config import Activation, Llama3Scaling, ModelConfig
+from jaxsys.optim import SGD, WSD, Adafactor, AdamW, Constant, Cosine, OptimConfig
+from jaxsys.train.config import CheckpointConfig, DataConfig, SampleConfig, TrainConfig
 from parallelism.errors import UserError
 
 
@@ -174,3 +179,82 @@ def test_bad_assignment_is_one_line_that_names_key_and_value(assignment, parts):
 def test_bad_json_values_are_one_line_that_names_the_key(values, parts):
     message = error(from_dict, Outer, values)
     assert all(part in message for part in parts), message
+
+
+MODEL = ModelConfig("llama", vocab_size=8, d_model=8, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=8)
+BAD = [
+    (MODEL, {name: 0}) for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")
+] + [
+    (MODEL, {"family": "mamba"}),
+    (MODEL, {"max_seq_len": 0}),
+    (MODEL, {"head_dim": 3}),
+    (MODEL, {"n_heads": 3}),
+    (MODEL, {"activation": "relu"}),
+    (MODEL, {"norm_eps": 0.0}),
+    (MODEL, {"rope_theta": -1.0}),
+    (MODEL, {"rope_theta": math.inf}),
+    (MODEL, {"windows": (4,)}),
+    (MODEL, {"windows": (None, 0)}),
+    (MODEL, {"attention_scale": 0.0}),
+    (MODEL, {"attention_softcap": -1.0}),
+    (MODEL, {"logit_softcap": 0.0}),
+    (MODEL, {"embed_scale": math.nan}),
+    (MODEL, {"norm_offset": math.nan}),
+    (Llama3Scaling(), {"factor": 0.0}),
+    (Llama3Scaling(), {"low_freq_factor": 0.0}),
+    (Llama3Scaling(), {"high_freq_factor": 1.0}),
+    (Llama3Scaling(), {"original_max_position": 0}),
+    (AdamW(), {"b1": 1.0}),
+    (AdamW(), {"b2": -0.1}),
+    (AdamW(), {"eps": 0.0}),
+    (AdamW(), {"weight_decay": -0.1}),
+    (SGD(), {"momentum": 1.0}),
+    (SGD(), {"weight_decay": math.nan}),
+    (SGD(momentum=0.0), {"nesterov": True}),
+    (Adafactor(), {"decay_rate": 0.0}),
+    (Adafactor(), {"eps": 0.0}),
+    (Adafactor(), {"clipping_threshold": 0.0}),
+    (Adafactor(), {"min_factored": 0}),
+    (Adafactor(), {"weight_decay": -1.0}),
+    (OptimConfig(), {"learning_rate": -1.0}),
+    (OptimConfig(), {"learning_rate": math.inf}),
+    (OptimConfig(), {"learning_rate": math.nan}),
+    (OptimConfig(), {"clip_norm": 0.0}),
+    (Constant(), {"warmup_steps": -1}),
+    (Cosine(), {"warmup_steps": -1}),
+    (Cosine(), {"final": 1.1}),
+    (WSD(), {"warmup_steps": -1}),
+    (WSD(), {"final": -0.1}),
+    (WSD(), {"decay": 2.0}),
+    (DataConfig(), {"source": ""}),
+    (DataConfig(), {"tokenizer": ""}),
+    (DataConfig(), {"seq_len": 0}),
+    (DataConfig(), {"limit": 0}),
+    (DataConfig(), {"heldout": 1.0}),
+    (CheckpointConfig(), {"keep": 0}),
+    (CheckpointConfig(), {"ram": ""}),
+    (CheckpointConfig(), {"ram_every": 0}),
+    (SampleConfig(), {"max_tokens": 0}),
+    (SampleConfig(), {"temperature": -1.0}),
+    (TrainConfig("x"), {"run": ""}),
+    (TrainConfig("x"), {"init_from": ""}),
+    (TrainConfig("x"), {"steps": 0}),
+    (TrainConfig("x"), {"seed": 2**31}),
+    (TrainConfig("x"), {"eval_batches": -1}),
+]
+
+
+@pytest.mark.parametrize(("config", "change"), BAD, ids=lambda part: str(part) if isinstance(part, dict) else "")
+def test_a_value_that_makes_no_sense_is_refused_by_its_key(config, change):
+    ((key, value),) = change.items()
+    assert f"configuration key {key}: found {value!r}, expected" in error(lambda: dataclasses.replace(config, **change))
+
+
+def test_the_key_of_a_refused_value_is_the_whole_one():
+    for assignment in ("data.heldout=1", "checkpoint.keep=0", "optim.learning_rate=-1.0", "optim.optimizer.b1=1.0"):
+        key = assignment.partition("=")[0]
+        assert f"configuration key {key}: found" in error(override, TrainConfig("x"), [assignment])
+
+
+def test_the_activations_of_a_configuration_are_those_of_the_model():
+    assert set(get_args(Activation)) == set(decoder.ACTIVATIONS)

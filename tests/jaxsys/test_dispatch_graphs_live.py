@@ -117,27 +117,32 @@ def spec(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def test_the_same_name_and_shapes_give_the_same_graph():
+def twice(x):
+    return 2 * x
+
+
+def test_the_same_name_function_and_shapes_give_the_same_graph():
     graphs = Graphs()
-    first = graphs.compile("twice", lambda x: 2 * x, spec(4))
-    assert graphs.compile("twice", lambda x: 2 * x, np.zeros(4, np.float32)) is first
+    first = graphs.compile("twice", twice, spec(4))
+    assert graphs.compile("twice", twice, np.zeros(4, np.float32)) is first
     assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        lambda g: g.compile("twice", lambda x: 2 * x, spec(5)),
-        lambda g: g.compile("twice", lambda x: 2 * x, spec(4, dtype=jnp.int32)),
-        lambda g: g.compile("thrice", lambda x: 3 * x, spec(4)),
-        lambda g: g.compile("twice", lambda x: 2 * x, spec(4), donate=(0,)),
-        lambda g: g.compile("twice", lambda x: 2 * x, spec(4), compiler_options={"xla_cpu_enable_fast_math": False}),
+        lambda g: g.compile("twice", twice, spec(5)),
+        lambda g: g.compile("twice", twice, spec(4, dtype=jnp.int32)),
+        lambda g: g.compile("thrice", twice, spec(4)),
+        lambda g: g.compile("twice", lambda x: 3 * x, spec(4)),
+        lambda g: g.compile("twice", twice, spec(4), donate=(0,)),
+        lambda g: g.compile("twice", twice, spec(4), compiler_options={"xla_cpu_enable_fast_math": False}),
     ],
-    ids=["shape", "dtype", "name", "donation", "options"],
+    ids=["shape", "dtype", "name", "function", "donation", "options"],
 )
 def test_anything_else_asked_gives_another_graph(changed):
     graphs = Graphs()
-    first = graphs.compile("twice", lambda x: 2 * x, spec(4))
+    first = graphs.compile("twice", twice, spec(4))
     assert changed(graphs) is not first and len(graphs) == 2
 
 
@@ -176,11 +181,11 @@ def test_asking_for_a_graph_copies_nothing_to_the_host_so_donation_stays_in_plac
 
 def test_frozen_graphs_give_what_they_have_and_refuse_the_rest():
     graphs = Graphs()
-    first = graphs.compile("early", lambda x: x, spec(3))
+    first = graphs.compile("early", twice, spec(3))
     graphs.freeze()
-    assert graphs.compile("early", lambda x: x, spec(3)) is first
+    assert graphs.compile("early", twice, spec(3)) is first
     with pytest.raises(LateCompileError, match="'early'"):
-        graphs.compile("early", lambda x: x, spec(4))
+        graphs.compile("early", twice, spec(4))
 
 
 def test_no_compiles_notices_an_eager_operation():

@@ -15,10 +15,12 @@ import jaxsys
 from checkpoint import Level, Manager, find_checkpoint
 from jaxsys import configuration
 from jaxsys.cli.generate import GenerateArgs
+from jaxsys.cli.main import main
 from jaxsys.hub import resolve
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import export_hf
 from jaxsys.models.state import build
+from jaxsys.serve.request import Sampling
 from jaxsys.tokenizer import Tokenizer
 from parallelism import MeshSpec, plan, put
 from parallelism.errors import UserError
@@ -96,6 +98,27 @@ def test_a_stream_adds_up_to_the_text_of_generate(llm):
     assert len(pieces) > 1
 
 
+@pytest.mark.parametrize("setting", [{"top_k": 1}, {"top_p": 1e-45}])
+def test_a_setting_that_leaves_one_token_is_greedy(llm, setting):
+    greedy, same = (llm.generate(["abc"], 8, **s)[0] for s in ({"temperature": 0.0}, setting))
+    assert same.tokens == greedy.tokens
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_every_setting_reaches_the_engine(llm, monkeypatch, method):
+    seen = []
+
+    def make_request(tokens, sampling, **_):
+        seen.append((tokens, sampling))
+        raise UserError("seen")
+
+    monkeypatch.setattr(llm.engine, "make_request", make_request)
+    prompt = "abc" if method == "stream" else ["abc"]
+    with pytest.raises(UserError, match="seen"):
+        getattr(llm, method)(prompt, 3, 0.5, 7, 0.25, 9, (4,), chat=True)
+    assert seen == [(llm.encode("abc", chat=True), Sampling(3, 0.5, 7, 0.25, 9, (4,)))]
+
+
 def test_generation_ends_at_the_tokenizers_end_unless_told_otherwise(llm, monkeypatch):
     tokens = llm.generate(["abc"], max_tokens=12, temperature=0.0, stop=())[0].tokens
     monkeypatch.setattr(llm.tokenizer, "eos_ids", (tokens[3],))
@@ -110,7 +133,9 @@ def test_chat_applies_the_template(llm):
     assert chat.tokens == plain.tokens
 
 
-def test_a_native_checkpoint_on_a_mesh_generates_the_same(llm, tmp_path):
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A root with the checkpoint of step 3."""
     weights = dict(arrays())
     model = build(CONFIG)
     placed = plan(model.layout, MeshSpec().build(jax.devices()[:1]))
@@ -118,11 +143,35 @@ def test_a_native_checkpoint_on_a_mesh_generates_the_same(llm, tmp_path):
     with Manager([Level("disk", tmp_path)]) as manager:
         manager.save(3, params, placed.layout, {"model": configuration.to_dict(CONFIG)}).wait()
     tokenizer().save(tmp_path / "tokenizer")
-    other = jaxsys.load(find_checkpoint(tmp_path), mesh="tensor=2")
+    return tmp_path
+
+
+def test_a_native_checkpoint_on_a_mesh_generates_the_same(llm, checkpoints):
+    other = jaxsys.load(find_checkpoint(checkpoints), mesh="tensor=2")
     prompts = ["abc", "The quick brown fox jumps"]
     for a, b in zip(llm.generate(prompts, temperature=0.0), other.generate(prompts, temperature=0.0), strict=True):
         assert a.tokens == b.tokens
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("deletions", [1, 9])
+def test_a_checkpoint_deleted_while_it_is_read_is_followed_by_the_newest(checkpoints, monkeypatch, deletions):
+    steps = iter(range(4, 4 + deletions))
+
+    def put_late(*args):
+        """A run that trains commits a step, and retention deletes the one before."""
+        if step := next(steps, None):
+            (checkpoints / f"step-{step - 1:08}").rename(checkpoints / f"step-{step:08}")
+        return put(*args)
+
+    monkeypatch.setattr(jaxsys.llm, "put", put_late)
+    devices = MeshSpec().build()
+    if deletions > 4:
+        with pytest.raises(UserError, match="missing"):
+            jaxsys.llm._read(resolve(checkpoints), devices, "float32")
+    else:
+        _, params = jaxsys.llm._read(resolve(checkpoints), devices, "float32")
+        np.testing.assert_array_equal(params["embed.kernel"], dict(arrays())["embed.kernel"])
 
 
 def test_bfloat16_weights_are_close_to_float32(llm, directory):
@@ -143,11 +192,22 @@ def test_bfloat16_weights_are_close_to_float32(llm, directory):
         (lambda llm: llm.generate([[1, 2]], chat=True), "expected text"),
         (lambda llm: llm.generate(["abc"], temperature=-1.0), "temperature"),
         (lambda llm: llm.score([[1, 2], [3] * 65]), "prompt of 65 tokens, expected at most 64"),
+        (lambda llm: llm.generate(None), "found None, expected a list of prompts"),
+        (lambda llm: llm.generate(["abc", 5]), "found 5, expected text or a list of token ids"),
+        (lambda llm: llm.generate([b"abc"]), "found b'abc'"),
+        (lambda llm: llm.generate(["abc", [1.5]]), "found 1.5 among its tokens"),
+        (lambda llm: llm.generate(["abc"], stop=5), "stop: found 5"),
+        (lambda llm: llm.generate(["abc"], stop="end"), "stop: found 'end'"),
+        (lambda llm: llm.stream([1.5]), "found 1.5 among its tokens"),
+        (lambda llm: llm.score([[1, 2], 3]), "found 3, expected a list of token ids"),
+        (lambda llm: llm.score(["text"]), "found 'text', expected a list of token ids"),
+        (lambda llm: llm.score(None), "found None, expected a list"),
     ],
 )
 def test_a_bad_call_is_refused_and_leaves_nothing_behind(llm, call, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as error:
         call(llm)
+    assert "\n" not in str(error.value)
     assert not llm.engine.busy
 
 
@@ -157,12 +217,28 @@ def test_a_bad_call_is_refused_and_leaves_nothing_behind(llm, call, words):
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"mesh": "tensor=99"}, "99 devices"),
         ({"mesh": "tensor"}, "expected AXIS=NUMBER"),
+        ({"mesh": 3}, "mesh: found 3, expected text"),
+        ({"dtype": jax.numpy.float32}, "unknown dtype .*known: bfloat16, float32"),
+        ({"model": None}, "model None: expected a path or a name"),
+        ({"model": ""}, "model '': expected a path or a name"),
+        ({"max_context": "5"}, "max_context='5'"),
+        ({"kv_bytes": 10}, "kv_bytes=10, expected at least"),
         ({"max_context": 65}, "max_context 65: expected 1 to 64"),
     ],
 )
 def test_a_bad_load_is_refused(directory, options, words):
-    with pytest.raises(UserError, match=words):
-        jaxsys.load(directory, **options)
+    with pytest.raises(UserError, match=words) as error:
+        jaxsys.load(**{"model": directory, **options})
+    assert "\n" not in str(error.value)
+
+
+def test_a_stream_that_is_never_read_holds_nothing(llm):
+    stream = llm.stream("abc")
+    assert not llm.engine.busy
+    next(stream)
+    assert llm.engine.busy
+    stream.close()
+    assert not llm.engine.busy
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -183,6 +259,33 @@ def test_the_command_prints_one_json_object_a_prompt(directory, llm, capsys):
         assert values["text"] == result.text
         np.testing.assert_allclose(values["logprobs"], result.logprobs, atol=1e-6)
     assert [values["prompt"] for values in found] == ["abc", "xyz"]
+
+
+def test_the_command_runs_on_its_mesh_in_its_dtype(directory, monkeypatch, capsys):
+    loaded, load = [], jaxsys.llm.load
+    monkeypatch.setattr(jaxsys.llm, "load", lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[0])
+    words = ["--max-tokens", "3", "--mesh", "tensor=2", "--dtype", "bfloat16", "--max-context", "16", "--json"]
+    assert main(["generate", "--model", str(directory), "--prompt", "abc", *words]) == 0
+    engine, values = loaded[0].engine, json.loads(capsys.readouterr().out)
+    assert len(values["tokens"]) == 3 and engine.max_context == 16
+    kernel = engine.live._lease.params["embed.kernel"]
+    assert kernel.dtype == jax.numpy.bfloat16 and len(kernel.sharding.device_set) == 2
+
+
+def test_the_command_refuses_a_prompt_longer_than_the_context_in_one_line(directory, capsys):
+    words = ["--max-context", "8", "--prompt", "abc", "--prompt", "a long prompt"]
+    assert main(["generate", "--model", str(directory), *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "jaxsys: prompt of 13 tokens, expected at most 7" in err.splitlines()[-1]
+
+
+def test_the_command_prints_no_token_of_weights_that_are_not_finite(directory, tmp_path, capsys):
+    broken = [(name, array * (np.nan if name == "norm.scale" else 1)) for name, array in arrays()]
+    ids = {"bos": 256, "eos": 257}
+    export_hf(tmp_path / "nan", CONFIG, broken, dtype="float32", token_ids=ids, save_tokenizer=tokenizer().save)
+    assert main(["generate", "--model", str(tmp_path / "nan"), "--prompt", "abc", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"jaxsys: {tmp_path / 'nan'}: its logits are not finite" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("args", [GenerateArgs("nowhere"), GenerateArgs("nowhere", ("a",), temperature=-1.0)])

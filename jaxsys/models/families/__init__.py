@@ -50,6 +50,6 @@ FAMILIES: dict[str, Family] = {"gemma2": gemma2, "llama": llama}
 
 def family(name: Any, where: str) -> Family:
     """The family called ``name``; ``where`` is the file that says so. Raises UserError naming those supported."""
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}")
     return FAMILIES[name]

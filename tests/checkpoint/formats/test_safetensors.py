@@ -199,7 +199,7 @@ def test_an_array_that_only_the_index_knows_is_named(tmp_path):
         SafetensorsDir(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": {}}', '{"weight_map": 3}'])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 200_000, '{"weight_map": {}}', '{"weight_map": 3}'])
 def test_a_damaged_index_is_one_line(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
     with pytest.raises(UserError, match="index"):
@@ -217,8 +217,74 @@ def test_every_truncation_is_one_line_naming_the_file(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_an_unknown_dtype_is_named(tmp_path):
-    header = json.dumps({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
-    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-    with pytest.raises(UserError, match="'a' has dtype F4"):
+def entry(shape=(2,), offsets=(0, 8), dtype="F32", name="a"):
+    return f'"{name}": ' + json.dumps({"dtype": dtype, "shape": shape, "data_offsets": offsets})
+
+
+HEADERS = {
+    "an unknown dtype": (entry(dtype="F4"), "'a' has dtype 'F4'"),
+    "a dtype that is a list": (entry(dtype=["F32"]), "'a' has dtype ['F32']"),
+    "a negative start": (entry(offsets=[-8, 0]), "'a' lies at [-8, 0]"),
+    "an end before the start": (entry(offsets=[8, 0]), "'a' lies at [8, 0]"),
+    "offsets as strings": (entry(offsets=["0", "8"]), "'a' lies at ['0', '8']"),
+    "offsets as floats": (entry(offsets=[0.0, 8.0]), "'a' lies at [0.0, 8.0]"),
+    "one offset": (entry(offsets=[0]), "'a' lies at [0]"),
+    "a float shape": (entry([2.0]), "'a' has the shape [2.0]"),
+    "a truth for a size": (entry([2, True]), "'a' has the shape [2, True]"),
+    "a negative shape": (entry([-1, -2]), "'a' has the shape [-1, -2]"),
+    "a string shape": (entry("2"), "'a' has the shape '2'"),
+    "a shape beyond memory": (entry([2**63, 0], [0, 0]), "'a' has the shape [9223372036854775808, 0]"),
+    "a product beyond memory": (entry([2**40, 2**40, 0], [0, 0]), "'a' has the shape [1099511627776,"),
+    "65 dimensions": (entry([1] * 65, [0, 4]), "'a' has the shape [1, 1,"),
+    "bytes that do not fit the shape": (entry([3]), "'a' of shape [3] and dtype F32 has 8 bytes"),
+    "a missing field": ('"a": {"dtype": "F32", "shape": [2]}', "'a' lacks one of dtype, shape, data_offsets"),
+    "an array for an entry": ('"a": []', "'a' lacks"),
+    "overlapping arrays": (entry() + "," + entry(offsets=[4, 12], name="b"), "'a' and 'b' overlap"),
+    "the same bytes twice": (entry() + "," + entry(name="b"), "'a' and 'b' overlap"),
+    "a name twice": (entry() + "," + entry(offsets=[8, 16]), "'a' is there twice"),
+    "a field twice": (entry()[:-1] + ', "dtype": "F32"}', "'dtype' is there twice"),
+    "endless depth": ('"a": ' + "[" * 200_000, "recursion"),
+    "a number of many digits": (entry().replace("8", "8" * 9999), "digits"),
+    "an array beyond the file": (entry([9], [0, 36]), "'a' ends at byte"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_that_makes_no_sense_is_one_line_naming_the_file(tmp_path, case):
+    entries, said = HEADERS[case]
+    header = "{" + entries + "}"
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(16))
+    with pytest.raises(UserError) as error:
+        SafetensorsDir(tmp_path)
+    assert said in str(error.value) and str(tmp_path / SINGLE) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_header_that_is_a_list_is_refused(tmp_path):
+    (tmp_path / SINGLE).write_bytes((2).to_bytes(8, "little") + b"[]")
+    with pytest.raises(UserError, match="it is a list, expected an object"):
+        SafetensorsDir(tmp_path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_changed_header_is_read_within_the_file_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "changed.safetensors"
+    whole = bytearray(safetensors.numpy.save({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.int16)}))
+    header = whole[8 : -(24 + 8)]
+    for _ in range(data.draw(st.integers(1, 3))):
+        header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.sampled_from(b'0123456789-.,:"[]{}aFI'))
+    path.write_bytes(whole[:8] + header + whole[-(24 + 8) :])
+    try:
+        found = SafetensorsDir(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert sum(found.read(name).nbytes for name in found) <= 24 + 8
+
+
+@pytest.mark.parametrize("file", [3, None, "../model.safetensors", "/model.safetensors", "", "..", "a\0b"])
+def test_an_index_names_files_beside_it(tmp_path, file):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(UserError, match=r"'a' is in .*beside the index"):
         SafetensorsDir(tmp_path)

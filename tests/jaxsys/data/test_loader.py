@@ -135,7 +135,7 @@ def test_the_order_is_pinned(dataset):
 def test_identity_names_epoch_rows_and_documents(dataset):
     loader = make(dataset)
     text = loader.identity(loader.steps_per_epoch + 1)
-    assert f"step {loader.steps_per_epoch + 1}: epoch 1, rows 8-15 of {loader.rows_per_epoch}" in text
+    assert f"step {loader.steps_per_epoch + 2}: epoch 1, rows 8-15 of {loader.rows_per_epoch}" in text
     batch = loader.batch(loader.steps_per_epoch + 1)
     assert ".txt" in text
     assert "\n" not in text

@@ -237,7 +237,8 @@ def configs(draw):
         activation=draw(st.sampled_from(["silu", "gelu_tanh"])),
         rope_theta=draw(positive),
         rope_scaling=draw(
-            st.none() | st.builds(Llama3Scaling, positive, positive, positive, st.integers(1, 1000))
+            st.none()
+            | st.builds(Llama3Scaling, positive, st.floats(1e-3, 1.0), st.floats(1.5, 1e6), st.integers(1, 1000))
         ),
     )  # fmt: skip
     if name == "llama":

@@ -82,10 +82,10 @@ def test_golden_logits_show_llama3_scaling(forward):
 
 def test_embedding_factor_is_rounded_to_the_dtype_of_the_weights():
     """As transformers does: sqrt(32) is 5.6569, in bfloat16 5.65625."""
-    # No layers, and a norm that only divides by sqrt(eps): what comes out is the scaled embedding.
-    config = dataclasses.replace(Pretrained.open(GOLDENS / "gemma2").config, n_layers=0, windows=(), norm_eps=1e12)
+    # A layer of zeros, and a norm that only divides by sqrt(eps): what comes out is the scaled embedding.
+    config = dataclasses.replace(Pretrained.open(GOLDENS / "gemma2").config, n_layers=1, windows=(), norm_eps=1e12)
     model = build(config, dtype=jnp.bfloat16, storage="listed")
-    params = {key: np.ones(s.shape, s.dtype) * (key != "norm.scale") for key, s in model.layout.items()}
+    params = {key: np.ones(s.shape, s.dtype) * (key == "embed.kernel") for key, s in model.layout.items()}
     token = np.ones((1, 1), np.int32)
     hidden = jax.jit(lambda params: model.bind(params)(token, Rows(token, token))[0])(params)
     np.testing.assert_allclose(np.asarray(hidden, np.float64) * 1e6, 5.65625, rtol=1e-6)
@@ -212,12 +212,34 @@ def test_missing_model_is_an_error(tmp_path):
         Pretrained.open(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 200_000])
 def test_damaged_config_is_an_error(copy, text):
     directory = copy("llama2")
     (directory / "config.json").write_text(text, "latin-1")
     with pytest.raises(UserError, match=r"config\.json: (not JSON|holds list)"):
         Pretrained.open(directory)
+
+
+HOSTILE = [
+    ("llama2", "num_hidden_layers", 10**9, "n_layers: found 1000000000, expected at most 10000"),
+    ("gemma2", "num_hidden_layers", 10**9, "n_layers: found 1000000000, expected at most 10000"),
+    ("llama2", "head_dim", 10**12, "'model.layers.0.self_attn.k_proj.weight' has shape"),
+    ("llama2", "head_dim", 10**400, "head_dim is 1000"),
+    ("llama2", "rms_norm_eps", 10**400, "rms_norm_eps is 1000"),
+    ("llama2", "rms_norm_eps", float("inf"), "rms_norm_eps is inf, expected a positive float"),
+    ("gemma2", "layer_types", [["x"]], "layer_types is [['x']]"),
+    ("llama2", "model_type", ["llama"], "architecture ['llama'] is not supported"),
+]
+
+
+@pytest.mark.parametrize(("golden", "field", "value", "message"), HOSTILE)
+def test_a_configuration_that_no_model_has_is_refused_at_once(copy, golden, field, value, message):
+    directory = copy(golden)
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**values, field: value}))
+    with pytest.raises(UserError) as error:
+        Pretrained.open(directory)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_truncated_weights_are_an_error(copy):
@@ -375,11 +397,12 @@ def test_native_weights_that_do_not_fit_are_named(checkpoint, change, message):
     ("change", "message"),
     [
         ({"n_layer": 2}, "unknown configuration key 'model.n_layer': did you mean 'model.n_layers'"),
-        ({"n_kv_heads": 3}, "configuration model: 4 query heads"),
-        ({"n_kv_heads": 0}, "configuration model: "),
-        ({"windows": [4]}, "configuration model: 1 windows for 2 layers"),
+        ({"n_kv_heads": 3}, "configuration key model.n_heads: found 4, expected a multiple of n_kv_heads=3"),
+        ({"n_kv_heads": 0}, "configuration key model.n_kv_heads: found 0, expected at least 1"),
+        ({"windows": [4]}, "configuration key model.windows: found (4,), expected none, or one for each of n_layers=2"),
+        ({"n_layers": 10**9}, "n_layers: found 1000000000, expected at most 10000"),
         ({"n_heads": "4"}, "model.n_heads: found '4', expected int"),
-        ({"family": "qwen2"}, "architecture 'qwen2' is not supported"),
+        ({"family": "qwen2"}, "configuration key model.family: found 'qwen2', expected gemma2 or llama"),
     ],
 )
 def test_native_configuration_that_makes_no_model_is_an_error(checkpoint, change, message):

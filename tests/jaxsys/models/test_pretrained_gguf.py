@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import time
 from pathlib import Path
 
@@ -135,13 +136,20 @@ def test_factors_of_another_scaling_are_an_error(tmp_path):
         ({"expert_count": 8}, "expert_count is 8, supported is 0"),
         ({"attention.sliding_window": 16}, "attention.sliding_window is 16, a field with no meaning here"),
         ({"block_count": None}, "field 'block_count' is missing"),
-        ({"attention.head_count_kv": 3}, "4 query heads do not group over 3"),
+        ({"attention.head_count_kv": 3}, "n_heads: found 4, expected a multiple of n_kv_heads=3"),
+        ({"block_count": 10**9}, "n_layers: found 1000000000, expected at most 10000"),
+        ({"rope.freq_base": math.inf}, "rope.freq_base is inf, expected a positive float"),
     ],
 )
 def test_metadata_without_support_is_an_error_that_names_key_and_value(tmp_path, metadata, message):
     with pytest.raises(UserError) as error:
         Pretrained.open(write_gguf(tmp_path / "model.gguf", "llama2", metadata))
     assert message in str(error.value)
+
+
+def test_gemma2_with_more_layers_than_any_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="n_layers: found 1000000000, expected at most 10000"):
+        Pretrained.open(write_gguf(tmp_path / "model.gguf", "gemma2", {"block_count": 10**9}))
 
 
 @pytest.mark.parametrize(

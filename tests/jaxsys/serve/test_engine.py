@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from serve_engines import CONFIG, SIZES, WINDOWED, Reference, make_engine, weights
+from tiny_models import x64
 
 from jaxsys.graphs import Graphs, LateCompileError, no_compiles
 from jaxsys.live import Live
@@ -214,6 +215,29 @@ def test_a_view_of_the_trainers_weights_is_served():
         assert made(a) == made(b)
 
 
+def test_engines_that_share_a_registry_keep_their_own_pool_and_steps():
+    """What a pool or a forward is made for shows in no argument of its graph."""
+    graphs, model = Graphs(), build(CONFIG)
+    live = Live({key: jax.device_put(weights(CONFIG)[key]) for key in model.layout}, graphs)
+    short, long = (
+        Engine(model, live, graphs, EngineConfig(context, page_size=8, max_steps=steps, sizes=SIZES[2:]))
+        for context, steps in ((8, 2), (96, 8))
+    )
+    assert short._pool.k.shape != long._pool.k.shape
+    direct = make_engine(sizes=SIZES[2:])
+    assert [made(r) for r in run(long, PROMPTS)] == [made(r) for r in run(direct, PROMPTS)]
+
+
+def test_models_of_equal_shapes_that_share_a_registry_run_their_own_forward():
+    other = dataclasses.replace(CONFIG, rope_theta=100.0)
+    graphs, model = Graphs(), build(CONFIG)
+    live = Live({key: jax.device_put(weights(CONFIG)[key]) for key in model.layout}, graphs)
+    config = EngineConfig(page_size=8, kv_bytes=1 << 20, sizes=SIZES[2:])
+    Engine(model, live, graphs, config)
+    (request,) = run(Engine(build(other), live, graphs, config), PROMPTS[2:3])
+    assert made(request) == Reference(other).greedy(PROMPTS[2], 12)[0]
+
+
 def test_local_windows_soft_caps_and_post_norms_decode_as_the_full_forward():
     reference, engine = Reference(WINDOWED), make_engine(WINDOWED, sizes=SIZES[1:])
     for prompt, request in zip(PROMPTS, run(engine, PROMPTS), strict=True):
@@ -257,6 +281,11 @@ def test_a_mesh_makes_the_tokens_of_one_device_with_its_pool_split_by_heads(mesh
         ([-1], GREEDY, "token -1"),
         ([1] * 96, GREEDY, "prompt of 96 tokens, expected at most 95 in a context of 96"),
         ([1] * 97, Sampling(0), "prompt of 97 tokens, expected at most 96"),
+        ([1.9], GREEDY, "found 1.9 among its tokens, expected whole numbers"),
+        ([1, True], GREEDY, "found True among its tokens"),
+        (["1"], GREEDY, "found '1' among its tokens"),
+        (b"abc", GREEDY, "found b'abc', expected a list of token ids"),
+        (5, GREEDY, "found 5, expected a list of token ids"),
     ],
 )
 def test_a_bad_prompt_is_refused_in_one_line(engine, prompt, sampling, words):
@@ -265,12 +294,36 @@ def test_a_bad_prompt_is_refused_in_one_line(engine, prompt, sampling, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "options", [{"max_context": 97}, {"max_context": 0}, {"kv_bytes": 100}, {"max_context": 96, "kv_bytes": 20_000}]
-)
+@pytest.mark.parametrize("options", [{"max_context": 97}, {"max_context": 0}, {"max_context": 96, "kv_bytes": 20_000}])
 def test_a_context_that_model_or_pool_do_not_have_is_refused(options):
     with pytest.raises(UserError, match="max_context"):
         make_engine(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kv_bytes": 100}, "kv_bytes=100, expected at least 4096"),
+        ({"kv_bytes": None}, "kv_bytes=None, expected a whole number of at least 1"),
+        ({"max_context": "5"}, "max_context='5', expected a whole number of at least 1"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"numerics": 3}, "unknown numerics '3'"),
+    ],
+)
+def test_a_wrong_number_is_named(options, words):
+    with pytest.raises(UserError, match=words):
+        make_engine(**options)
+
+
+@pytest.mark.parametrize(("where", "score"), [("embed.kernel", False), ("norm.scale", True)])
+def test_weights_that_are_not_finite_are_an_error_and_no_token(where, score):
+    engine = make_engine(sizes=SIZES[2:])
+    params = dict(engine.live._lease.params)
+    engine.live.publish(params | {where: jax.device_put(np.asarray(params[where]) * np.nan, params[where].sharding)})
+    request = engine.add_request([1, 2, 3], Sampling(0) if score else GREEDY, score=score)
+    with pytest.raises(UserError, match="the model: its logits are not finite"):
+        engine.run([request])
+    assert not engine.busy and request.made == 0
 
 
 def test_the_pool_stays_within_its_bytes_and_shortens_the_context():
@@ -278,6 +331,16 @@ def test_the_pool_stays_within_its_bytes_and_shortens_the_context():
     assert engine._pool.k.nbytes + engine._pool.v.nbytes <= 20_000
     assert engine.max_context == 64
     assert len(made(run(engine, [[1] * 60], dataclasses.replace(GREEDY, max_tokens=9))[0])) == 4
+
+
+@pytest.mark.parametrize("options", [{"sizes": SIZES[2:]}, {"numerics": "invariant", "sizes": None}], ids=str)
+def test_a_process_with_64_bit_types_makes_the_same_tokens(engine, options):
+    sampling = Sampling(8, top_k=9, top_p=0.9, seed=1)
+    with x64():
+        (wide,) = run(make_engine(**options), PROMPTS[2:3], sampling, score=True)
+    (expected,) = run(engine, PROMPTS[2:3], sampling, score=True)
+    assert made(wide) == made(expected)
+    np.testing.assert_allclose(wide.prompt_logprobs, expected.prompt_logprobs, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- numerics

@@ -58,6 +58,11 @@ def test_top_p_renormalises_over_the_fewest_that_reach_it():
     np.testing.assert_allclose(draw(LOGITS, top_p=0.7), expected, atol=0.03)
 
 
+@pytest.mark.parametrize("top_p", [1e-45, 1e-60, 1e-30])
+def test_a_tiny_top_p_keeps_the_most_likely_token(top_p):
+    assert draw([0.0, 1.0, 3.0, 2.0], n=50, top_p=top_p)[2] == 1
+
+
 def test_a_tiny_temperature_is_greedy_and_not_nan():
     assert draw([1e4, 1e4 + 1, -1e4], temperature=1e-30)[1] == 1
 

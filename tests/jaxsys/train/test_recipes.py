@@ -68,3 +68,30 @@ def test_unknown_recipe_and_missing_file_are_named():
         find("llama_25n")
     with pytest.raises(UserError, match=r"no file nowhere\.py"):
         find("nowhere.py:f")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\nimport nowhere_to_be_found\n", "line 2: ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+        ("def f(:\n", "line 1: SyntaxError: "),
+        ("def f(steps):\n    return steps\n", "TypeError: f() missing 1 required positional argument: 'steps'"),
+        ("def f():\n    return {}['x']\n", "line 2: KeyError: 'x'"),
+        (
+            "from jaxsys.train import DataConfig\ndef f():\n    return DataConfig(seq_len=0)\n",
+            "line 3: configuration key seq_len: found 0",
+        ),
+    ],
+)
+def test_a_recipe_file_that_fails_is_one_line_with_path_line_and_cause(tmp_path, text, said):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        find(f"{path}:f")
+    assert f"recipe {path}" in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_in_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(UserError, match=r"is not a \.py file"):
+        find(f"{tmp_path}/mine.txt:f")

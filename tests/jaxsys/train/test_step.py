@@ -75,6 +75,15 @@ def test_microbatches_add_up_to_one_batch():
     assert metrics == pytest.approx(expected_metrics, rel=1e-5)
 
 
+def test_gradients_of_bfloat16_parameters_add_up_in_float32():
+    """Eight equal microbatches are eight times one; in bfloat16 the sum would be off by its rounding."""
+    setup, one = Setup(SHALLOW, dtype="bfloat16", optim=OPTIM), packed_batch(2)
+    eight = {name: np.tile(value, (8, 1)) for name, value in one.items()}
+    (params, state, found), (_, _, expected) = fused(setup, eight, 8, steps=1), fused(setup, one, 1, steps=1)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert {a.dtype for a in params.values()} == {state[f"optimizer.mu.{k}"].dtype for k in setup.params}
+
+
 def test_microbatches_weigh_by_their_targets():
     """A mean of means would differ: one microbatch has nearly no targets."""
     batch = packed_batch()

@@ -1,0 +1,40 @@
+"""What the header of any format must satisfy before it is used: a file may say anything."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+MAX_DIMENSIONS = 64  # numpy's
+
+
+def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a dictionary. Raises ValueError for a name given twice (json.loads takes it as a hook)."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name!r} is there twice")
+        found[name] = value
+    return found
+
+
+def check_shape(name: str, shape: Any, itemsize: int) -> None:
+    """Raises ValueError unless ``shape`` is a sequence of sizes that an array can have, zeros too."""
+    sizes = isinstance(shape, (list, tuple)) and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    if not sizes or len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) * itemsize >= 2**63:
+        raise ValueError(f"array {name!r} has the shape {shape!r:.80}")
+
+
+def check_disjoint(ranges: Mapping[str, tuple[int, int]]) -> None:
+    """Raises ValueError if two of these byte ranges (start, stop) by array name share a byte."""
+    filled = sorted((start, stop, name) for name, (start, stop) in ranges.items() if start < stop)
+    for (_, stop, one), (start, _, other) in itertools.pairwise(filled):
+        if start < stop:
+            raise ValueError(f"arrays {one!r} and {other!r} overlap")
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether ``name`` names a file in the directory that it is looked for in, and nowhere else, on any system."""
+    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")

@@ -1,0 +1,53 @@
+"""SIGINT and SIGTERM ask a run to stop; a second one ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stop:
+    """As a context manager: the first signal sets ``asked`` to its name, the second exits at once.
+
+    A thread reads them as they arrive: while the main thread waits for a device Python would handle them late, and two
+    as one. Signals come to a program's main thread; elsewhere the context does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._reader, self._writer = os.pipe()
+            os.set_blocking(self._writer, False)
+            self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+            self._wakeup = signal.set_wakeup_fd(self._writer)
+            self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is None:
+            return
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.write(self._writer, b"\0")
+        self._thread.join()
+        self._thread = None
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _watch(self) -> None:
+        while number := os.read(self._reader, 1)[0]:
+            if number not in SIGNALS:
+                continue
+            if self.asked is not None:
+                os._exit(128 + number)
+            self.asked = signal.Signals(number).name
+            text = f"{self.asked}: finishing the step, saving, then exiting; again to exit at once\n"
+            os.write(2, text.encode())

@@ -1,0 +1,82 @@
+"""How the program ends: signals, readers that go away, full disks, an environment that JAX does not start in."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+# A model that says much and compiles nothing, and a word once it is asked.
+FAKE = """
+import sys, types
+import jaxsys.llm
+from jaxsys.cli.main import main
+model = types.SimpleNamespace(
+    engine=types.SimpleNamespace(graphs=[]), tokenizer=types.SimpleNamespace(eos_ids=()),
+    submit=lambda prompts, *_: [types.SimpleNamespace(made=1) for _ in prompts],
+    pieces=lambda request: iter(["word "] * 100_000),
+)
+jaxsys.llm.load = lambda *_, **__: model
+sys.exit(main(["generate", "--model", "some", "--prompt", "a", "--prompt", "b"]))
+"""
+
+
+def environment(**variables):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **variables}
+
+
+def test_a_reader_that_goes_away_in_the_first_of_two_texts_is_not_an_error():
+    with subprocess.Popen(
+        [sys.executable, "-c", FAKE], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.read(5) == "word "
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert "Traceback" not in said and "rror" not in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_finds_no_room_is_one_line(tmp_path):
+    (tmp_path / "graphs.json").write_text(json.dumps([]))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxsys.cli.main", "graphs", tmp_path],
+            env=environment(), stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "jaxsys: No space left on device: the output cannot be written; make room on the disk\n"
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="JAX would start")
+@pytest.mark.parametrize(
+    "variables", [{"JAX_PLATFORMS": "cuda"}, {"JAX_PLATFORMS": "gqu"}, {"JAX_NUM_CPU_DEVICES": "abc"}], ids=str
+)
+def test_an_environment_that_jax_does_not_start_in_is_one_line(tmp_path, variables):
+    command = [sys.executable, "-m", "jaxsys.cli.main", "train", "--config", "llama_25m", "--set", f"run={tmp_path}"]
+    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
+    ((name, value),) = variables.items()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("jaxsys: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "JAX does not start with" in line and f"{name}={value}" in line
+
+
+def test_an_interrupt_while_modules_are_imported_ends_quietly():
+    """The interrupt comes from the first heavy import itself, so that no clock decides."""
+    code = (
+        "import os, signal, sys, types\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tyro':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from jaxsys.cli.main import entry\n"
+        "entry()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "jaxsys: interrupted\n")
