@@ -17,7 +17,7 @@ LOG_SECONDS = 10.0
 class Console:
     """Progress and messages. On a terminal bars move; elsewhere each bar prints a line every ten seconds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self.terminal = self._rich.is_terminal
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,7 +108,7 @@ class Graphs:
             raise LateCompileError(f"graph {name!r} would be compiled after warm-up, for {_signature(args)}")
         options = {} if out_shardings is None else {"out_shardings": out_shardings}
 
-        def traced_fn(*args):
+        def traced_fn(*args: Any) -> Any:
             # Inside, because JAX's trace cache knows nothing of the context.
             with sharding_context(self.mesh, self.rules) if self.mesh is not None else contextlib.nullcontext():
                 return fn(*args)
@@ -127,7 +127,7 @@ class Graphs:
         """Warm-up is over: from now on ``compile`` only returns what it has."""
         self._frozen = True
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Graph]:
         return iter(self._graphs.values())
 
     def __len__(self) -> int:
@@ -143,7 +143,7 @@ class Graphs:
 
 
 @contextlib.contextmanager
-def no_compiles(what: str):
+def no_compiles(what: str) -> Iterator[None]:
     """Raises LateCompileError if anything at all, an eager operation included, was compiled inside."""
     with _Events() as events:
         yield
@@ -208,7 +208,7 @@ class _Events:
     _open: ClassVar[list[_Events]] = []
     _registered: ClassVar[bool] = False
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.compiles = self.hits = self.misses = 0
 
     def __enter__(self) -> _Events:
@@ -219,7 +219,7 @@ class _Events:
         _Events._open.append(self)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         _Events._open.remove(self)
 
     @staticmethod

@@ -59,7 +59,7 @@ class Live:
     def publish(self, params: Params) -> int:
         """The trainer's newest parameters; returns their version. Copies nothing."""
 
-        def swap():
+        def swap() -> int:
             self._lease = Lease(self._lease.version + 1, params)
             return self._lease.version
 
@@ -95,7 +95,7 @@ class Live:
                 return name
             raise ValueError(f"view {name!r} exists with another dtype or sharding: give this one another name")
 
-        def cast(params):
+        def cast(params: Params) -> dict[str, jax.Array]:
             return {key: array.astype(want[key][0]) for key, array in params.items()}
 
         out = {key: sharding for key, (_, sharding) in want.items()}

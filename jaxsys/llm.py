@@ -182,7 +182,15 @@ class LLM:
             request.versions,
         )
 
-    def _sampling(self, max_tokens, temperature, top_k, top_p, seed, stop) -> Sampling:
+    def _sampling(
+        self,
+        max_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int | None,
+        stop: Sequence[int] | None,
+    ) -> Sampling:
         ends = self.tokenizer.eos_ids if stop is None else stop
         return Sampling(max_tokens, temperature, top_k, top_p, seed, tuple(token_ids("sampling: stop", ends)))
 

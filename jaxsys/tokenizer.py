@@ -44,7 +44,8 @@ class Tokenizer:
         self.backend = backend
         self.bos_id, self.eos_ids, self.pad_id = bos_id, tuple(dict.fromkeys(eos_ids)), pad_id
         self.chat_template = chat_template
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        # Ids may have gaps, so that the number of tokens is less.
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         for what, token in (("bos", bos_id), ("pad", pad_id), *(("eos", token) for token in self.eos_ids)):
             if token is not None and backend.id_to_token(token) is None:
                 raise UserError(f"tokenizer: the {what} id {token} is not in the vocabulary of {self.vocab_size}")

@@ -53,7 +53,7 @@ class Stored:
     parts: tuple[Logical, ...]
     stacked: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         inner = self.shape[1:] if self.stacked else self.shape
         if (len(self.parts) != self.shape[0]) if self.stacked else (len(self.parts) != 1):
             raise ValueError(f"{self.key}: {len(self.parts)} parts in a stored array of shape {self.shape}")

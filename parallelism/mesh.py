@@ -52,7 +52,7 @@ class MeshSpec:
     tensor: int = 1
     slices: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             n = getattr(self, field.name)
             whole = isinstance(n, int) and not isinstance(n, bool)

@@ -77,6 +77,19 @@ def train_until(directory: Path, stop_after: int, *args: str) -> None:
         sys.exit(f"main job: the command above ended with exit code {process.returncode}")
 
 
+def make_anew(home: Path) -> None:
+    """Empties the directory of an earlier main job, or makes one; refuses what this script did not make."""
+    marker = home / ".main-job"
+    if marker.is_file():
+        shutil.rmtree(home)
+    elif home.exists() and (not home.is_dir() or any(home.iterdir())):
+        sys.exit(
+            f"main job: --run {home} is not an earlier main job and would be emptied: give a new or empty directory"
+        )
+    home.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
 class Stages:
     """Announces each stage and says what happened and how long it took."""
 
@@ -100,14 +113,19 @@ def size(path: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/main-job"), help="directory to work in (made anew)")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("runs/main-job"),
+        help="a new directory, or that of an earlier main job: emptied",
+    )
     parser.add_argument("--steps", type=int, default=16, help="training steps, half before the preemption")
     options = parser.parse_args()
     if options.steps < 4:
         parser.error(f"--steps {options.steps}: expected at least 4, half before the preemption and half after")
     begin, home = time.perf_counter(), options.run
     train, half = home / "train", options.steps // 2
-    shutil.rmtree(home, ignore_errors=True)
+    make_anew(home)
     stages = Stages(5)
 
     stages.start(f"load {MODEL} and complete a sentence")

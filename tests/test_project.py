@@ -11,11 +11,13 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("parallelism", "checkpoint", "pipelines", "jaxsys")
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMPILERS = {("jax", "jit"), ("jax", "pjit"), ("pjit", "pjit"), ("nnx", "jit"), ("jax", "pmap")}
 
@@ -38,8 +40,19 @@ def compiles(source: str) -> list[str]:
     return found
 
 
-def fenced_commands() -> list[str]:
-    return re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def attributes(names: set[str], *, called: bool = False) -> dict[str, set[str]]:
+    """The modules that mention an attribute of one of ``names``, or only those that call it, and which."""
+    found: dict[str, set[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            node = getattr(node, "func", None) if called else node
+            if isinstance(node, ast.Attribute) and node.attr in names:
+                found.setdefault(str(path.relative_to(ROOT)), set()).add(node.attr)
+    return found
+
+
+def fenced(language: str, page: Path = ROOT / "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def requirement_names(requirements: list[str]) -> set[str]:
@@ -76,6 +89,18 @@ def test_the_search_for_compiles_finds(source):
 def test_only_graphs_compiles():
     found = {str(path.relative_to(ROOT)): places for path in SOURCES if (places := compiles(path.read_text()))}
     assert set(found) == {"jaxsys/graphs.py"}, found
+
+
+def test_nothing_but_the_dispatcher_calls_a_compiled_program():
+    """It is given the program by ``Graph.__call__``; nobody else takes one out of a graph."""
+    assert attributes({"compiled"}) == {"jaxsys/graphs.py": {"compiled"}}
+    assert attributes({"compiled"}, called=True) == {}
+
+
+def test_where_arrays_are_put_on_a_mesh():
+    """Batches, what is loaded and what is restored; everything else is made by graphs."""
+    found = attributes({"device_put", *(name for name in dir(jax) if name.startswith("make_array_from"))})
+    assert set(found) == {"jaxsys/train/trainer.py", "parallelism/sharding.py", "checkpoint/reshard.py"}, found
 
 
 def test_import_contract():
@@ -118,7 +143,7 @@ def test_dependencies_are_what_the_packages_import():
 
 
 def test_first_two_commands_of_the_readme_are_one_line_each_and_name_files_that_exist():
-    first, second = (block.splitlines() for block in fenced_commands()[:2])
+    first, second = (block.splitlines() for block in fenced("sh")[:2])
     assert len(first) == len(second) == 1
     for word in shlex.split(first[0] + " " + second[0]):
         if word.startswith("scripts/"):
@@ -126,21 +151,36 @@ def test_first_two_commands_of_the_readme_are_one_line_each_and_name_files_that_
     assert first[0].endswith("scripts/main_job.py") and second[0].endswith("-m pytest")
 
 
-def test_every_jaxsys_command_in_the_readme_parses(monkeypatch):
-    from jaxsys.cli import generate, graphs, main, reshard, train
+def test_every_jaxsys_command_in_the_documentation_parses():
+    from jaxsys import configuration
+    from jaxsys.cli.main import COMMANDS, parse
+    from jaxsys.train import recipes
 
-    ran = []
-    for args in (generate.GenerateArgs, graphs.GraphsArgs, reshard.ReshardArgs, train.TrainArgs):
-        monkeypatch.setattr(args, "run", lambda self: ran.append(self) or 0)
-    lines = [line for block in fenced_commands() for line in block.splitlines() if line.startswith("jaxsys ")]
-    assert len(lines) >= 4
-    for line in lines:
-        assert main.main(shlex.split(line)[1:]) == 0
-    assert len(ran) == len(lines)
+    lines = [line for page in PAGES for block in fenced("sh", page) for line in block.splitlines()]
+    commands = [parse(shlex.split(line)[1:]) for line in lines if line.startswith("jaxsys ")]
+    assert {type(command) for command in commands} == set(COMMANDS.values())
+    for command in commands:
+        if isinstance(command, COMMANDS["train"]):
+            configuration.override(recipes.find(command.config), command.set)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_scripts_named_in_the_documentation_exist(page):
+    for script in re.findall(r"\bpython3? (\S+\.py)", page.read_text()):
+        assert (ROOT / script).is_file(), script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_in_the_documentation_parses_and_imports_what_exists(page):
+    for block in fenced("python", page):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(str(node.module))
+                assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
 
 
 def test_links_of_the_documentation_lead_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 

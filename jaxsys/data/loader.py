@@ -27,7 +27,8 @@ class Loader:
     batch_size (B), seq_len (T): rows a global batch, tokens a row.
     seed: decides the order of the documents, anew each epoch.
     split: "train" or "heldout". Documents fall into one by a hash of their text, so that equal texts are on the same
-    side and the split depends on nothing else; heldout_fraction is the expected share of documents held out.
+    side and the split depends on nothing else; heldout is the expected share of documents held out. Where that would
+    leave a split without documents, as with a single one, the last heldout of each document's tokens are held out.
 
     An epoch of "train" leaves out the rows that do not fill a batch (others each time); an epoch of "heldout" has
     every row once and fills the last batch with padding (segment 0), so that it measures all of the split.
@@ -42,29 +43,37 @@ class Loader:
         seq_len: int,
         seed: int = 0,
         split: Split = "train",
-        heldout_fraction: float = 0.05,
+        heldout: float = 0.05,
     ):
         if batch_size < 1 or seq_len < 1:
             raise UserError(f"data: batch_size {batch_size} and seq_len {seq_len} must be at least 1")
         if split not in ("train", "heldout"):
             raise UserError(f"data: split {split!r} is not one of train, heldout")
-        if not 0 <= heldout_fraction < 1:
-            raise UserError(f"data: heldout_fraction {heldout_fraction} is not in [0, 1)")
+        if not 0 <= heldout < 1:
+            raise UserError(f"data: heldout {heldout} is not in [0, 1)")
         self.dataset, self.batch_size, self.seq_len = dataset, batch_size, seq_len
         self.seed, self.split = seed, split
-        held = dataset.hashes < np.uint64(int(heldout_fraction * 2**64))
-        self._members = np.flatnonzero(held if split == "heldout" else ~held)
-        self._lengths = np.diff(dataset.offsets)[self._members]
+        lengths = np.diff(dataset.offsets)
+        # Each document is cut in two: [0, cut) for training, [cut, length) held out.
+        held = dataset.hashes < np.uint64(int(heldout * 2**64))
+        whole = heldout == 0 or (held.any() and not held.all())
+        cut = np.where(held, 0, lengths) if whole else lengths - np.ceil(lengths * heldout).astype(np.int64)
+        self._begin: np.ndarray = cut if split == "heldout" else np.zeros_like(cut)
+        self._end: np.ndarray = lengths if split == "heldout" else cut
+        self._members = np.flatnonzero(self._begin < self._end)
+        self._lengths = (self._end - self._begin)[self._members]
         self.tokens = int(self._lengths.sum())
         self.rows_per_epoch = -(-self.tokens // seq_len)
         full, rest = divmod(self.rows_per_epoch, batch_size)
         self.steps_per_epoch = full + bool(rest) if split == "heldout" else full
         if self.steps_per_epoch == 0:
+            found = f"data {dataset.source!r}: {split} has {len(self._members)} of {dataset.documents} documents"
+            if heldout == 0 and split == "heldout":
+                raise UserError(f"{found}: data.heldout is 0; give a share above 0, or do without evaluation")
+            works = f", or a data.batch_size of at most {self.rows_per_epoch}" if self.tokens else ""
             raise UserError(
-                f"data {dataset.source!r}: {split} has {len(self._members)} of {dataset.documents} documents, "
-                f"{self.tokens} tokens, but one batch of {batch_size} rows of {seq_len} takes "
-                f"{batch_size * seq_len}; give more text, a smaller batch, or another heldout_fraction "
-                f"(now {heldout_fraction})"
+                f"{found}, {self.tokens} tokens, but one batch of data.batch_size={batch_size} rows of "
+                f"data.seq_len={seq_len} takes {batch_size * seq_len}; give more text{works}"
             )
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -77,7 +86,7 @@ class Loader:
         if stride != 1:
             raise ValueError(f"rows {rows} must be contiguous")
         order, _, first, start = self._window(step, low)
-        documents = (self.dataset.document(int(i)) for i in order[first:])
+        documents = (self.dataset.document(int(i))[self._begin[i] : self._end[i]] for i in order[first:])
         return pack(documents, self.seq_len, start, max(high - low, 0))
 
     def identity(self, step: int, rows: slice = slice(None)) -> str:

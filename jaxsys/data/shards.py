@@ -11,8 +11,10 @@ A dataset directory holds
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,18 +30,22 @@ from jaxsys.data.sources import Document, Documents
 from jaxsys.tokenizer import Tokenizer
 from parallelism.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1
 SHARD_BYTES = 2**30
 
 # Text handed to the tokenizer at once, in characters: enough to keep all cores busy.
 _BATCH_CHARACTERS = 2**20
 
+_REDO = "build_dataset makes it again"
+
 # (bytes of text done, bytes of text in all, tokens written)
 Progress = Callable[[int, int, int], None]
 
 
 class Dataset:
-    """A dataset directory, opened.
+    """A dataset directory, opened: every file is read once and compared with its digest.
 
     tokens, documents: how many. offsets, hashes: as in the directory. fingerprint: digest of all contents.
     Raises UserError naming the file that is missing, truncated or damaged.
@@ -50,9 +56,7 @@ class Dataset:
         try:
             self.index: dict[str, Any] = json.loads((self.path / "index.json").read_bytes())
             if self.index["format"] != FORMAT:
-                raise UserError(
-                    f"{self.path}: dataset format {self.index['format']} found, {FORMAT} expected; {self._redo}"
-                )
+                raise UserError(f"{self.path}: dataset format {self.index['format']} found, {FORMAT} expected; {_REDO}")
             files, shards = self.index["files"], self.index["shards"]
             self.source: str = self.index["source"]
             self.documents: int = self.index["documents"]
@@ -63,13 +67,10 @@ class Dataset:
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path / 'index.json'}: damaged dataset index; {self._redo}") from error
+            raise UserError(f"{self.path / 'index.json'}: damaged dataset index; {_REDO}") from error
         for name, entry in files.items():
-            file = self.path / name
-            found = file.stat().st_size if file.is_file() else None
-            if found != entry["bytes"]:
-                what = "is missing" if found is None else f"has {found} bytes, {entry['bytes']} expected"
-                raise UserError(f"{file}: dataset file {what}; {self._redo}")
+            if damage := _damage(self.path / name, entry):
+                raise UserError(f"{self.path / name}: dataset file {damage}; {_REDO}")
         self.offsets: np.ndarray = np.load(self.path / "offsets.npy", mmap_mode="r")
         self.hashes: np.ndarray = np.load(self.path / "hashes.npy", mmap_mode="r")
         # numpy maps no empty file; a shard has at least one document, which may have no tokens.
@@ -78,10 +79,6 @@ class Dataset:
         ]
         self._ends = np.cumsum([s["documents"] for s in shards])
         self.fingerprint = xxhash.xxh3_128_hexdigest("".join(f["digest"] for f in files.values()).encode())
-
-    @property
-    def _redo(self) -> str:
-        return f"remove {self.path} to have it made again"
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -93,12 +90,6 @@ class Dataset:
         first = int(self._ends[shard - 1]) if shard else 0
         base = int(self.offsets[first])
         return self._shards[shard][int(self.offsets[i]) - base : int(self.offsets[i + 1]) - base]
-
-    def verify(self) -> None:
-        """Read every file and compare digests. Raises UserError naming the first that differs."""
-        for name, entry in self.index["files"].items():
-            if _digest(self.path / name) != entry["digest"]:
-                raise UserError(f"{self.path / name}: dataset file is damaged (its digest differs); {self._redo}")
 
 
 def build_dataset(
@@ -112,7 +103,8 @@ def build_dataset(
 
     It is reused when the source's files (names, sizes, times), the tokenizer and the limit are the same. Each
     document is encoded as the tokenizer begins texts (with its bos token or not) and ends with its eos token, if it
-    has one. The directory appears under its name only when complete; an error or an interrupt leaves nothing.
+    has one. The directory appears under its name only when complete; an error or an interrupt leaves nothing. One that
+    is damaged is made again, with a warning that names the file.
 
     Raises UserError for a source without documents, as ``documents`` does, and when the disk refuses.
     """
@@ -120,10 +112,17 @@ def build_dataset(
     key = xxhash.xxh3_64_hexdigest(f"{FORMAT} {documents.fingerprint} {tokenizer.fingerprint} {shard_bytes}".encode())
     slug = re.sub(r"[^A-Za-z0-9]+", "-", documents.spec)[-40:].strip("-")
     final = cache_dir / f"{slug}-{key}"
-    if final.is_dir():
-        return Dataset(final)
     temporary = cache_dir / f".{final.name}.{uuid.uuid4().hex[:8]}"
+    damaged = temporary.with_suffix(".damaged")
     try:
+        if final.is_dir():
+            try:
+                return Dataset(final)
+            except UserError as error:
+                logger.warning("%s", error)
+            # Aside in one step: another process may have it open, or be doing the same.
+            with contextlib.suppress(FileNotFoundError):
+                final.rename(damaged)
         temporary.mkdir(parents=True)
         _write(temporary, documents, tokenizer, progress, shard_bytes)
         try:
@@ -136,6 +135,7 @@ def build_dataset(
         raise UserError(f"{cache_dir}: cannot write the dataset ({error.strerror})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
     return Dataset(final)
 
 
@@ -206,6 +206,15 @@ def _batches(documents: Documents) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _damage(path: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file of which the index says ``entry``."""
+    if not path.is_file():
+        return "is missing"
+    if (found := path.stat().st_size) != entry["bytes"]:
+        return f"has {found} bytes, {entry['bytes']} expected"
+    return None if _digest(path) == entry["digest"] else "is damaged (its digest differs)"
 
 
 def _digest(path: Path) -> str:

@@ -23,7 +23,7 @@ class Llama3Scaling:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_position")
         if self.high_freq_factor <= self.low_freq_factor:
             raise BadValue(
@@ -66,7 +66,7 @@ class ModelConfig:
     norm_offset: float = 0.0
     embed_scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         from jaxsys.models.families import FAMILIES  # the families make configurations: they import this module
 
         expect(self, " or ".join(FAMILIES), lambda name: name in FAMILIES, "family")

@@ -7,7 +7,7 @@ is a matter of keys: a fused step updates all of them, a split one some.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
 
 Params = Mapping[str, jax.Array]
+# Which of the parameters, by key, get weight decay.
+Mask = Callable[[Params], dict[str, bool]]
 
 
 def _expect_decay(optimizer: object, *names: str) -> None:
@@ -36,12 +38,12 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _expect_decay(self, "b1", "b2")
         expect_positive(self, "eps")
         expect_at_least(self, 0, "weight_decay")
 
-    def transformations(self, decayed) -> list[optax.GradientTransformation]:
+    def transformations(self, decayed: Mask) -> list[optax.GradientTransformation]:
         adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
         return [adam, optax.add_decayed_weights(self.weight_decay, mask=decayed)]
 
@@ -54,13 +56,13 @@ class SGD:
     nesterov: bool = False
     weight_decay: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _expect_decay(self, "momentum")
         expect_at_least(self, 0, "weight_decay")
         if self.nesterov and not self.momentum:
             raise BadValue("nesterov", True, "false where momentum is 0")
 
-    def transformations(self, decayed) -> list[optax.GradientTransformation]:
+    def transformations(self, decayed: Mask) -> list[optax.GradientTransformation]:
         trace = [optax.trace(self.momentum, self.nesterov)] if self.momentum else []
         return [*trace, optax.add_decayed_weights(self.weight_decay, mask=decayed)]
 
@@ -75,12 +77,12 @@ class Adafactor:
     min_factored: int = 128
     weight_decay: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect_positive(self, "decay_rate", "eps", "clipping_threshold")
         expect_at_least(self, 1, "min_factored")
         expect_at_least(self, 0, "weight_decay")
 
-    def transformations(self, decayed) -> list[optax.GradientTransformation]:
+    def transformations(self, decayed: Mask) -> list[optax.GradientTransformation]:
         return [
             optax.scale_by_factored_rms(
                 decay_rate=self.decay_rate, epsilon=self.eps, min_dim_size_to_factor=self.min_factored
@@ -103,7 +105,7 @@ class OptimConfig:
     learning_rate: float = 3e-4
     clip_norm: float | None = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect_at_least(self, 0, "learning_rate")
         expect_positive(self, "clip_norm")
 

@@ -16,7 +16,7 @@ class Constant:
 
     warmup_steps: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect_at_least(self, 0, "warmup_steps")
 
     def factor(self, step: jax.Array, steps: int) -> jax.Array:
@@ -30,7 +30,7 @@ class Cosine:
     warmup_steps: int = 0
     final: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect_at_least(self, 0, "warmup_steps")
         _expect_share(self, "final")
 
@@ -47,7 +47,7 @@ class WSD:
     decay: float = 0.2
     final: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect_at_least(self, 0, "warmup_steps")
         _expect_share(self, "decay", "final")
 

@@ -48,7 +48,7 @@ class EngineConfig:
     numerics: Numerics = "fast"
     sizes: tuple[Size, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("max_context", "kv_bytes", "page_size", "max_steps"):
             if name != "max_context" or self.max_context is not None:
                 whole(name, getattr(self, name), 1)

@@ -37,7 +37,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         whole("sampling: max_tokens", self.max_tokens, 0, 2**31 - 1)
         whole("sampling: top_k", self.top_k, 0, 2**31 - 1)
         if self.seed is not None:

@@ -28,7 +28,7 @@ class Size:
     sequences: int
     queries: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.sequences <= self.rows or self.queries < 1 or self.rows % self.queries:
             raise ValueError(f"{self}: expected rows >= sequences >= 1 and queries that divide the rows")
 

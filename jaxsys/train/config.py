@@ -28,7 +28,7 @@ class DataConfig:
     tokenizer: str | None = None
     limit: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect_at_least(self, 1, "batch_size", "seq_len")
         expect_at_least(self, 1, "limit")
         expect_text(self, "source", "tokenizer")
@@ -48,7 +48,7 @@ class CheckpointConfig:
     ram: str | None = None
     ram_every: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect_at_least(self, 1, "every", "keep", "ram_every")
         expect_text(self, "ram")
 
@@ -68,7 +68,7 @@ class SampleConfig:
     temperature: float = 0.0
     chat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect_at_least(self, 0, "every", "temperature")
         expect_at_least(self, 1, "max_tokens")
 
@@ -112,7 +112,7 @@ class TrainConfig:
     target: str | None = None
     profile: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect_text(self, "run", "init_from")
         expect_at_least(self, 1, "steps", "accumulate", "update_groups", "log_every")
         expect_at_least(self, 0, "seed", "eval_every", "eval_batches")

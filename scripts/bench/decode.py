@@ -52,12 +52,17 @@ def torch_decode(directory: Path, dtype: str, prompt: list[int], tokens: int) ->
 
 def main() -> None:
     from measure import interleaved, machine, serve, table
+    from models import MODELS, write_random
 
     from jaxsys.console import Console
     from jaxsys.export import to_hugging_face
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument(
+        "--model",
+        default="smollm2-135m-instruct",
+        help=f"as jaxsys.load takes it; random weights: {', '.join(MODELS)}",
+    )
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens that are timed")
     parser.add_argument("--rounds", type=int, default=5)
@@ -66,13 +71,17 @@ def main() -> None:
     if options.worker:
         engine, dtype = options.worker.split()
         prompt = [1 + i % 1000 for i in range(options.prompt)]
-        if engine == "jaxsys":
-            serve(jaxsys_decode(options.model, dtype, prompt, options.tokens))
-            return
         with tempfile.TemporaryDirectory() as directory:
-            weights = Path(directory) / "hf"
-            to_hugging_face(options.model, weights, None, Console())
-            run = torch_decode(weights, dtype, prompt, options.tokens)
+            model, weights = options.model, Path(directory) / "hf"
+            if model in MODELS:
+                write_random(MODELS[model], weights)
+                model = str(weights)
+            elif engine == "transformers":
+                to_hugging_face(model, weights, None, Console())
+            if engine == "jaxsys":
+                run = jaxsys_decode(model, dtype, prompt, options.tokens)
+            else:
+                run = torch_decode(weights, dtype, prompt, options.tokens)
         serve(run)
         return
     names = [f"{engine} {dtype}" for dtype in ("float32", "bfloat16") for engine in ("transformers", "jaxsys")]

@@ -33,7 +33,11 @@ class Worker:
 
     def __init__(self, name: str, command: Sequence[str]):
         self._name = name
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # Workers live at once, and JAX would take most of an accelerator's memory for the first.
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def measure(self) -> float | None:
         """The next rate, or None if the worker said that it has nothing to measure with (torch is missing)."""

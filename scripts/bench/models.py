@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
 from jaxsys.models.config import ModelConfig
+from jaxsys.models.pretrained import export_hf
+from jaxsys.models.state import build
+from jaxsys.tokenizer import Tokenizer
 
 MODELS = {
     "llama-25m": ModelConfig(
@@ -32,6 +40,20 @@ MODELS = {
         tie_embeddings=True,
     ),
 }
+
+
+def write_random(config: ModelConfig, directory: Path) -> None:
+    """A Hugging Face directory with random weights, the same each time, and a tokenizer of bytes."""
+    random = np.random.default_rng(0)
+    logical = build(config, dtype="float32", storage="listed").layout.logical
+    arrays = (
+        (name, np.ones(a.shape, np.float32) if "norm" in a.axes else random.normal(0, 0.02, a.shape).astype(np.float32))
+        for name, a in logical.items()
+    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    export_hf(directory, config, arrays, dtype="float32", token_ids={}, save_tokenizer=Tokenizer(backend).save)
 
 
 def torch_model(config: ModelConfig, seed: int = 0) -> Any:

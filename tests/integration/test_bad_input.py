@@ -57,7 +57,7 @@ SETTINGS = {
     "a batch that does not divide by accumulate": (["accumulate=3"], ["data.batch_size 4", "accumulate=3"]),
     "a folder without text": (["data.source=EMPTY"], ["EMPTY", "holds no .txt"]),
     "an empty file": (["data.source=EMPTY/*.dat"], ["empty.dat", "no text in it"]),
-    "too little text for a batch": (["data.batch_size=4096"], ["one batch of 4096 rows", "smaller batch"]),
+    "too little text for a batch": (["data.batch_size=4096"], ["data.batch_size=4096 rows", "a data.batch_size of"]),
     "a missing source": (["data.source=/no/text"], ["/no/text", "no such file"]),
     "a missing tokenizer": (["data.tokenizer=/no/tokenizer"], ["/no/tokenizer"]),
     "a row longer than the context": (["data.seq_len=128"], ["data.seq_len 128", "context of 64"]),

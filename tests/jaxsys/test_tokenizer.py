@@ -8,8 +8,10 @@ import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from checkpoint.formats.gguf import GGUFFile
 from jaxsys.tokenizer import Tokenizer
@@ -62,6 +64,13 @@ GOLDEN = [
 def test_smollm2_encodes_as_the_goldens(text, ids):
     assert smollm2().encode(text) == ids
     assert smollm2().decode(ids) == text
+
+
+def test_the_vocabulary_reaches_to_the_highest_id():
+    """What holds ids, a dataset or an embedding, is sized by it; ids may have gaps."""
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 70_000}, []))
+    backend.decoder = decoders.ByteLevel()
+    assert Tokenizer(backend).vocab_size == 70_001
 
 
 @needs_smollm2

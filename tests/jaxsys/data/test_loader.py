@@ -1,5 +1,6 @@
 """The loader: purity, coverage, splits, and its errors."""
 
+import re
 import threading
 
 import numpy as np
@@ -21,7 +22,7 @@ def dataset(tmp_path_factory):
 
 
 def make(dataset, **changes):
-    return Loader(dataset, **({"batch_size": 8, "seq_len": 16, "seed": 3, "heldout_fraction": 0.3} | changes))
+    return Loader(dataset, **({"batch_size": 8, "seq_len": 16, "seed": 3, "heldout": 0.3} | changes))
 
 
 def same(a, b):
@@ -105,10 +106,24 @@ def test_equal_texts_fall_on_one_side(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text(f"text {i // 2}")
     dataset = build_dataset(documents(str(tmp_path)), byte_tokenizer(), tmp_path / "cache")
-    loaders = [Loader(dataset, 1, 4, split=split, heldout_fraction=0.5) for split in ("train", "heldout")]
+    loaders = [Loader(dataset, 1, 4, split=split, heldout=0.5) for split in ("train", "heldout")]
     one, two = (set(epoch_documents(loader, 0)[0]) for loader in loaders)
     assert len(two) > 1
     assert not one & two
+
+
+@pytest.mark.parametrize("texts", [["one long text " * 40], ["equal " * 30] * 2], ids=["one document", "equal ones"])
+@pytest.mark.parametrize("heldout", [0.05, 0.7])
+def test_too_few_documents_to_hold_out_whole_ones_are_cut(tmp_path, texts, heldout):
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    dataset = build_dataset(documents(str(tmp_path)), byte_tokenizer(), tmp_path / "cache")
+    train, held = (Loader(dataset, 1, 16, split=split, heldout=heldout) for split in ("train", "heldout"))
+    assert held.tokens / dataset.tokens == pytest.approx(heldout, abs=0.01)
+    assert train.tokens + held.tokens == dataset.tokens
+    begins, rest = epoch_documents(train, 0)
+    for begin, end in zip([*begins, *([tuple(rest)] if rest else [])], epoch_documents(held, 0)[0], strict=True):
+        assert begin + end == tuple(dataset.document(0).tolist())
 
 
 def test_the_order_is_pinned(dataset):
@@ -130,19 +145,30 @@ def test_identity_names_epoch_rows_and_documents(dataset):
     assert byte_tokenizer().decode(second) + ".txt" in text
 
 
-def test_too_little_text_for_a_batch_says_what_to_do(dataset):
-    with pytest.raises(UserError, match=r"train has \d+ of 60 documents, \d+ tokens.*takes 160000; give more text"):
+def test_too_little_text_for_a_batch_says_what_works(dataset):
+    with pytest.raises(
+        UserError, match=r"train has \d+ of 60 documents, \d+ tokens.* data.seq_len=160 takes 160000; give"
+    ) as caught:
         make(dataset, batch_size=1000, seq_len=160)
+    works = int(re.search(r"data.batch_size of at most (\d+)$", str(caught.value)).group(1))
+    assert make(dataset, batch_size=works, seq_len=160).steps_per_epoch == 1
 
 
 def test_an_empty_split_is_an_error(dataset):
-    with pytest.raises(UserError, match="heldout has 0 of 60 documents"):
-        make(dataset, split="heldout", heldout_fraction=0.0)
+    with pytest.raises(UserError, match=r"heldout has 0 of 60 documents: data\.heldout is 0; give a share above 0"):
+        make(dataset, split="heldout", heldout=0.0)
+
+
+def test_a_text_of_one_token_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    dataset = build_dataset(documents(str(tmp_path)), byte_tokenizer(eos=False), tmp_path / "cache")
+    with pytest.raises(UserError, match=r"train has 0 of 1 documents, 0 tokens.*; give more text$"):
+        Loader(dataset, 1, 1)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"batch_size": 0}, {"seq_len": 0}, {"split": "test"}, {"heldout_fraction": 1.0}, {"heldout_fraction": -1}],
+    [{"batch_size": 0}, {"seq_len": 0}, {"split": "test"}, {"heldout": 1.0}, {"heldout": -1}],
 )
 def test_arguments_out_of_range_are_named(dataset, changes):
     with pytest.raises(UserError, match=next(iter(changes))):
