@@ -84,7 +84,7 @@ class Launcher:
         scale, _ = self._finish.outputs
 
         # What all groups share is no group's to donate.
-        def update(params, own, shared, grads, scale, step):
+        def update(params: Any, own: Any, shared: Any, grads: Any, scale: Any, step: Any) -> Any:
             return f.update(params, {**own, **shared}, grads, scale, step)
 
         self._updates = []
