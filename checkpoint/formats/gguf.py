@@ -101,7 +101,9 @@ class GGUFFile:
                 f"{', '.join(SUPPORTED_TYPES)}; convert the file to one of these"
             )
         raw = np.frombuffer(self._map, np.uint8, info.nbytes, info.start)
-        rows = raw.reshape(math.prod(info.shape[:-1]), -1) if raw.size else raw
+        if not raw.size:
+            return np.zeros(info.shape, dtype)
+        rows = raw.reshape(math.prod(info.shape[:-1]), -1)
         return dequantize(rows, GGMLQuantizationType[info.type]).reshape(info.shape).astype(dtype)
 
 
