@@ -62,12 +62,21 @@ class Block:
 def balanced_order(length: int, n: int) -> np.ndarray:
     """Which token of a row of ``length`` lies at each place, for ``n`` equal pieces: int64 [length].
 
-    Cut into 2n chunks, piece i is chunk i and chunk 2n - 1 - i. Raises ValueError unless 2n divides the length.
+    Cut into 2n chunks, piece i is chunk i and chunk 2n - 1 - i. Raises UserError unless 4n divides the length (a
+    chunk must halve for ``token_ring``).
     """
-    if length % (2 * n):
-        raise ValueError(f"a row of {length} tokens does not divide into two chunks for each of {n} pieces")
+    if length % (4 * n):
+        raise UserError(
+            f"rows of {length} tokens on {AXIS}={n}: the length must be a multiple of {4 * n}: change it or the mesh"
+        )
     chunks = np.arange(length).reshape(2 * n, -1)
     return np.concatenate([chunks[[i, 2 * n - 1 - i]].ravel() for i in range(n)])
+
+
+def pieces() -> int:
+    """How many pieces the active context's mesh splits a row into; 1 without a context."""
+    context = current()
+    return 1 if context is None else context.mesh.shape[AXIS]
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, block: Block, method: Method) -> jax.Array:
@@ -344,19 +353,19 @@ def _keys_to_tokens(x: jax.Array, K: int, copies: int) -> jax.Array:
 
 
 def _exchange_forward(block, n, q, k, v, tokens):
-    K, G = q.shape[2:4]
+    size, K, G = q.shape[1] // 2, *q.shape[2:4]
     everyone = _gathered(tokens)
     keys = (_to_heads(k, n, G), _to_heads(v, n, G), everyone)
     queries = _queries_to_heads(q, n)
-    out, normaliser = _visit(block, q.shape[1] // 2, _nothing(queries), queries, everyone, *keys)
+    out, normaliser = _visit(block, size, _nothing(queries), queries, everyone, *keys)
     return _queries_to_tokens(out, K, G), _queries_to_tokens(normaliser, K, G)
 
 
 def _exchange_backward(block, n, q, k, v, tokens, normaliser, delta, g):
-    K, G = q.shape[2:4]
+    size, K, G = q.shape[1] // 2, *q.shape[2:4]
     copies, _ = _regrouped(n, K, G)
     everyone = _gathered(tokens)
     queries = (_queries_to_heads(q, n), everyone, *(_queries_to_heads(a, n) for a in (normaliser, delta, g)))
     keys = (_to_heads(k, n, G), _to_heads(v, n, G), everyone)
-    dq, dk, dv = _visit_gradients(block, q.shape[1] // 2, *queries, *keys)
+    dq, dk, dv = _visit_gradients(block, size, *queries, *keys)
     return _queries_to_tokens(dq, K, G), _keys_to_tokens(dk, K, copies), _keys_to_tokens(dv, K, copies)

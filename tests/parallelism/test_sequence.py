@@ -118,7 +118,7 @@ def test_each_piece_has_an_equal_share_of_the_triangle():
 
 
 def test_a_row_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="30 tokens"):
+    with pytest.raises(UserError, match=r"rows of 30 tokens on context=4: .* multiple of 16"):
         balanced_order(30, 4)
 
 
