@@ -37,6 +37,9 @@ AXIS = "context"
 Method = Literal["all_gather", "ring", "token_ring", "all_to_all"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+BLOCK = 1024
+"""Tokens of a chunk at most: what bounds the scores that are alive at once."""
+
 Tokens = Any
 """What tells tokens apart: a tree of [B, T] arrays, such as their documents and positions."""
 
@@ -121,15 +124,17 @@ def _local(q, k, v, tokens, *, block: Block, method: Method, n: int):
 
     @jax.custom_vjp
     def attend(q, k, v, tokens):
-        return forward(block, n, q, k, v, tokens)[0].astype(q.dtype)
+        return attend_forward(q, k, v, tokens)[0]
 
     def attend_forward(q, k, v, tokens):
+        # Without this bond JAX sees that masks are the same in every layer, and keeps those of all pairs of chunks.
+        q, tokens = lax.optimization_barrier((q, tokens))
         out, normaliser = forward(block, n, q, k, v, tokens)
         return out.astype(q.dtype), (q, k, v, tokens, out, normaliser)
 
     def attend_backward(saved, g):
         q, k, v, tokens, out, normaliser = saved
-        g = g.astype(out.dtype)
+        g, tokens = lax.optimization_barrier((g.astype(out.dtype), tokens))
         dq, dk, dv = backward(block, n, q, k, v, tokens, normaliser, (g * out).sum(-1), g)
         zero = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), tokens)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), zero
@@ -149,6 +154,11 @@ def _chunks(x: jax.Array, size: int) -> jax.Array:
 def _whole(chunks: jax.Array) -> jax.Array:
     """The inverse of ``_chunks``."""
     return jnp.moveaxis(chunks, 0, 1).reshape(chunks.shape[1], -1, *chunks.shape[3:])
+
+
+def _size(tokens: int) -> int:
+    """The size of the chunks in which a run of ``tokens`` is gone through."""
+    return next(n for n in range(min(tokens, BLOCK), 0, -1) if tokens % n == 0)
 
 
 def _split(tree: Any, size: int) -> Any:
@@ -224,12 +234,12 @@ def _gathered(tree: Any) -> Any:
 
 
 def _gather_forward(block, n, q, k, v, tokens):
-    return _visit(block, q.shape[1] // 2, _nothing(q), q, tokens, *_gathered((k, v, tokens)))
+    return _visit(block, _size(q.shape[1] // 2), _nothing(q), q, tokens, *_gathered((k, v, tokens)))
 
 
 def _gather_backward(block, n, q, k, v, tokens, normaliser, delta, g):
     everything = _gathered((k, v, tokens))
-    dq, dk, dv = _visit_gradients(block, q.shape[1] // 2, q, tokens, normaliser, delta, g, *everything)
+    dq, dk, dv = _visit_gradients(block, _size(q.shape[1] // 2), q, tokens, normaliser, delta, g, *everything)
     dk, dv = (lax.psum_scatter(d, AXIS, scatter_dimension=1, tiled=True) for d in (dk, dv))
     return dq, dk, dv
 
@@ -244,7 +254,7 @@ def _send(tree: Any, n: int, step: int = 1) -> Any:
 
 
 def _ring_forward(block, n, q, k, v, tokens):
-    size = q.shape[1] // 2
+    size = _size(q.shape[1] // 2)
 
     def step(carry, _):
         keys, state = carry
@@ -256,7 +266,7 @@ def _ring_forward(block, n, q, k, v, tokens):
 
 
 def _ring_backward(block, n, q, k, v, tokens, normaliser, delta, g):
-    size = q.shape[1] // 2
+    size = _size(q.shape[1] // 2)
 
     def step(carry, _):
         keys, sums, dq = carry
@@ -284,7 +294,7 @@ def _token_ring_forward(block, n, q, k, v, tokens):
     def step(carry, _):
         def visited(half):
             q, q_tokens, state = half
-            return q, q_tokens, _visit(block, q.shape[1] // 2, state, q, q_tokens, k, v, tokens)
+            return q, q_tokens, _visit(block, _size(q.shape[1] // 2), state, q, q_tokens, k, v, tokens)
 
         there, back = (visited(half) for half in carry)
         return (_send(there, n), _send(back, n, -1)), None
@@ -299,7 +309,7 @@ def _token_ring_backward(block, n, q, k, v, tokens, normaliser, delta, g):
 
         def visited(half):
             queries, dq = half
-            more, *own = _visit_gradients(block, queries[0].shape[1] // 2, *queries, k, v, tokens)
+            more, *own = _visit_gradients(block, _size(queries[0].shape[1] // 2), *queries, k, v, tokens)
             return (queries, dq + more), tuple(own)
 
         (there, first), (back, second) = (visited(half) for half in halves)
@@ -353,7 +363,7 @@ def _keys_to_tokens(x: jax.Array, K: int, copies: int) -> jax.Array:
 
 
 def _exchange_forward(block, n, q, k, v, tokens):
-    size, K, G = q.shape[1] // 2, *q.shape[2:4]
+    size, K, G = _size(q.shape[1] // 2), *q.shape[2:4]
     everyone = _gathered(tokens)
     keys = (_to_heads(k, n, G), _to_heads(v, n, G), everyone)
     queries = _queries_to_heads(q, n)
@@ -362,7 +372,7 @@ def _exchange_forward(block, n, q, k, v, tokens):
 
 
 def _exchange_backward(block, n, q, k, v, tokens, normaliser, delta, g):
-    size, K, G = q.shape[1] // 2, *q.shape[2:4]
+    size, K, G = _size(q.shape[1] // 2), *q.shape[2:4]
     copies, _ = _regrouped(n, K, G)
     everyone = _gathered(tokens)
     queries = (_queries_to_heads(q, n), everyone, *(_queries_to_heads(a, n) for a in (normaliser, delta, g)))

@@ -1,99 +1,73 @@
-"""``jaxsys train | generate | reshard | graphs``: what a user cannot mend keeps its traceback, the rest is one line."""
+"""The ``jaxsys`` program: what a user can mend is one line and an exit code, the rest keeps its traceback.
+
+Nothing heavy is imported before ``main`` runs: an interrupt meanwhile ends like any other.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import io
-import operator
+import errno
 import os
-import re
 import signal
 import sys
-from typing import Annotated, Any
+import traceback
 
-import tyro
-
-from jaxsys.cli.generate import GenerateArgs
-from jaxsys.cli.graphs import GraphsArgs
-from jaxsys.cli.reshard import ReshardArgs
-from jaxsys.cli.train import TrainArgs
 from jaxsys.hugepages import restart_with_huge_pages
-from parallelism.errors import UserError, unknown_name
-
-COMMANDS: dict[str, Any] = {
-    "train": TrainArgs,
-    "generate": GenerateArgs,
-    "reshard": ReshardArgs,
-    "graphs": GraphsArgs,
-}
-Command: Any = functools.reduce(
-    operator.or_, [Annotated[args, tyro.conf.subcommand(name)] for name, args in COMMANDS.items()]
-)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     try:
-        return parse(sys.argv[1:] if argv is None else argv).run()
-    except UserError as error:
-        print(f"jaxsys: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read our output has gone: not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(
-            f"jaxsys: {error.filename}: {error.strerror}; check the path, its permissions and the disk", file=sys.stderr
-        )
-        return 2
+        from jaxsys.cli.command_line import parse
+
+        code = parse(sys.argv[1:] if argv is None else argv).run()
+        sys.stdout.flush()  # here, where a full disk can still be told
+        return code
     except KeyboardInterrupt:
         print("jaxsys: interrupted", file=sys.stderr)
         return 130
-
-
-def parse(argv: list[str]) -> Any:
-    """The command of a command line. Raises UserError, in one line, for what tyro explains in a box of many."""
-    _check_names(argv)
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Command, prog="jaxsys", args=argv, config=(tyro.conf.OmitArgPrefixes,))
-    except SystemExit as end:
-        if not end.code:
+    except BrokenPipeError:  # whoever read our output has gone: not an error of ours
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
             raise
-    title, *body = [
-        line for line in (re.sub(r"[^\x00-\x7f]+", " ", line).strip() for line in box.getvalue().splitlines()) if line
-    ]
-    what = f"{title}: {' '.join(body)}"
-    what = re.split(r" (?:Argument helptext|For full helptext)", what)[0]
-    command = argv[0] + " " if argv and argv[0] in COMMANDS else ""
-    raise UserError(f"{what.rstrip('. ')}; see jaxsys {command}--help")
+        print(f"jaxsys: {reason}", file=sys.stderr)
+        return 2
 
 
-def _check_names(argv: list[str]) -> None:
-    """Says what a command or an option that does not exist was meant to be."""
-    if not argv or argv[0].startswith("-"):
-        return
-    if argv[0] not in COMMANDS:
-        raise unknown_name("command", argv[0], COMMANDS)
-    known = ["--help"]
-    for field in dataclasses.fields(COMMANDS[argv[0]]):
-        option = field.name.replace("_", "-")
-        known += [f"--{option}", f"--no-{option}"] if field.type == "bool" else [f"--{option}"]
-    for word in argv[1:]:
-        option = word.partition("=")[0].replace("_", "-")
-        if word.startswith("--") and word != "--" and option not in known:
-            raise unknown_name(f"option of jaxsys {argv[0]}", option, known)
+def _reason(error: Exception) -> str | None:
+    """The one line of an error that a user can mend; None for a defect."""
+    if isinstance(error, OSError):
+        if error.filename is not None:
+            return f"{error.filename}: {error.strerror}; check the path, its permissions and the disk"
+        if error.errno == errno.ENOSPC:  # what is written to an open file names none
+            _drop_output()
+            return f"{error.strerror}: the output cannot be written; make room on the disk"
+        return None
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename.replace(os.sep, "/")
+    if raised_in.endswith(("jax/_src/xla_bridge.py", "jax/_src/config.py")):  # JAX's own start-up, from its variables
+        set_ = " ".join(f"{k}={v}" for k, v in os.environ.items() if k in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES"))
+        what = " ".join(str(error).split()) or "no such platform on this machine"
+        return f"JAX does not start with {set_ or 'this environment'}: {what}; change or unset it"
+    from parallelism.errors import UserError
+
+    return str(error) if isinstance(error, UserError) else None
+
+
+def _drop_output() -> None:
+    """What is still in the buffer goes nowhere, so that the interpreter does not fail on it again as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def entry() -> None:
     """The ``jaxsys`` program."""
-    restart_with_huge_pages()
-    sys.exit(main())
+    try:
+        restart_with_huge_pages()
+        code = main()
+    except KeyboardInterrupt:  # between two lines of ``main``'s own
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":
