@@ -1,0 +1,64 @@
+"""The commands there are, and from a command line to one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import operator
+import re
+from typing import Annotated, Any
+
+import tyro
+
+from jaxsys.cli.generate import GenerateArgs
+from jaxsys.cli.graphs import GraphsArgs
+from jaxsys.cli.reshard import ReshardArgs
+from jaxsys.cli.train import TrainArgs
+from parallelism.errors import UserError, unknown_name
+
+COMMANDS: dict[str, Any] = {
+    "train": TrainArgs,
+    "generate": GenerateArgs,
+    "reshard": ReshardArgs,
+    "graphs": GraphsArgs,
+}
+Command: Any = functools.reduce(
+    operator.or_, [Annotated[args, tyro.conf.subcommand(name)] for name, args in COMMANDS.items()]
+)
+
+
+def parse(argv: list[str]) -> Any:
+    """The command of a command line. Raises UserError, in one line, for what tyro explains in a box of many."""
+    _check_names(argv)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Command, prog="jaxsys", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as end:
+        if not end.code:
+            raise
+    title, *body = [
+        line for line in (re.sub(r"[^\x00-\x7f]+", " ", line).strip() for line in box.getvalue().splitlines()) if line
+    ]
+    what = f"{title}: {' '.join(body)}"
+    what = re.split(r" (?:Argument helptext|For full helptext)", what)[0]
+    command = argv[0] + " " if argv and argv[0] in COMMANDS else ""
+    raise UserError(f"{what.rstrip('. ')}; see jaxsys {command}--help")
+
+
+def _check_names(argv: list[str]) -> None:
+    """Says what a command or an option that does not exist was meant to be."""
+    if not argv or argv[0].startswith("-"):
+        return
+    if argv[0] not in COMMANDS:
+        raise unknown_name("command", argv[0], COMMANDS)
+    known = ["--help"]
+    for field in dataclasses.fields(COMMANDS[argv[0]]):
+        option = field.name.replace("_", "-")
+        known += [f"--{option}", f"--no-{option}"] if field.type == "bool" else [f"--{option}"]
+    for word in argv[1:]:
+        option = word.partition("=")[0].replace("_", "-")
+        if word.startswith("--") and word != "--" and option not in known:
+            raise unknown_name(f"option of jaxsys {argv[0]}", option, known)
