@@ -31,7 +31,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from parallelism.errors import UserError, unknown_name
-from parallelism.sharding import current, manual_axes, spec_of
+from parallelism.manual import on_devices
+from parallelism.sharding import current, spec_of
 
 AXIS = "context"
 Method = Literal["all_gather", "ring", "token_ring", "all_to_all"]
@@ -94,7 +95,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, block: B
     context = current()
     assert context is not None, "context parallelism needs a sharding_context"
     mesh = context.mesh
-    manual = manual_axes()
     rows = spec_of(q.shape[:2], ("batch", "seq"))
     heads = spec_of(k.shape, ("batch", "seq", "act_kv_heads", None))
     grouped = PartitionSpec(*heads[:3], None, None)
@@ -103,14 +103,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, block: B
             f"rows of {q.shape[1]} tokens do not divide over {AXIS}={mesh.shape[AXIS]}: change their length or the mesh"
         )
     local = partial(_local, block=block, method=method, n=mesh.shape[AXIS])
-    return jax.shard_map(
-        local,
-        mesh=None if manual else mesh,
-        in_specs=(grouped, heads, heads, jax.tree.map(lambda _: rows, tokens)),
-        out_specs=grouped,
-        axis_names=set(mesh.axis_names) - manual,
-        check_vma=False,
-    )(q, k, v, tokens)
+    return on_devices(local, (grouped, heads, heads, jax.tree.map(lambda _: rows, tokens)), grouped)(q, k, v, tokens)
 
 
 def _local(q, k, v, tokens, *, block: Block, method: Method, n: int):
@@ -363,7 +356,7 @@ def _keys_to_tokens(x: jax.Array, K: int, copies: int) -> jax.Array:
 
 
 def _exchange_forward(block, n, q, k, v, tokens):
-    size, K, G = _size(q.shape[1] // 2), *q.shape[2:4]
+    size, (K, G) = _size(q.shape[1] // 2), q.shape[2:4]
     everyone = _gathered(tokens)
     keys = (_to_heads(k, n, G), _to_heads(v, n, G), everyone)
     queries = _queries_to_heads(q, n)
@@ -372,7 +365,7 @@ def _exchange_forward(block, n, q, k, v, tokens):
 
 
 def _exchange_backward(block, n, q, k, v, tokens, normaliser, delta, g):
-    size, K, G = _size(q.shape[1] // 2), *q.shape[2:4]
+    size, (K, G) = _size(q.shape[1] // 2), q.shape[2:4]
     copies, _ = _regrouped(n, K, G)
     everyone = _gathered(tokens)
     queries = (_queries_to_heads(q, n), everyone, *(_queries_to_heads(a, n) for a in (normaliser, delta, g)))
