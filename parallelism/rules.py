@@ -195,6 +195,7 @@ ACTIVATIONS = Rules(
         "batch": Rule(("data", "fsdp"), "replicate"),
         "replica": Rule(("data", "fsdp"), "replicate"),
         "seq": Rule(("context",), "replicate"),
+        "residual": Rule(("context", "tensor"), "replicate"),
         "act_embed": Rule(),
         "act_heads": Rule(("tensor",), "replicate"),
         "act_kv_heads": Rule(("tensor",), "replicate"),

@@ -176,16 +176,28 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     Raises UserError for an axis name without a rule, two dimensions on one mesh axis, and a dimension that does
     not divide under ``error``; ValueError unless there is one name a dimension.
     """
-    context = current()
+    context, manual = current(), manual_axes()
     if context is None:
         return x
-    traced = jax.sharding.get_abstract_mesh()
-    manual = frozenset() if traced.empty else frozenset(traced.manual_axes)
-    free = {axis: n for axis, n in context.mesh.shape.items() if axis not in manual}
-    placed = _place(f"activation {tuple(x.shape)}", x.shape, axes, free, context.rules, {})
-    if math.prod(free.values()) == 1:
+    spec = spec_of(x.shape, axes)
+    if context.mesh.size == math.prod(context.mesh.shape[axis] for axis in manual):
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(traced if manual else context.mesh, placed.spec))
+    mesh = jax.sharding.get_abstract_mesh() if manual else context.mesh
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def spec_of(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
+    """How the active context's rules split an activation of this shape; raises what ``constrain`` does."""
+    context = current()
+    assert context is not None, "spec_of needs a sharding_context"
+    free = {axis: n for axis, n in context.mesh.shape.items() if axis not in manual_axes()}
+    return _place(f"activation {tuple(shape)}", shape, axes, free, context.rules, {}).spec
+
+
+def manual_axes() -> frozenset[str]:
+    """Mesh axes of the ``shard_map`` that is being traced."""
+    traced = jax.sharding.get_abstract_mesh()
+    return frozenset() if traced.empty else frozenset(traced.manual_axes)
 
 
 # ------------------------------------------------------------------------------------------- arrays in their sharding

@@ -64,7 +64,7 @@ class Setup:
 
     def __init__(
         self, config, mesh="", *, dtype="float32", storage="listed", rules="", remat="none", optim=None, compute=None,
-        steps=10, seed=0,
+        steps=10, seed=0, method="ring",
     ):  # fmt: skip
         self.mesh = MeshSpec.parse(mesh).build()
         model = build(config, dtype=dtype, storage=storage)
@@ -74,7 +74,7 @@ class Setup:
         self.optimizer = Optimizer(optim or OptimConfig(), self.plan.layout, steps)
         self.step = Step(
             model.with_layout(self.plan.layout), self.optimizer, jax.numpy.dtype(compute or dtype), remat,
-            self.plan.shardings,
+            self.plan.shardings, method,
         )  # fmt: skip
         self.graphs = Graphs(self.mesh)
 

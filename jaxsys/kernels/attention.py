@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from parallelism import sequence
+
 NEVER = -1e30  # a masked score: finite, so that a row with no key at all gives zeros and not NaN
 
 
@@ -29,6 +31,17 @@ class Rows:
 
     segments: jax.Array
     positions: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SplitRows(Rows):
+    """Rows in ``parallelism.sequence.balanced_order`` whose tokens are split over the mesh axis ``context``.
+
+    method: how queries and keys of different devices come together, one of ``parallelism.sequence.METHODS``.
+    """
+
+    method: sequence.Method = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +79,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    context: Rows | Paged,
+    context: Rows | SplitRows | Paged,
     carry: Any = None,
     *,
     layer: jax.Array | int,
@@ -82,6 +95,8 @@ def attend(
     and the carry.
     """
     options = {"window": window, "scale": scale, "softcap": softcap}
+    if isinstance(context, SplitRows):
+        return _split_rows(q, k, v, context, **options, dtype=dtype), carry
     if isinstance(context, Rows):
         return _rows(q, k, v, context, **options, dtype=dtype), carry
     return _paged(q, k, v, context, carry, layer=layer, **options)
@@ -97,6 +112,33 @@ def _rows(q, k, v, context, *, window, scale, softcap, dtype):
         seen &= context.positions[:, :, None] - context.positions[:, None, :] < window
     grouped = q.reshape(B, T, K, H // K, h).astype(dtype)
     o = _masked(grouped, k.astype(dtype), v.astype(dtype), seen[:, None, None], scale, softcap)
+    return o.reshape(B, T, H, h).astype(q.dtype)
+
+
+def _split_rows(q, k, v, context, *, window, scale, softcap, dtype):
+    """As ``_rows``; a key is seen by document and position alone, since rows are not in order."""
+    B, T, H, h = q.shape
+    K = k.shape[2]
+    windows = jnp.broadcast_to(jnp.iinfo(jnp.int32).max if window is None else window, (B, T)).astype(jnp.int32)
+
+    def seen(queries, keys):
+        (segments, positions, windows), (key_segments, key_positions, _) = queries, keys
+        away = positions[:, :, None] - key_positions[:, None, :]
+        found = (segments[:, :, None] == key_segments[:, None, :]) & (segments > 0)[:, :, None]
+        return found & (away >= 0) & (away < windows[:, :, None])
+
+    def forward(q, k, v, seen):
+        out, (*_, normaliser) = _masked_forward(q, k, v, seen[:, None, None], scale, softcap)
+        return out, jnp.moveaxis(normaliser[..., 0], 3, 1)
+
+    def backward(q, k, v, seen, normaliser, delta, g):
+        normaliser, delta = (jnp.moveaxis(a, 1, 3)[..., None] for a in (normaliser, delta))
+        return _masked_gradients(q, k, v, seen[:, None, None], normaliser, delta, g, scale, softcap)
+
+    block = sequence.Block(seen, forward, backward)
+    grouped = q.reshape(B, T, K, H // K, h).astype(dtype)
+    tokens = (context.segments, context.positions, windows)
+    o = sequence.attention(grouped, k.astype(dtype), v.astype(dtype), tokens, block, context.method)
     return o.reshape(B, T, H, h).astype(q.dtype)
 
 
@@ -127,12 +169,19 @@ def _masked_backward(scale, softcap, saved, g):
     The softmax's own gradient needs the sum over keys of p * dp, which is the product of output and gradient.
     """
     q, k, v, seen, o, normaliser = saved
-    wide, dtype = o.dtype, q.dtype
+    delta = jnp.einsum("nqkgh,nqkgh->nkgq", g, o)[..., None]
+    dq, dk, dv = _masked_gradients(q, k, v, seen, normaliser, delta, g, scale, softcap)
+    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), None
+
+
+def _masked_gradients(q, k, v, seen, normaliser, delta, g, scale, softcap):
+    """Of q, k and v, in the dtype of g [B, Q, K, G, h]; normaliser and delta (the sum of output times gradient):
+    [B, K, G, Q, 1], over all keys even where these are some of them."""
+    wide, dtype = g.dtype, q.dtype
     s = _masked_scores(q, k, seen, scale, softcap)
     p = jnp.where(seen, jnp.exp(s - normaliser), 0.0)
     d = g.astype(dtype)
     dp = jnp.einsum("nqkgh,nskh->nkgqs", d, v, preferred_element_type=wide)
-    delta = jnp.einsum("nqkgh,nqkgh->nkgq", g, o)[..., None]
     ds = p * (dp - delta) * scale
     if softcap is not None:
         ds *= jnp.where(seen, 1 - jnp.square(s / softcap), 0.0)
@@ -141,7 +190,7 @@ def _masked_backward(scale, softcap, saved, g):
     over_rows = wide if jax.default_backend() == "cpu" else dtype
     dk = jnp.einsum("nkgqs,nqkgh->nskh", ds.astype(over_rows), q.astype(over_rows), preferred_element_type=wide)
     dv = jnp.einsum("nkgqs,nqkgh->nskh", p.astype(over_rows), d.astype(over_rows), preferred_element_type=wide)
-    return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype), None
+    return dq, dk, dv
 
 
 _masked.defvjp(_masked_forward, _masked_backward)

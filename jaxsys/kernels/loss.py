@@ -1,7 +1,9 @@
-"""Cross-entropy that never holds the logits of all tokens.
+"""Cross-entropy that never holds the logits of all tokens, nor gathers those of a vocabulary that is split.
 
-Tokens go through in chunks along the sequence; where a gradient is asked for, each chunk's is computed while
-its logits are there (as Liger Kernel does, Hsu et al. 2024), so nothing is computed twice.
+Each device goes through its tokens in chunks; where a gradient is asked for, a chunk's is computed while its logits are
+there (as Liger Kernel does, Hsu et al. 2024), so nothing is computed twice. On a mesh that is done by hand and not left
+to the compiler, which would sum the kernel's gradient over the devices at every chunk: here it is summed once. Over a
+vocabulary that is split, only maxima and sums of a chunk's rows are exchanged (Shoeybi et al. 2019, section 3).
 """
 
 from __future__ import annotations
@@ -11,25 +13,24 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxsys.kernels.matmul import linear, weight_gradient
-from parallelism.sharding import constrain
+from parallelism.manual import axes_of, on_devices, sum_gradient, width_axis
+from parallelism.sharding import current, spec_of
 
-# Logits alive at once, in elements over all devices: large enough for full-speed matmuls.
+# Logits alive at once on a device, in elements: large enough for full-speed matmuls.
 CHUNK_LOGITS = 1 << 23
 
 
-def chunk_length(batch: int, length: int, width: int, vocabulary: int) -> int:
-    """Positions a chunk, such that its logits [batch, chunk, vocabulary] are few: see CHUNK_LOGITS.
+def chunk_rows(rows: int, width: int, vocabulary: int) -> int:
+    """Tokens a chunk, such that its logits [chunk, vocabulary] are few: see CHUNK_LOGITS.
 
-    They may also be as many as the hidden states [batch, length, width] are, which are alive anyway: each chunk reads
-    the kernel and adds to its gradient, so that chunks of a few rows of a large batch would be all memory traffic.
-    The largest divisor of ``length`` is taken if it is near to what is allowed; else the last chunk is filled up.
+    They may also be as many as the hidden states [rows, width] are, which are alive anyway: each chunk reads the
+    kernel and adds to its gradient, so that chunks of few tokens would be all memory traffic.
     """
-    allowed = max(CHUNK_LOGITS, batch * length * width) // (batch * vocabulary)
-    allowed = min(max(1, allowed), length)
-    divisor = max(n for n in range(1, allowed + 1) if length % n == 0)
-    return divisor if 2 * divisor > allowed else -(-length // -(-length // allowed))
+    allowed = min(max(1, max(CHUNK_LOGITS, rows * width) // vocabulary), rows)
+    return -(-rows // -(-rows // allowed))
 
 
 def cross_entropy(
@@ -46,32 +47,12 @@ def cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cross_entropy(hidden, kernel, targets, vocabulary, softcap):
-    def step(total, chunk):
-        h, t = chunk
-        return total + _chunk(h, kernel, t, vocabulary, softcap)[0], None
-
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return lax.scan(step, jnp.zeros((), wide), _chunks(hidden, kernel, targets))[0]
+    return _on_mesh(hidden, kernel, targets, vocabulary, softcap, gradients=False)[0]
 
 
 def _forward(hidden, kernel, targets, vocabulary, softcap):
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-
-    def step(state, chunk):
-        total, d_kernel = state
-        h, t = chunk
-        nll, d_logits = _chunk(h, kernel, t, vocabulary, softcap)
-        d = d_logits.astype(kernel.dtype)
-        d_h = jnp.einsum("bcv,vd->bcd", d, kernel, preferred_element_type=wide).astype(hidden.dtype)
-        rows = d.shape[0] * d.shape[1]
-        d_kernel += weight_gradient(d.reshape(rows, -1), h.astype(kernel.dtype).reshape(rows, -1))
-        return (total + nll, d_kernel), d_h
-
-    start = (jnp.zeros((), wide), jnp.zeros(kernel.shape, wide))
-    (total, d_kernel), d_hidden = lax.scan(step, start, _chunks(hidden, kernel, targets))
-    B, T, D = hidden.shape
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]
-    return total, (d_hidden, d_kernel.astype(kernel.dtype))
+    total, d_hidden, d_kernel = _on_mesh(hidden, kernel, targets, vocabulary, softcap, gradients=True)
+    return total, (d_hidden, d_kernel)
 
 
 def _backward(vocabulary, softcap, saved, g):
@@ -82,32 +63,74 @@ def _backward(vocabulary, softcap, saved, g):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunks(hidden, kernel, targets):
-    """hidden and targets with chunks in front, filled up with zeros that are no targets."""
-    B, T, D = hidden.shape
-    c = chunk_length(B, T, D, kernel.shape[0])
-    if missing := -T % c:
-        hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
-        targets = jnp.pad(targets, ((0, 0), (0, missing)), constant_values=-1)
-    return tuple(jnp.moveaxis(a.reshape(B, -1, c, *a.shape[2:]), 1, 0) for a in (hidden, targets))
+def _on_mesh(hidden, kernel, targets, vocabulary, softcap, *, gradients):
+    """The loss and, with ``gradients``, those of hidden and kernel."""
+    context = current()
+    if context is None or context.mesh.size == 1:
+        return _local(hidden, kernel, targets, vocabulary, softcap, (), (), None, gradients)
+    rows = spec_of(targets.shape, ("batch", "seq"))
+    split = spec_of(kernel.shape, ("act_vocab", None))
+    row_axes, vocabulary_axes = axes_of(rows), axes_of(split)
+    scatter = width_axis(row_axes, kernel.shape[1])
+    tokens = PartitionSpec(*rows, None)
+    outputs = (PartitionSpec(), tokens, PartitionSpec(split[0], scatter)) if gradients else (PartitionSpec(),)
+    local = partial(
+        _local, vocabulary=vocabulary, softcap=softcap, row_axes=row_axes, vocabulary_axes=vocabulary_axes,
+        scatter=scatter, gradients=gradients,
+    )  # fmt: skip
+    return on_devices(local, (tokens, split, rows), outputs)(hidden, kernel, targets)
 
 
-def _chunk(h, kernel, targets, vocabulary, softcap):
-    """Loss of one chunk h [B, c, D], and its gradient with respect to the logits [B, c, V] before the cap."""
+def _local(hidden, kernel, targets, vocabulary, softcap, row_axes, vocabulary_axes, scatter, gradients):
+    """One device's tokens [b, t] and rows of the vocabulary; sums are over the devices of the given mesh axes."""
+    D, V = hidden.shape[-1], kernel.shape[0]
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    N = targets.size
+    c = chunk_rows(N, D, V)
+    missing = -N % c
+    h = jnp.pad(hidden.reshape(N, D), ((0, missing), (0, 0))).reshape(-1, c, D)
+    t = jnp.pad(targets.reshape(N), (0, missing), constant_values=-1).reshape(-1, c)
+    offset = lax.axis_index(vocabulary_axes) * V if vocabulary_axes else 0
+
+    def step(state, chunk):
+        total, d_kernel = state
+        h, t = chunk
+        nll, d_logits = _chunk(h, kernel, t, offset, vocabulary, softcap, vocabulary_axes)
+        if not gradients:
+            return (total + nll, d_kernel), None
+        d = d_logits.astype(kernel.dtype)
+        d_h = jnp.einsum("nv,vd->nd", d, kernel, preferred_element_type=wide)
+        d_kernel += weight_gradient(d, h.astype(kernel.dtype))
+        return (total + nll, d_kernel), d_h if vocabulary_axes else d_h.astype(hidden.dtype)
+
+    start = (jnp.zeros((), wide), jnp.zeros(kernel.shape if gradients else (), wide))
+    (total, d_kernel), d_hidden = lax.scan(step, start, (h, t))
+    total = lax.psum(total, row_axes)
+    if not gradients:
+        return (total,)
+    d_hidden = lax.psum(d_hidden, vocabulary_axes).reshape(-1, D)[:N].reshape(hidden.shape)
+    d_kernel = sum_gradient(d_kernel, row_axes, scatter)
+    return total, d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype)
+
+
+def _chunk(h, kernel, targets, offset, vocabulary, softcap, axes):
+    """Loss of one chunk h [c, D], and its gradient with respect to the logits [c, V] before the cap.
+
+    kernel: rows ``offset`` and following of the vocabulary, the others are on the devices along ``axes``.
+    """
     wide = jnp.promote_types(h.dtype, jnp.float32)
-    raw = constrain(linear(h.astype(wide), kernel), ("batch", "seq", "act_vocab"))
+    raw = linear(h.astype(wide), kernel)
     logits = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
-    # A comparison and a sum instead of a gather: it stays where the vocabulary is sharded.
-    token = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    if kernel.shape[0] > vocabulary:
-        logits = jnp.where(token < vocabulary, logits, -jnp.inf)
-    hit = token == targets[..., None]
-    top = lax.stop_gradient(logits.max(-1, keepdims=True))
+    # A comparison and a sum instead of a gather: a target is on one of the devices.
+    token = offset + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    logits = jnp.where(token < vocabulary, logits, -jnp.inf)
+    hit = token == targets[:, None]
+    top = lax.pmax(lax.stop_gradient(logits.max(-1, keepdims=True)), axes) if axes else logits.max(-1, keepdims=True)
     e = jnp.exp(logits - top)
-    normaliser = e.sum(-1, keepdims=True)
-    log_normaliser = jnp.log(normaliser) + top
-    valid = (targets >= 0)[..., None]
-    nll = jnp.where(valid, log_normaliser - jnp.where(hit, logits, 0).sum(-1, keepdims=True), 0).sum()
+    normaliser = lax.psum(e.sum(-1, keepdims=True), axes)
+    found = lax.psum(jnp.where(hit, logits, 0).sum(-1, keepdims=True), axes)
+    valid = (targets >= 0)[:, None]
+    nll = jnp.where(valid, jnp.log(normaliser) + top - found, 0).sum()
     d = jnp.where(valid, e / normaliser - hit, 0)
     if softcap is not None:
         d = d * (1 - jnp.square(jnp.tanh(raw / softcap)))

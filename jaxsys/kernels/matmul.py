@@ -7,6 +7,7 @@ one whose forward, decode and input gradient are all fast. Figures behind each c
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,39 +29,49 @@ def activation_dtype(compute_dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(compute_dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
     """``x`` [..., in...] times ``kernel`` [out..., in...] over the last ``contract`` dimensions: [..., out...].
 
     Operands are multiplied in the kernel's dtype, summed in at least float32, returned in x's dtype.
     """
-    rows, inner = x.shape[: x.ndim - contract], x.shape[x.ndim - contract :]
-    outer = kernel.shape[: kernel.ndim - contract]
-    y = _dot(x.reshape(math.prod(rows), math.prod(inner)), kernel.reshape(math.prod(outer), math.prod(inner)))
-    return y.reshape(*rows, *outer)
-
-
-@jax.custom_vjp
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """[N, D] times [F, D] to [N, F] in x's dtype."""
-    n = x.shape[0]
-    a = x.astype(w.dtype)
-    if _on_cpu() and w.dtype == jnp.bfloat16 and n < CPU_BF16_MIN_ROWS:
+    a = x.astype(kernel.dtype)
+    if not _on_cpu():
+        # Never flattened: where rows and tokens are split over different mesh axes, their product cannot be.
+        inner = tuple(range(-contract, 0))
+        return _contract(a, kernel, inner, inner).astype(x.dtype)
+    rows, outer = x.shape[: x.ndim - contract], kernel.shape[: kernel.ndim - contract]
+    a, w = _matrix(a, x.ndim - contract), _matrix(kernel, len(outer))
+    n = a.shape[0]
+    if w.dtype == jnp.bfloat16 and n < CPU_BF16_MIN_ROWS:
         a = jnp.pad(a, ((0, CPU_BF16_MIN_ROWS - n), (0, 0)))
-    return _contract(a, w, 1, 1)[:n].astype(x.dtype)
+    return _contract(a, w, (1,), (1,))[:n].astype(x.dtype).reshape(*rows, *outer)
 
 
-def _dot_forward(x, w):
-    return _dot(x, w), (x.astype(w.dtype), w, jnp.zeros((0,), x.dtype))
+def _linear_forward(x, kernel, contract):
+    return linear(x, kernel, contract), (x.astype(kernel.dtype), kernel, jnp.zeros((0,), x.dtype))
 
 
-def _dot_backward(saved, g):
-    x, w, like = saved
-    g = g.astype(w.dtype)
-    dx = _contract(g, w, 1, 0).astype(like.dtype)
-    return dx, weight_gradient(g, x).astype(w.dtype)
+def _linear_backward(contract, saved, g):
+    x, kernel, like = saved
+    g = g.astype(kernel.dtype)
+    outer = kernel.ndim - contract
+    rows = g.ndim - outer
+    if not _on_cpu():
+        dx = _contract(g, kernel, tuple(range(rows, g.ndim)), tuple(range(outer)))
+        dw = _contract(g, x, tuple(range(rows)), tuple(range(rows)))
+    else:
+        dx = _contract(_matrix(g, rows), _matrix(kernel, outer), (1,), (0,)).reshape(x.shape)
+        dw = weight_gradient(_matrix(g, rows), _matrix(x, rows)).reshape(kernel.shape)
+    return dx.astype(like.dtype), dw.astype(kernel.dtype)
 
 
-_dot.defvjp(_dot_forward, _dot_backward)
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _matrix(a: jax.Array, rows: int) -> jax.Array:
+    """The first ``rows`` dimensions as one, the others as another."""
+    return a.reshape(math.prod(a.shape[:rows]), math.prod(a.shape[rows:]))
 
 
 def weight_gradient(g: jax.Array, x: jax.Array) -> jax.Array:
@@ -70,11 +81,11 @@ def weight_gradient(g: jax.Array, x: jax.Array) -> jax.Array:
     computes bfloat16 in float32 then), so there the narrower operand is transposed in memory first.
     """
     if not _on_cpu():
-        return _contract(g, x, 0, 0)
+        return _contract(g, x, (0,), (0,))
     if g.shape[1] <= x.shape[1]:
-        return _contract(_transposed(g), x, 1, 0)
+        return _contract(_transposed(g), x, (1,), (0,))
     # The product too is laid out first, or XLA swaps the operands to be rid of the transpose after it.
-    return _row_major(_contract(_transposed(x), g, 1, 0)).T
+    return _row_major(_contract(_transposed(x), g, (1,), (0,))).T
 
 
 def _transposed(a: jax.Array) -> jax.Array:
@@ -86,9 +97,10 @@ def _row_major(a: jax.Array) -> jax.Array:
     return with_layout_constraint(a, Layout((0, 1)))
 
 
-def _contract(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
+def _contract(a: jax.Array, b: jax.Array, over_a: tuple[int, ...], over_b: tuple[int, ...]) -> jax.Array:
+    over = tuple(i % a.ndim for i in over_a), tuple(i % b.ndim for i in over_b)
     accumulate = jnp.promote_types(a.dtype, jnp.float32)
-    return lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=accumulate)
+    return lax.dot_general(a, b, (over, ((), ())), preferred_element_type=accumulate)
 
 
 def _on_cpu() -> bool:

@@ -104,9 +104,9 @@ class Block(nnx.Module):
 
     def __call__(self, x, angles, context, carry, *, layer, window):
         y, carry = self.attention(self.attention_norm(x), angles, context, carry, layer=layer, window=window)
-        x = constrain(x + (self.attention_post_norm or _same)(y), ("batch", "seq", "act_embed"))
+        x = constrain(x + (self.attention_post_norm or _same)(y), ("batch", "residual", "act_embed"))
         y = self.mlp(self.mlp_norm(x))
-        return constrain(x + (self.mlp_post_norm or _same)(y), ("batch", "seq", "act_embed")), carry
+        return constrain(x + (self.mlp_post_norm or _same)(y), ("batch", "residual", "act_embed")), carry
 
 
 def _same(x):
@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
         table = constrain(self.embed.kernel[...], ("act_vocab", None))
         # The factor is rounded to the kernel's dtype, as Gemma's own implementations do.
         x = lookup(table, tokens).astype(dtype) * jnp.asarray(c.embed_scale, table.dtype).astype(dtype)
-        x = constrain(x, ("batch", "seq", "act_embed"))
+        x = constrain(x, ("batch", "residual", "act_embed"))
         angles = rotations(jnp.maximum(context.positions, 0), c, dtype)
         windows = {}
         if c.windows:

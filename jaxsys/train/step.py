@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from jaxsys.kernels.attention import Rows
+from jaxsys.kernels.attention import Rows, SplitRows
 from jaxsys.kernels.loss import cross_entropy
 from jaxsys.models.state import Model
 from jaxsys.optim import Optimizer
+from parallelism import sequence
 from parallelism.errors import unknown_name
+from parallelism.sharding import constrain
 
 Arrays = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]  # tokens, targets, segments, positions: [B, T] int32; a batch of A is [A, B, T]
@@ -42,6 +44,7 @@ class Step:
     compute_dtype: kernels are cast to it for forward and backward; gradients are summed in at least
     float32; updates are in the parameters' dtype.
     shardings: of the parameters; gradients are kept in them.
+    context_method: how attention works where rows are split over the mesh axis ``context``.
     """
 
     model: Model
@@ -49,6 +52,7 @@ class Step:
     compute_dtype: Any
     remat: str
     shardings: Mapping[str, NamedSharding]
+    context_method: sequence.Method = "ring"
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
@@ -60,10 +64,20 @@ class Step:
         decoder = self.model.bind({key: array.astype(dtypes[key]) for key, array in params.items()})
         policy = REMAT[self.remat]
         remat = None if policy is None else lambda f: jax.checkpoint(f, policy=policy)
-        context = Rows(batch["segments"], batch["positions"])
+        batch, context = self._rows(batch)
         hidden, _ = decoder(batch["tokens"], context, remat=remat)
         config = self.model.config
         return cross_entropy(hidden, decoder.head_kernel, batch["targets"], config.vocab_size, config.logit_softcap)
+
+    def _rows(self, batch: Batch) -> tuple[Batch, Rows]:
+        """The batch in the order in which attention wants it on this mesh, and what attention sees of it."""
+        n = sequence.pieces()
+        if n == 1:
+            return batch, Rows(batch["segments"], batch["positions"])
+        # Here and not on the host: four integers a token are nothing, and a loss does not ask for the order.
+        order = sequence.balanced_order(batch["tokens"].shape[1], n)
+        batch = {name: constrain(array[:, order], ("batch", "seq")) for name, array in batch.items()}
+        return batch, SplitRows(batch["segments"], batch["positions"], self.context_method)
 
     def grads(self, params: Arrays, batch: Batch) -> tuple[Arrays, Arrays]:
         """Sums over one microbatch: gradients, in at least float32 so that more add up, and {"loss", "targets"}."""

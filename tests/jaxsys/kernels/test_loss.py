@@ -7,8 +7,10 @@ import pytest
 from tiny_models import x64
 
 from jaxsys.kernels import loss
+from parallelism import MeshSpec, sharding_context
+from parallelism.collectives import collectives
 
-B, T, D, V, PADDED = 3, 13, 4, 21, 24
+B, T, D, V, PADDED = 3, 12, 4, 21, 24
 
 
 def oracle(hidden, kernel, targets, vocabulary, softcap):
@@ -47,11 +49,11 @@ def value_and_grads(hidden, kernel, targets, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize(("allowed", "chunk"), [(2, 2), (4, 4), (6, 5), (13, 13)])
+@pytest.mark.parametrize(("allowed", "chunk"), [(6, 6), (7, 6), (13, 12), (17, 12), (36, 36)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
 def test_value_and_gradients_equal_the_oracle_at_any_chunk(monkeypatch, dtype, tolerance, allowed, chunk, softcap):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", allowed * B * PADDED)
-    assert loss.chunk_length(B, T, D, PADDED) == chunk
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", allowed * PADDED)
+    assert loss.chunk_rows(B * T, D, PADDED) == chunk
     hidden, kernel, targets = inputs(dtype)
     with x64(dtype == "float64"):
         found = value_and_grads(hidden, kernel, targets, softcap)
@@ -82,26 +84,62 @@ def test_the_value_without_a_gradient_is_the_same():
 
 
 def test_the_logits_of_all_tokens_are_never_held(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 0)  # then as many as the hidden states: two positions
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 0)  # then as many as the hidden states: six tokens
     hidden, kernel, targets = inputs("float32")
     jaxpr = jax.make_jaxpr(jax.grad(lambda h: loss.cross_entropy(h, kernel, targets, V)[0]))(hidden)
-    assert f"{B},{T},{PADDED}]" not in str(jaxpr)
-    assert f"{B},2,{PADDED}]" in str(jaxpr)
+    assert f"[{B * T},{PADDED}]" not in str(jaxpr) and f"{B},{T},{PADDED}]" not in str(jaxpr)
+    assert f"[6,{PADDED}]" in str(jaxpr)
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "width", "vocabulary", "expected"),
+    ("rows", "width", "vocabulary", "expected"),
     [
-        (8, 256, 576, 49152, 16),
-        (8, 127, 576, 49152, 19),
-        (8, 251, 576, 49152, 21),
-        (64, 4096, 2048, 128256, 64),
-        (8, 256, 384, 8192, 128),
-        (2, 1, 16, 1 << 24, 1),
+        (2048, 576, 49152, 158),
+        (2008, 576, 49152, 168),
+        (1 << 18, 2048, 128256, 4162),
+        (2048, 384, 8192, 1024),
+        (2, 16, 1 << 24, 1),
     ],
 )
-def test_chunks_are_large_whatever_divides_the_length(batch, length, width, vocabulary, expected):
-    found = loss.chunk_length(batch, length, width, vocabulary)
+def test_chunks_are_large_whatever_divides_the_rows(rows, width, vocabulary, expected):
+    found = loss.chunk_rows(rows, width, vocabulary)
     assert found == expected
-    assert batch * found * vocabulary <= max(loss.CHUNK_LOGITS, batch * length * width) or found == 1
-    assert -length % found < -(-length // found)
+    assert found * vocabulary <= max(loss.CHUNK_LOGITS, rows * width) or found == 1
+    assert -rows % found < -(-rows // found)
+
+
+MESHES = ("data=2,fsdp=4", "fsdp=2,tensor=3", "context=2,tensor=2", "tensor=5")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_on_a_mesh_it_equals_the_oracle(mesh):
+    """A vocabulary of 24 rows over 3, 2 and 5 devices: split, split, and whole where it does not divide."""
+    hidden, kernel, targets = inputs("float64")
+    hidden, targets = np.tile(hidden, (8, 1, 1)), np.tile(targets, (8, 1))
+    built = MeshSpec.parse(mesh).build()
+
+    def total(hidden, kernel):
+        with sharding_context(built):
+            return loss.cross_entropy(hidden, kernel, targets, V, 2.0)
+
+    with x64():
+        (value, count), grads = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, kernel)
+        plain = jax.jit(lambda h, k: total(h, k)[0])(hidden, kernel)
+    for got, want in zip((value, count, *grads), oracle(hidden, kernel, targets, V, 2.0), strict=True):
+        assert np.linalg.norm(np.asarray(got) - want) <= 1e-12 * np.linalg.norm(want)
+    assert float(plain) == pytest.approx(float(value), rel=1e-13)
+
+
+def test_the_kernels_gradient_is_summed_over_devices_once(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 0)
+    hidden, kernel, targets = inputs("float32")
+    hidden, targets = np.tile(hidden, (8, 1, 1)), np.tile(targets, (8, 1))
+    built = MeshSpec.parse("fsdp=4,tensor=2").build()
+
+    def total(hidden, kernel):
+        with sharding_context(built):
+            return loss.cross_entropy(hidden, kernel, targets, V)[0]
+
+    text = jax.jit(jax.grad(total, 1)).lower(hidden, kernel).compile().as_text()
+    sums = [c for c in collectives(text, built) if c.axes == ("fsdp",) and c.nbytes >= kernel.nbytes // 2]
+    assert [c.count for c in sums] == [1]

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from tiny_models import x64
 
+from jaxsys.kernels import matmul
 from jaxsys.kernels.matmul import CPU_BF16_MIN_ROWS, linear, weight_gradient
+
+
+@pytest.fixture(params=["CPU", "elsewhere"], autouse=True)
+def form(request, monkeypatch):
+    """Every test in the form for CPU and in that for other platforms."""
+    monkeypatch.setattr(matmul, "_on_cpu", lambda: request.param == "CPU")
 
 
 def near(found, expected, tolerance):

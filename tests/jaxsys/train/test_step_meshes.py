@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from tiny_models import MODELS, Setup, assert_near, packed_batch, x64
 
+from parallelism.sequence import METHODS
+
 MESHES = ("fsdp=8", "tensor=2,fsdp=4", "data=2,fsdp=2,tensor=2")
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
@@ -41,6 +43,30 @@ def test_loss_and_every_gradient_equal_one_device(mesh, model, storage, dtype):
     assert all(array.dtype == dtype for array in found.values())
     assert sharded["targets"] == totals["targets"] == (packed_batch()["targets"] >= 0).sum()
     assert sharded["loss"] == pytest.approx(totals["loss"], rel=TOLERANCE[dtype])
+    assert_near(found, expected, TOLERANCE[dtype])
+
+
+CONTEXT = {
+    ("context=4", "ring", "llama", "listed", "float64"),
+    ("context=2,tensor=2", "all_gather", "gemma2", "stacked", "float64"),
+    ("data=2,context=2,tensor=2", "token_ring", "gemma2", "listed", "float32"),
+    ("fsdp=2,context=4", "all_to_all", "llama", "stacked", "float64"),
+}
+
+
+def context_cases():
+    meshes = sorted({case[0] for case in CONTEXT})
+    for case in itertools.product(meshes, METHODS, MODELS, ("listed", "stacked"), TOLERANCE):
+        yield pytest.param(*case, marks=() if case in CONTEXT else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("mesh", "method", "model", "storage", "dtype"), context_cases())
+def test_rows_split_over_context_give_the_loss_and_gradients_of_one_device(mesh, method, model, storage, dtype):
+    expected, totals = on_one_device(model, dtype)
+    with x64(dtype == "float64"):
+        found, split = Setup(MODELS[model], mesh, dtype=dtype, storage=storage, method=method).grads(packed_batch())
+    assert split["targets"] == totals["targets"]
+    assert split["loss"] == pytest.approx(totals["loss"], rel=TOLERANCE[dtype])
     assert_near(found, expected, TOLERANCE[dtype])
 
 

@@ -1,0 +1,47 @@
+"""What is done by hand on every device and not left to the compiler: ``shard_map`` under the active context's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from parallelism.sharding import current, manual_axes
+
+
+def on_devices(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """``fn`` on each device's shards, over all mesh axes that are not manual already."""
+    context, manual = current(), manual_axes()
+    assert context is not None, "on_devices needs a sharding_context"
+    return jax.shard_map(
+        fn,
+        mesh=None if manual else context.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(context.mesh.axis_names) - manual,
+        check_vma=False,
+    )
+
+
+def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """Mesh axes that a spec names, in order."""
+    return tuple(name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry))
+
+
+def width_axis(row_axes: tuple[str, ...], width: int) -> str | None:
+    """The mesh axis over which the gradient of a kernel [..., width] leaves scattered, if any.
+
+    Parameters are split over fsdp along the width.
+    """
+    context = current()
+    assert context is not None
+    return "fsdp" if "fsdp" in row_axes and width % context.mesh.shape["fsdp"] == 0 else None
+
+
+def sum_gradient(d: jax.Array, row_axes: tuple[str, ...], scatter: str | None) -> jax.Array:
+    """The sum of a kernel's gradient [V, width] over devices that hold different rows, scattered along the width."""
+    d = lax.psum(d, tuple(axis for axis in row_axes if axis != scatter))
+    return lax.psum_scatter(d, scatter, scatter_dimension=1, tiled=True) if scatter else d
