@@ -194,9 +194,10 @@ def _visit(block: Block, size: int, state, q, q_tokens, k, v, k_tokens):
     return _join(state)
 
 
-def _visit_gradients(block: Block, size: int, q, q_tokens, normaliser, delta, g, k, v, k_tokens):
-    """Gradients of q, k and v from these queries and these keys, in pairs of chunks."""
-    queries = _split((q, q_tokens, normaliser, delta, g), size)
+def _visit_gradients(block: Block, size: int, queries, keys):
+    """Gradients of q, k and v, in pairs of chunks, from these queries (q, tokens, normaliser, delta, g) and keys (k, v,
+    tokens)."""
+    queries, keys, g = _split(queries, size), _split(keys, size), queries[-1]
 
     def over_keys(dq, keys):
         k, v, k_tokens = keys
@@ -215,7 +216,7 @@ def _visit_gradients(block: Block, size: int, q, q_tokens, normaliser, delta, g,
         sums, dq = lax.scan(over_queries, zero, (queries, dq))
         return dq, sums
 
-    dq, (dk, dv) = lax.scan(over_keys, jnp.zeros(queries[0].shape, g.dtype), _split((k, v, k_tokens), size))
+    dq, (dk, dv) = lax.scan(over_keys, jnp.zeros(queries[0].shape, g.dtype), keys)
     return _whole(dq), _whole(dk), _whole(dv)
 
 
@@ -232,7 +233,7 @@ def _gather_forward(block, n, q, k, v, tokens):
 
 def _gather_backward(block, n, q, k, v, tokens, normaliser, delta, g):
     everything = _gathered((k, v, tokens))
-    dq, dk, dv = _visit_gradients(block, _size(q.shape[1] // 2), q, tokens, normaliser, delta, g, *everything)
+    dq, dk, dv = _visit_gradients(block, _size(q.shape[1] // 2), (q, tokens, normaliser, delta, g), everything)
     dk, dv = (lax.psum_scatter(d, AXIS, scatter_dimension=1, tiled=True) for d in (dk, dv))
     return dq, dk, dv
 
@@ -263,7 +264,7 @@ def _ring_backward(block, n, q, k, v, tokens, normaliser, delta, g):
 
     def step(carry, _):
         keys, sums, dq = carry
-        more, *own = _visit_gradients(block, size, q, tokens, normaliser, delta, g, *keys)
+        more, *own = _visit_gradients(block, size, (q, tokens, normaliser, delta, g), keys)
         sums = jax.tree.map(jnp.add, sums, tuple(own))
         # Sums travel with their keys and are home after n steps.
         return (_send(keys, n), _send(sums, n), dq + more), None
@@ -302,7 +303,7 @@ def _token_ring_backward(block, n, q, k, v, tokens, normaliser, delta, g):
 
         def visited(half):
             queries, dq = half
-            more, *own = _visit_gradients(block, _size(queries[0].shape[1] // 2), *queries, k, v, tokens)
+            more, *own = _visit_gradients(block, _size(queries[0].shape[1] // 2), queries, (k, v, tokens))
             return (queries, dq + more), tuple(own)
 
         (there, first), (back, second) = (visited(half) for half in halves)
@@ -370,5 +371,5 @@ def _exchange_backward(block, n, q, k, v, tokens, normaliser, delta, g):
     everyone = _gathered(tokens)
     queries = (_queries_to_heads(q, n), everyone, *(_queries_to_heads(a, n) for a in (normaliser, delta, g)))
     keys = (_to_heads(k, n, G), _to_heads(v, n, G), everyone)
-    dq, dk, dv = _visit_gradients(block, size, *queries, *keys)
+    dq, dk, dv = _visit_gradients(block, size, queries, keys)
     return _queries_to_tokens(dq, K, G), _keys_to_tokens(dk, K, copies), _keys_to_tokens(dv, K, copies)

@@ -8,7 +8,7 @@ from typing import Literal
 from jaxsys.configuration import expect, expect_at_least, expect_text
 from jaxsys.models.config import ModelConfig
 from jaxsys.optim import OptimConfig
-from parallelism import target
+from parallelism import sequence, target
 from parallelism.errors import UserError
 
 
@@ -81,6 +81,7 @@ class TrainConfig:
     init_from: a pretrained model to begin with; otherwise ``model`` says what to make from scratch.
     mesh: ``data=2,fsdp=-1,tensor=4``. parameter_rules, activation_rules: changes to the sharding rules.
     accumulate: microbatches a step. step_form: one graph, or grads and update groups. remat: what layers keep.
+    context_method: how attention works on a mesh with context > 1, see ``parallelism.sequence``.
     eval_every: steps between evaluations on held-out text (0: only before and after), of ``eval_batches`` batches.
     sample: prompts to continue along the way, from the live weights.
     target: named hardware whose peak utilisation is stated against; None finds it, or states none.
@@ -103,6 +104,7 @@ class TrainConfig:
     step_form: Literal["fused", "split"] = "fused"
     update_groups: int = 4
     remat: str = "none"
+    context_method: sequence.Method = "ring"
     parameter_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     compute_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     storage: Literal["listed", "stacked"] | None = None

@@ -36,7 +36,18 @@ from jaxsys.train.metrics import Metrics
 from jaxsys.train.samples import Samples
 from jaxsys.train.step import Step
 from jaxsys.train.stop import Stop
-from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, create, detect, plan, put, refuse_idle_axes, target
+from parallelism import (
+    ACTIVATIONS,
+    PARAMETERS,
+    MeshSpec,
+    create,
+    detect,
+    plan,
+    put,
+    refuse_idle_axes,
+    sequence,
+    target,
+)
 from parallelism.errors import UserError
 from parallelism.layout import Layout
 from parallelism.sharding_report import report
@@ -98,8 +109,9 @@ class Trainer:
         self.model = model.with_layout(self.plan.layout)
         self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
         self.step_functions = Step(
-            self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.plan.shardings
-        )
+            self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.plan.shardings,
+            config.context_method,
+        )  # fmt: skip
         self._data(model_config)
         self.launcher = Launcher(config, self.step_functions, self.plan, self.graphs, self.activation_rules)
         self.manager = self._open_checkpoints()
@@ -134,6 +146,8 @@ class Trainer:
 
     def _data(self, model: ModelConfig) -> None:
         c = self.config.data
+        if (pieces := self.mesh.shape[sequence.AXIS]) > 1:
+            sequence.balanced_order(c.seq_len, pieces)
         if c.seq_len > model.max_seq_len:
             raise UserError(
                 f"data.seq_len {c.seq_len} is over the model's context of {model.max_seq_len}: make it less"
