@@ -83,12 +83,12 @@ def weight_gradient(g: jax.Array, x: jax.Array) -> jax.Array:
     if not _on_cpu():
         return _contract(g, x, (0,), (0,))
     if g.shape[1] <= x.shape[1]:
-        return _contract(_transposed(g), x, (1,), (0,))
+        return _contract(transposed(g), x, (1,), (0,))
     # The product too is laid out first, or XLA swaps the operands to be rid of the transpose after it.
-    return _row_major(_contract(_transposed(x), g, (1,), (0,))).T
+    return _row_major(_contract(transposed(x), g, (1,), (0,))).T
 
 
-def _transposed(a: jax.Array) -> jax.Array:
+def transposed(a: jax.Array) -> jax.Array:
     """The transpose in memory, where XLA would only relabel the dimensions."""
     return _row_major(a.T)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsys.kernels.matmul import transposed
 from jaxsys.models.config import ModelConfig
 
 
@@ -27,7 +28,13 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 def rotations(positions: jax.Array, config: ModelConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """positions [B, T] to (cos, sin), each [B, T, 1, h/2], computed in at least float32."""
     wide = jnp.promote_types(dtype, jnp.float32)
-    angle = positions[..., None, None].astype(wide) * jnp.asarray(frequencies(config), wide)
+    inverse = jnp.asarray(frequencies(config), wide)
+    if jax.default_backend() == "cpu":
+        # A transpose in memory ends XLA:CPU's fusion: else sines are computed again for every head of every layer.
+        angle = inverse[:, None] * positions.reshape(-1).astype(wide)
+        cos, sin = (transposed(turn).reshape(*positions.shape, 1, -1) for turn in (jnp.cos(angle), jnp.sin(angle)))
+        return cos, sin
+    angle = positions[..., None, None].astype(wide) * inverse
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -5,9 +5,17 @@ import numpy as np
 import pytest
 from tiny_models import packed_batch, x64
 
+from jaxsys.kernels import attention
 from jaxsys.kernels.attention import Rows, attend
 
 B, T, H, K, h = 2, 16, 6, 2, 4
+
+
+@pytest.fixture(params=["at once", "in chunks"], autouse=True)
+def form(request, monkeypatch):
+    """Every test with all queries together, and in chunks."""
+    if request.param == "in chunks":
+        monkeypatch.setattr(attention, "CHUNKED_FROM", T)
 
 
 def oracle(q, k, v, segments, positions, window, scale, softcap):
@@ -81,3 +89,17 @@ def test_gradients_are_finite_where_a_row_has_no_key():
         return attend(q, k, v, context, layer=0, window=None, scale=0.4, softcap=None, dtype="float32")[0].sum()
 
     assert np.isfinite(np.asarray(jax.jit(jax.grad(f))(q))).all()
+
+
+def test_chunks_multiply_no_key_that_comes_after_them(monkeypatch):
+    q, k, v, segments, positions = inputs("float32")
+    counted = {}
+    for name, start in (("whole", T + 1), ("chunks", T)):
+        monkeypatch.setattr(attention, "CHUNKED_FROM", start)
+
+        def f(q, k, v):
+            context = Rows(segments, positions)
+            return attend(q, k, v, context, layer=0, window=None, scale=0.4, softcap=None, dtype="float32")[0]
+
+        counted[name] = str(jax.make_jaxpr(f)(q, k, v)).count("dot_general")
+    assert counted["chunks"] == 4 * counted["whole"]
