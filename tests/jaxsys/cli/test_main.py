@@ -69,7 +69,8 @@ def test_an_environment_that_jax_does_not_start_in_is_one_line(tmp_path, variabl
 def test_an_interrupt_while_modules_are_imported_ends_quietly():
     """The interrupt comes from the first heavy import itself, so that no clock decides."""
     code = (
-        "import os, signal, sys, types\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background is born without
         "class Interrupt:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'tyro':\n"
