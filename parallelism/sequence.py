@@ -326,7 +326,7 @@ def _regrouped(n: int, K: int, G: int) -> tuple[int, int]:
 
 
 def _to_heads(x: jax.Array, n: int, G: int) -> jax.Array:
-    """[B, T/n, K, ...] to [B, T, K'/n, ...]: all tokens of some heads; queries [B, T/n, K, G, ...] alike."""
+    """[B, T/n, K, ...] to [B, T, K'/n, ...]: all tokens of some heads, G queries each."""
     copies, zeros = _regrouped(n, x.shape[2], G)
     x = jnp.repeat(x, copies, axis=2)
     x = jnp.pad(x, [(0, zeros if i == 2 else 0) for i in range(x.ndim)])

@@ -108,11 +108,8 @@ def attend(
 def _rows(q, k, v, context, *, window, scale, softcap, dtype):
     B, T, H, h = q.shape
     K = k.shape[2]
-    index = jnp.arange(T)
-    seen = (index[:, None] >= index[None, :]) & (context.segments[:, :, None] == context.segments[:, None, :])
-    seen &= (context.segments > 0)[:, :, None]
-    if window is not None:
-        seen &= context.positions[:, :, None] - context.positions[:, None, :] < window
+    tokens = (context.segments, context.positions)
+    seen = _seen(tokens, tokens, None if window is None else jnp.broadcast_to(window, (B, T)))
     grouped, k, v = q.reshape(B, T, K, H // K, h).astype(dtype), k.astype(dtype), v.astype(dtype)
 
     def chunk(start, stop):
@@ -125,17 +122,22 @@ def _rows(q, k, v, context, *, window, scale, softcap, dtype):
     return o.reshape(B, T, H, h).astype(q.dtype)
 
 
+def _seen(queries, keys, windows):
+    """[B, Q, S] bool, which keys each query sees, from (segments, positions) of both [B, ...] and windows [B, Q]."""
+    (segments, positions), (key_segments, key_positions) = queries, keys
+    away = positions[:, :, None] - key_positions[:, None, :]
+    found = (segments[:, :, None] == key_segments[:, None, :]) & (segments > 0)[:, :, None] & (away >= 0)
+    return found if windows is None else found & (away < windows[:, :, None])
+
+
 def _split_rows(q, k, v, context, *, window, scale, softcap, dtype):
-    """As ``_rows``; a key is seen by document and position alone, since rows are not in order."""
+    """As ``_rows``, by the devices that ``context`` splits the tokens over."""
     B, T, H, h = q.shape
     K = k.shape[2]
     windows = jnp.broadcast_to(jnp.iinfo(jnp.int32).max if window is None else window, (B, T)).astype(jnp.int32)
 
     def seen(queries, keys):
-        (segments, positions, windows), (key_segments, key_positions, _) = queries, keys
-        away = positions[:, :, None] - key_positions[:, None, :]
-        found = (segments[:, :, None] == key_segments[:, None, :]) & (segments > 0)[:, :, None]
-        return found & (away >= 0) & (away < windows[:, :, None])
+        return _seen(queries[:2], keys[:2], queries[2])
 
     def forward(q, k, v, seen):
         out, (*_, normaliser) = _masked_forward(q, k, v, seen[:, None, None], scale, softcap)

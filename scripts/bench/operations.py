@@ -22,44 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxsys.hugepages import restart_with_huge_pages
+from parallelism.hlo import Instruction, Program
 
-BYTES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
 NAMES = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "s32": "int32", "s8": "int8"}
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$")
-SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 MOVES = {"copy", "transpose", "bitcast", "reshape", "convert", "slice", "concatenate", "pad", "broadcast", "parameter",
          "constant", "tuple", "get-tuple-element", "dynamic-slice", "dynamic-update-slice", "gather",
          "scatter"}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of HLO text. shapes: (dtype, dimensions) of each result."""
-
-    opcode: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    operands: tuple[str, ...]
-    rest: str
-
-    @property
-    def nbytes(self) -> int:
-        return sum(BYTES.get(dtype, 4) * math.prod(dims) for dtype, dims in self.shapes)
-
-
-def parse(text: str) -> tuple[dict[str, Instruction], dict[str, list[str]]]:
-    """Instructions by name, and the names in each computation."""
-    found: dict[str, Instruction] = {}
-    inside: dict[str, list[str]] = defaultdict(list)
-    computation = ""
-    for line in text.splitlines():
-        if line and not line.startswith(" ") and line.endswith("{"):
-            computation = line.split()[1 if line.startswith("ENTRY") else 0].lstrip("%")
-        elif match := INSTRUCTION.match(line):
-            name, shape, opcode, operands, rest = match.groups()
-            shapes = tuple((d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in SHAPE.findall(shape))
-            found[name] = Instruction(opcode, shapes, tuple(re.findall(r"%([^\s,()]+)", operands)), rest)
-            inside[computation].append(name)
-    return found, inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,27 +54,27 @@ class Product:
         return f"{operand(self.lhs, self.contract[0])} x {operand(self.rhs, self.contract[1])} -> {self.out}"
 
 
-def product(name: str, found: dict[str, Instruction]) -> Product:
-    dot = found[name]
+def product(dot: Instruction, inside: dict[str, Instruction]) -> Product:
+    """The matmul of a dot; inside: the instructions of its computation."""
 
     def dims(which: str) -> tuple[int, ...]:
         match = re.search(which + r"={([\d,]*)}", dot.rest)
         return tuple(int(n) for n in match[1].split(",") if n) if match else ()
 
-    left, right = (found[operand].shapes[0] for operand in dot.operands)
+    left, right = (inside[operand].arrays[0] for operand in dot.operands)
     contract = dims("lhs_contracting_dims"), dims("rhs_contracting_dims")
-    return Product(left, right, contract, (dims("lhs_batch_dims"), dims("rhs_batch_dims")), dot.shapes[0][0])
+    return Product(left, right, contract, (dims("lhs_batch_dims"), dims("rhs_batch_dims")), dot.arrays[0][0])
 
 
-def classify(name: str, found: dict[str, Instruction], inside: dict[str, list[str]]) -> Product | str:
+def classify(at: Instruction, computation: str, program: Program) -> Product | str:
     """What an instruction of the program does."""
-    at = found[name]
-    called = re.search(r"calls=%([^\s,]+)", at.rest)
-    names = inside[called[1]] if called else [name]
-    dots = [n for n in names if found[n].opcode == "dot"]
+    called = at.called("calls")
+    inside = program.computations[called[0] if called else computation]
+    members = list(inside.values()) if called else [at]
+    dots = [each for each in members if each.opcode == "dot"]
     if dots:
-        return product(dots[0], found)
-    opcodes = {found[n].opcode for n in names}
+        return product(dots[0], inside)
+    opcodes = {each.opcode for each in members}
     if any(code.startswith(("reduce", "sort")) for code in opcodes):
         return "reductions"
     if opcodes <= MOVES:
@@ -122,12 +90,7 @@ def durations(profile: Path) -> dict[str, list[float]]:
     (path,) = profile.rglob("*.xplane.pb")
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         for line in plane.lines:
-            ends = {}
-            events = sorted(line.events, key=lambda e: e.start_ns)
-            for event in reversed(events):
-                if event.name.startswith("end: "):
-                    ends[event.name[5:]] = event.start_ns
-                    continue
+            for event in line.events:
                 stats = dict(event.stats)
                 if "hlo_op" in stats:
                     found[str(stats["hlo_op"])].append(event.duration_ns / 1e9)
@@ -211,12 +174,17 @@ def main() -> None:
             with jax.profiler.trace(directory, profiler_options=profiling):
                 run()
             times = durations(Path(directory))
-        found, inside = parse(graph.compiled.as_text())
+        program = Program(graph.compiled.as_text())
+        places = {name: where for where, inside in program.computations.items() for name in inside}
         rows: dict[Product | str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         for name, each in times.items():
-            if name in found and found[name].opcode not in ("while", "conditional", "call"):
-                kind = classify(name, found, inside)
-                work = kind.flops if isinstance(kind, Product) else moved(name, found)
+            if name not in places:
+                continue
+            inside = program.computations[places[name]]
+            at = inside[name]
+            if at.opcode not in ("while", "conditional", "call"):
+                kind = classify(at, places[name], program)
+                work = kind.flops if isinstance(kind, Product) else moved(at, inside)
                 row = rows[kind]
                 row[0], row[1], row[2] = row[0] + len(each), row[1] + sum(each), row[2] + work * len(each)
         ordered = sorted(rows.items(), key=lambda item: -item[1][1])
@@ -233,10 +201,9 @@ def main() -> None:
         print(f"{'the other ' + str(max(len(ordered) - options.rows, 0)):64}{'':7}{rest * 1e3:9.1f}{rest / total:7.1%}")
 
 
-def moved(name: str, found: dict[str, Instruction]) -> float:
+def moved(at: Instruction, inside: dict[str, Instruction]) -> float:
     """Bytes of an instruction's operands and results: what it reads and writes if it reads each once."""
-    at = found[name]
-    return at.nbytes + sum(found[operand].nbytes for operand in at.operands if operand in found)
+    return at.nbytes + sum(inside[operand].nbytes for operand in at.operands if operand in inside)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parallelism import MeshSpec
-from parallelism.collectives import Program, collectives, summary
+from parallelism.collectives import collectives, summary
+from parallelism.hlo import Program
 
 MESH = "data=2,fsdp=2,tensor=2"
 
