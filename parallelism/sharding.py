@@ -186,6 +186,17 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def platform() -> str:
+    """What the code being traced will run on, for choices between forms: ``cpu``, ``gpu`` or ``tpu``.
+
+    The platform of the active context's mesh, which need not be of this machine (ahead-of-time compilation); else JAX's
+    default.
+    """
+    context = current()
+    name = jax.default_backend() if context is None else context.mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def spec_of(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
     """How the active context's rules split an activation of this shape; raises what ``constrain`` does."""
     context = current()

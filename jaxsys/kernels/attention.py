@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from parallelism import sequence
+from parallelism.sharding import platform
 
 # Rows of at least so many tokens are gone through in chunks of queries, each with the keys up to its end: 5/8 of all
 # pairs instead of all. Short rows are not worth the longer program.
@@ -199,7 +200,7 @@ def _masked_gradients(q, k, v, seen, normaliser, delta, g, scale, softcap):
         ds *= jnp.where(seen, 1 - jnp.square(s / softcap), 0.0)
     dq = jnp.einsum("nkgqs,nskh->nqkgh", ds.astype(dtype), k, preferred_element_type=wide)
     # XLA:CPU has no bfloat16 dot for a left operand whose contracted dimensions are not the minor ones.
-    over_rows = wide if jax.default_backend() == "cpu" else dtype
+    over_rows = wide if platform() == "cpu" else dtype
     dk = jnp.einsum("nkgqs,nqkgh->nskh", ds.astype(over_rows), q.astype(over_rows), preferred_element_type=wide)
     dv = jnp.einsum("nkgqs,nqkgh->nskh", p.astype(over_rows), d.astype(over_rows), preferred_element_type=wide)
     return dq, dk, dv

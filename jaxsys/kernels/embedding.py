@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from parallelism.manual import axes_of, on_devices, sum_gradient, width_axis
-from parallelism.sharding import current, spec_of
+from parallelism.sharding import current, platform, spec_of
 
 
 def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -61,7 +61,7 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _local(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # XLA:CPU gathers bfloat16 as float32, and out of a decode loop it would hoist that conversion, of the whole
         # table: 60 ms a dispatch for 49152 x 576. Tied to the tokens the table is no invariant of the loop.
         table, tokens = lax.optimization_barrier((table, tokens))

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from parallelism.sharding import platform
+
 # XLA:CPU runs a bfloat16 dot of fewer rows than this at scalar speed: 2 GB/s of weights against 20.
 CPU_BF16_MIN_ROWS = 4
 # Kernels with more inputs than outputs are faster as the left operand, which wants this many columns: 14 against 10.
@@ -116,4 +118,4 @@ def _contract(a: jax.Array, b: jax.Array, over_a: tuple[int, ...], over_b: tuple
 
 
 def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"

@@ -16,11 +16,13 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from parallelism.sharding import platform
+
 LISTED, STACKED = "listed", "stacked"
 
 
 def default_storage() -> str:
-    return LISTED if jax.default_backend() == "cpu" else STACKED
+    return LISTED if platform() == "cpu" else STACKED
 
 
 def _stack(blocks: Sequence[nnx.Module]) -> nnx.Module:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsys.kernels.matmul import transposed
 from jaxsys.models.config import ModelConfig
+from parallelism.sharding import platform
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
@@ -29,7 +30,7 @@ def rotations(positions: jax.Array, config: ModelConfig, dtype: Any) -> tuple[ja
     """positions [B, T] to (cos, sin), each [B, T, 1, h/2], computed in at least float32."""
     wide = jnp.promote_types(dtype, jnp.float32)
     inverse = jnp.asarray(frequencies(config), wide)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # A transpose in memory ends XLA:CPU's fusion: else sines are computed again for every head of every layer.
         angle = inverse[:, None] * positions.reshape(-1).astype(wide)
         cos, sin = (transposed(turn).reshape(*positions.shape, 1, -1) for turn in (jnp.cos(angle), jnp.sin(angle)))

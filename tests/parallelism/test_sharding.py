@@ -3,6 +3,7 @@
 import math
 import re
 from collections import defaultdict
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from parallelism import (
     create,
     current,
     plan,
+    platform,
     put,
     sharding_context,
     to_host,
@@ -383,3 +385,11 @@ def test_constrain_checks_the_axis_names_on_one_device_too():
             constrain(jnp.ones(4), ("bach",))
         with pytest.raises(ValueError, match="1 dimensions"):
             constrain(jnp.ones(4), ("batch", "seq"))
+
+
+def test_platform_is_that_of_the_mesh_and_not_of_this_machine():
+    for there, name in (("tpu", "tpu"), ("cuda", "gpu"), ("cpu", "cpu")):
+        elsewhere = SimpleNamespace(devices=np.array([SimpleNamespace(platform=there)], object))
+        with sharding_context(elsewhere):
+            assert platform() == name
+    assert platform() == jax.default_backend()
