@@ -164,6 +164,8 @@ def enable_persistent_cache(directory: str | os.PathLike | None = None) -> Path:
         jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # A key must not hold the address of a function (kernels/matmul.py lays arrays out by one).
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     return path
 
 

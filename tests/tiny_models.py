@@ -11,6 +11,7 @@ from jaxsys.models.state import build
 from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.train.step import Step
 from parallelism import PARAMETERS, MeshSpec, plan, put, to_host
+from parallelism.zero import state_shardings
 
 # Nine query and three key/value heads divide over no tensor axis, a vocabulary of 67 over none but itself.
 LLAMA = ModelConfig(
@@ -64,17 +65,21 @@ class Setup:
 
     def __init__(
         self, config, mesh="", *, dtype="float32", storage="listed", rules="", remat="none", optim=None, compute=None,
-        steps=10, seed=0, method="ring",
+        steps=10, seed=0, method="ring", gradient_rules="", optimizer_rules="",
     ):  # fmt: skip
         self.mesh = MeshSpec.parse(mesh).build()
         model = build(config, dtype=dtype, storage=storage)
-        self.plan = plan(model.layout, self.mesh, PARAMETERS.override(rules), model.units)
+        table = PARAMETERS.override(rules)
+        self.plan = plan(model.layout, self.mesh, table, model.units)
+        self.shardings = state_shardings(
+            self.plan, table.override(gradient_rules), table.override(optimizer_rules), model.units
+        )
         arrays = host_arrays(config, dtype, seed)
         self.params = put(self.plan, lambda logical, box: arrays[logical.name][box])
         self.optimizer = Optimizer(optim or OptimConfig(), self.plan.layout, steps)
         self.step = Step(
             model.with_layout(self.plan.layout), self.optimizer, jax.numpy.dtype(compute or dtype), remat,
-            self.plan.shardings, method,
+            self.shardings, method,
         )  # fmt: skip
         self.graphs = Graphs(self.mesh)
 

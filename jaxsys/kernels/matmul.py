@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from parallelism.sharding import platform
+from parallelism.sharding import current, manual_axes, platform
 
 # XLA:CPU runs a bfloat16 dot of fewer rows than this at scalar speed: 2 GB/s of weights against 20.
 CPU_BF16_MIN_ROWS = 4
@@ -107,8 +109,27 @@ def transposed(a: jax.Array) -> jax.Array:
     return _row_major(a.T)
 
 
+ROW_MAJOR = Layout((0, 1))
+
+
 def _row_major(a: jax.Array) -> jax.Array:
-    return with_layout_constraint(a, Layout((0, 1)))
+    context = current()
+    by_compiler = context is not None and set(context.mesh.axis_names) - manual_axes() and context.mesh.size > 1
+    return _row_major_pieces(a) if by_compiler else with_layout_constraint(a, ROW_MAJOR)
+
+
+@custom_partitioning
+def _row_major_pieces(a: jax.Array) -> jax.Array:
+    """Each device's piece of ``a``: left to itself the compiler gathers the whole of what a layout constraint takes."""
+    return with_layout_constraint(a, ROW_MAJOR)
+
+
+def _split_row_major(mesh: Any, arguments: Any, _: Any) -> tuple:
+    sharding = arguments[0].sharding
+    return mesh, lambda a: with_layout_constraint(a, ROW_MAJOR), sharding, (sharding,)
+
+
+_row_major_pieces.def_partition(partition=_split_row_major, sharding_rule="i j -> i j")
 
 
 def _contract(a: jax.Array, b: jax.Array, over_a: tuple[int, ...], over_b: tuple[int, ...]) -> jax.Array:

@@ -79,7 +79,8 @@ class TrainConfig:
 
     run: directory of its checkpoints, metrics and graphs. Started again with the same directory it resumes.
     init_from: a pretrained model to begin with; otherwise ``model`` says what to make from scratch.
-    mesh: ``data=2,fsdp=-1,tensor=4``. parameter_rules, activation_rules: changes to the sharding rules.
+    mesh: ``data=2,fsdp=-1,tensor=4``. parameter_rules, activation_rules: changes to the sharding rules;
+    gradient_rules, optimizer_rules: what is different for gradients and optimizer state (ZeRO-1 and 2).
     accumulate: microbatches a step. step_form: one graph, or grads and update groups. remat: what layers keep.
     context_method: how attention works on a mesh with context > 1, see ``parallelism.sequence``.
     eval_every: steps between evaluations on held-out text (0: only before and after), of ``eval_batches`` batches.
@@ -94,6 +95,8 @@ class TrainConfig:
     mesh: str = ""
     parameter_rules: str = ""
     activation_rules: str = ""
+    gradient_rules: str = ""
+    optimizer_rules: str = ""
     data: DataConfig = DataConfig()
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = CheckpointConfig()

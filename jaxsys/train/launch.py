@@ -71,7 +71,7 @@ class Launcher:
     def _compile_split(self, params: Arrays, state: Arrays, step: Any) -> None:
         f, graphs = self._functions, self._graphs
         scalar = NamedSharding(self._plan.mesh, PartitionSpec())
-        sums = (self._plan.shardings, {"loss": scalar, "targets": scalar})
+        sums = (self._functions.shardings.gradients, {"loss": scalar, "targets": scalar})
         self._grads = graphs.compile("grads", f.grads, params, self.microbatch, out_shardings=sums)
         acc = self._grads.outputs
         if self._config.accumulate > 1:

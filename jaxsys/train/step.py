@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
 
 from jaxsys.kernels.attention import Rows, SplitRows
 from jaxsys.kernels.loss import cross_entropy
@@ -23,6 +22,7 @@ from jaxsys.optim import Optimizer
 from parallelism import sequence
 from parallelism.errors import unknown_name
 from parallelism.sharding import constrain
+from parallelism.zero import Shardings, StateShardings
 
 Arrays = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]  # tokens, targets, segments, positions: [B, T] int32; a batch of A is [A, B, T]
@@ -43,7 +43,6 @@ class Step:
 
     compute_dtype: kernels are cast to it for forward and backward; gradients are summed in at least
     float32; updates are in the parameters' dtype.
-    shardings: of the parameters; gradients are kept in them.
     context_method: how attention works where rows are split over the mesh axis ``context``.
     """
 
@@ -51,7 +50,7 @@ class Step:
     optimizer: Optimizer
     compute_dtype: Any
     remat: str
-    shardings: Mapping[str, NamedSharding]
+    shardings: StateShardings
     context_method: sequence.Method = "ring"
 
     def __post_init__(self) -> None:
@@ -88,11 +87,12 @@ class Step:
 
         (total, count), grads = jax.value_and_grad(loss, has_aux=True)(params)
         grads = {key: g.astype(jnp.promote_types(g.dtype, jnp.float32)) for key, g in grads.items()}
-        return self._keep(grads), {"loss": total, "targets": count}
+        return _lay(grads, self.shardings.gradients), {"loss": total, "targets": count}
 
     def accumulate(self, sums: tuple[Arrays, Arrays], params: Arrays, batch: Batch) -> tuple[Arrays, Arrays]:
         """``sums`` (donated) plus those of one more microbatch."""
-        return jax.tree.map(jnp.add, sums, self.grads(params, batch))
+        grads, totals = jax.tree.map(jnp.add, sums, self.grads(params, batch))
+        return _lay(grads, self.shardings.gradients), totals
 
     def finish(self, sums: tuple[Arrays, Arrays], step: jax.Array) -> tuple[jax.Array, Arrays]:
         """The factor that turns summed gradients into clipped means, and the step's metrics."""
@@ -112,9 +112,11 @@ class Step:
         self, params: Arrays, state: Any, grads: Arrays, scale: jax.Array, step: jax.Array
     ) -> tuple[Arrays, Any]:
         """One group's new parameters and optimizer state, in the dtypes that they have."""
-        grads = {key: g.astype(params[key].dtype) for key, g in grads.items()}
+        # Each device updates what it has the state of.
+        grads = _lay({key: g.astype(params[key].dtype) for key, g in grads.items()}, self.shardings.optimizer)
+        params = _lay(params, self.shardings.optimizer)
         params, state = self.optimizer.update(params, state, grads, scale, step)
-        return self._keep(params), state
+        return _lay(params, self.shardings.parameters), state
 
     def fused(self, params: Arrays, state: Any, step: jax.Array, batches: Batch) -> tuple[Arrays, Any, Arrays]:
         """A whole step over A microbatches [A, B, T]: new parameters, optimizer state, metrics."""
@@ -134,14 +136,13 @@ class Step:
         """Whether every value of the state is a finite number: a bool scalar."""
         return jnp.stack([jnp.isfinite(array).all() for array in state.values()]).all()
 
-    def _keep(self, arrays: Arrays) -> Arrays:
-        """Each array in its parameter's sharding."""
-        return {
-            key: lax.with_sharding_constraint(array, self.shardings[key])
-            if self.shardings[key].mesh.size > 1
-            else array
-            for key, array in arrays.items()
-        }
+
+def _lay(arrays: Arrays, shardings: Shardings) -> Arrays:
+    """Each array in the sharding of its key."""
+    return {
+        key: lax.with_sharding_constraint(array, shardings[key]) if shardings[key].mesh.size > 1 else array
+        for key, array in arrays.items()
+    }
 
 
 def groups(keys: Sequence[str], sizes: Mapping[str, int], count: int) -> list[list[str]]:

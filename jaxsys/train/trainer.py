@@ -51,6 +51,7 @@ from parallelism import (
 from parallelism.errors import UserError
 from parallelism.layout import Layout
 from parallelism.sharding_report import report
+from parallelism.zero import state_shardings
 
 
 class NonFiniteLoss(UserError):
@@ -108,8 +109,14 @@ class Trainer:
             self.console.line(f"sharding: {'; '.join(uneven)}")
         self.model = model.with_layout(self.plan.layout)
         self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
+        self.shardings = state_shardings(
+            self.plan,
+            parameter_rules.override(config.gradient_rules),
+            parameter_rules.override(config.optimizer_rules),
+            model.units,
+        )
         self.step_functions = Step(
-            self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.plan.shardings,
+            self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.shardings,
             config.context_method,
         )  # fmt: skip
         self._data(model_config)
@@ -182,7 +189,7 @@ class Trainer:
         """Parameters, optimizer state and step: from the newest checkpoint, else from the beginning."""
         replicated = NamedSharding(self.mesh, PartitionSpec())
         opt_layout, like = self.optimizer.layout_of_state()
-        opt_shardings = {k: self.plan.shardings[p] if p else replicated for k, p in like.items()}
+        opt_shardings = {k: self.shardings.optimizer[p] if p else replicated for k, p in like.items()}
         self.layout = self.plan.layout | opt_layout
         if self.manager.latest() is not None:
             self._check_resume(opt_layout)

@@ -30,13 +30,15 @@ def jaxsys_step(config, batch: int, length: int, compute: str, steps: int) -> Ca
     from jaxsys.optim import AdamW, Constant, OptimConfig, Optimizer
     from jaxsys.train.step import Step
     from parallelism import MeshSpec, create, plan
+    from parallelism.zero import StateShardings
 
     model = build(config, storage=None)
     mesh = MeshSpec.parse("").build()
     placed, graphs = plan(model.layout, mesh, units=model.units), Graphs(mesh)
     optim = OptimConfig(AdamW(weight_decay=WEIGHT_DECAY), Constant(), LEARNING_RATE, CLIP)
     optimizer = Optimizer(optim, placed.layout, 1000)
-    step = Step(model, optimizer, jnp.dtype(compute), "none", placed.shardings)
+    shardings = StateShardings(placed.shardings, placed.shardings, placed.shardings)
+    step = Step(model, optimizer, jnp.dtype(compute), "none", shardings)
     seed, number = np.int32(0), np.int32(0)
     params = create(placed, model.init, lambda f, **k: graphs.compile("init", f, seed, **k), seed)
     state = graphs.compile("init_optimizer", optimizer.init, params)(params)

@@ -1,0 +1,47 @@
+"""ZeRO by rules: where parameters, their gradients and their optimizer state lie (Rajbhandari et al. 2020, section 5).
+
+By one table of rules they lie alike, which over ``fsdp`` is ZeRO-3. Parameters that are whole on every device of
+``fsdp`` make it ZeRO-2, gradients that are whole too ZeRO-1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from jax.sharding import NamedSharding
+
+from parallelism.errors import UserError
+from parallelism.rules import Rules
+from parallelism.sharding import Plan, plan
+
+Shardings = Mapping[str, NamedSharding]
+
+
+@dataclasses.dataclass(frozen=True)
+class StateShardings:
+    """Where the arrays of each parameter lie, by its key: itself, its summed gradient, its optimizer state."""
+
+    parameters: Shardings
+    gradients: Shardings
+    optimizer: Shardings
+
+
+def state_shardings(
+    parameters: Plan, gradients: Rules, optimizer: Rules, units: Mapping[str, int] | None = None
+) -> StateShardings:
+    """The shardings of all three from the plan of the parameters and the rules of the others; units: as for ``plan``.
+
+    Raises UserError where the rules pad an array differently: the three have one shape.
+    """
+    found = {}
+    for what, rules in (("gradient", gradients), ("optimizer", optimizer)):
+        other = plan(parameters.layout, parameters.mesh, rules, units)
+        for key, stored in parameters.layout.items():
+            if other.layout[key].shape != stored.shape:
+                raise UserError(
+                    f"{key}: the parameter rules store it as {stored.shape}, the {what} rules as "
+                    f"{other.layout[key].shape}: change only axes that need no padding (such as embed)"
+                )
+        found[what] = other.shardings
+    return StateShardings(parameters.shardings, found["gradient"], found["optimizer"])
