@@ -67,9 +67,9 @@ class Recipe:
 
 
 RECIPES = {
-    "llama-3-8b": Recipe(LLAMA_8B, "v5p:4x4x4", "fsdp=64", (128, 8192)),
+    "llama-3-8b": Recipe(LLAMA_8B, "v5p:4x4x4", "data=2,fsdp=32", (128, 8192)),
     "llama-3-70b": Recipe(LLAMA_70B, "v5p:8x8x8", "fsdp=128,tensor=4", (256, 8192)),
-    "llama-3.2-1b": Recipe(LLAMA_1B, "v5e:4x4", "fsdp=16", (32, 4096)),
+    "llama-3.2-1b": Recipe(LLAMA_1B, "v5e:4x4", "data=2,fsdp=8", (32, 4096)),
     "llama-3.1-8b-128k": Recipe(LONG, "v5p:4x4x4", "fsdp=4,context=16", (4, 131_072)),
     "llama-3.2-1b-h100": Recipe(LLAMA_1B, "h100:2x8", "fsdp=16", (64, 4096)),
 }

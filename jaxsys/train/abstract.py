@@ -40,7 +40,7 @@ class AbstractRun:
     """The plan, the step and the graphs of a configuration on a mesh.
 
     devices: to lay the mesh over, which need not be of this machine (``jax.experimental.topologies``); default: all
-    there are. Nothing is made on them and nothing is compiled before ``compile``.
+    there are. Nothing is made on them and nothing is compiled before ``prepare``.
     Raises UserError for a mesh, rules, rows or a batch that do not go together.
     """
 
@@ -75,8 +75,8 @@ class AbstractRun:
     def opt_state(self) -> dict[str, jax.ShapeDtypeStruct]:
         return _abstract(self.optimizer_plan)
 
-    def compile(self) -> None:
-        """The graphs of the step."""
+    def prepare(self) -> None:
+        """Compiles the graphs of the step."""
         self.launcher.prepare(self.params, self.opt_state)
 
     def _check_rows(self, model: ModelConfig) -> None:

@@ -84,7 +84,7 @@ class Explanation:
 
 def explain(run: AbstractRun) -> Explanation:
     """Compiles the step and reads what it will do off its programs. Raises what the compiler raises."""
-    run.compile()
+    run.prepare()
     return Explanation(state_report(run), tuple(step_collectives(run)), memory(run))
 
 

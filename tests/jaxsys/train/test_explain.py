@@ -46,7 +46,7 @@ def test_classes_of_memory_are_the_shards_and_what_the_compiler_says(config, exp
     assert classes["parameters"] == classes["gradients"] == shards(run.params)
     assert classes["optimizer state"] == shards(run.opt_state)
     assert classes["batch"] == 4 * 4 * 32 * 4 // 2  # four arrays of [1, 4, 32] int32, the rows over fsdp
-    run.compile()
+    run.prepare()
     stats = run.launcher.programs[0][0].stats
     state = classes["parameters"] + classes["optimizer state"] + classes["batch"]
     assert explanation.memory.total - state == max(stats.temporary_bytes, classes["gradients"])
@@ -80,7 +80,7 @@ def test_a_step_that_does_not_compile_for_lack_of_memory_ends_in_the_table(confi
     monkeypatch.setattr(run.launcher, "prepare", lambda *_: (_ for _ in ()).throw(FULL))
     needs = r"needs 20\.1 GiB a device.*remat=full \(now none\); accumulate=2"
     with pytest.raises(OutOfMemory, match=needs) as error, explained(run, said.append):
-        run.compile()
+        run.prepare()
     assert "\n" not in str(error.value)
     assert said[0].splitlines()[1].startswith("activations and temporaries")
 
