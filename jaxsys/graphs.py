@@ -34,7 +34,8 @@ class LateCompileError(RuntimeError):
 class GraphStats:
     """What one graph costs. Bytes are per device; flops and bytes accessed count a scan's body once.
 
-    cached: the executable came out of the persistent cache. None where the backend does not say.
+    cached: the executable came out of the persistent cache. host_bytes: in the memory of the device's host. None where
+    the backend does not say.
     """
 
     name: str
@@ -45,6 +46,7 @@ class GraphStats:
     output_bytes: int | None
     temporary_bytes: int | None
     aliased_bytes: int | None
+    host_bytes: int | None
     flops: float | None
     bytes_accessed: float | None
 
@@ -59,6 +61,11 @@ class Graph:
     @property
     def name(self) -> str:
         return self.stats.name
+
+    @property
+    def text(self) -> str:
+        """The compiled program, as HLO text: see ``parallelism.hlo``."""
+        return self.compiled.as_text()
 
     @property
     def outputs(self) -> Any:
@@ -190,6 +197,7 @@ def _stats(name: str, compiled: Any, trace: float, seconds: float, cached: bool)
     cost: dict[str, float] = {}
     with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):
         cost = compiled.cost_analysis() or {}
+    host = None if memory is None else memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     return GraphStats(
         name,
         trace,
@@ -199,6 +207,7 @@ def _stats(name: str, compiled: Any, trace: float, seconds: float, cached: bool)
         getattr(memory, "output_size_in_bytes", None),
         getattr(memory, "temp_size_in_bytes", None),
         getattr(memory, "alias_size_in_bytes", None),
+        host,
         cost.get("flops"),
         cost.get("bytes accessed"),
     )
