@@ -1,0 +1,111 @@
+"""Batches of long-tailed documents: how even their plans are, and what attention sends, against rows that are all split.
+
+JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python scripts/bench/balance.py
+
+Bytes are those of one layer's attention, forward and backward, float32, read off the program compiled for the mesh.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from parallelism.balance import Grid, Plan, plan, split_sizes
+
+SHARES = (0, 0.125, 0.25, 0.5, 1)
+SEEDS = 20
+LONGEST = 32768
+"""Tokens of a row, and of a document at most."""
+
+FILL = 63 / 64
+DISTRIBUTIONS = {
+    "log-normal": lambda rng: rng.lognormal(6.5, 1.4),  # median 665, mean 1,770 tokens
+    "Pareto": lambda rng: 256 * (1 + rng.pareto(1.5)),  # median 406, mean 768 tokens
+}
+MESHES = {"context=8": 32, "data=2,context=4": 64}
+"""Rows of a batch by mesh."""
+
+
+def grid_of(mesh: str) -> Grid:
+    """The grid of eight devices for the batch of that mesh."""
+    groups = 2 if mesh.startswith("data=2") else 1
+    return Grid(groups, 8 // groups, MESHES[mesh] * LONGEST // 8)
+
+
+def draw(distribution: str, grid: Grid, seed: int) -> np.ndarray:
+    """Lengths of documents that fill the grid's places to FILL; the last is cut."""
+    rng, left, lengths = np.random.default_rng(seed), int(FILL * grid.devices * grid.room), []
+    while left:
+        lengths.append(min(max(int(DISTRIBUTIONS[distribution](rng)), 16), LONGEST, left))
+        left -= lengths[-1]
+    return rng.permutation(lengths)
+
+
+def plans(distribution: str, mesh: str) -> list[tuple[Plan, float]]:
+    """The plan of each seed's documents, and the seconds that it took for a thousand of them."""
+    grid, made = grid_of(mesh), []
+    for seed in range(SEEDS):
+        lengths = draw(distribution, grid, seed)
+        start = time.perf_counter()
+        found = plan(lengths, grid, split_sizes(SHARES, grid))
+        made.append((found, (time.perf_counter() - start) / len(lengths) * 1000))
+    return made
+
+
+def sent(mesh: str, split: int | None, method: str = "ring") -> float:
+    """Bytes that a device sends over ``context`` with a split region of that size; None: rows in order, all split."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxsys.graphs import Graphs
+    from jaxsys.kernels.attention import SplitRows, attend
+    from parallelism import MeshSpec
+    from parallelism.collectives import collectives
+
+    built, grid = MeshSpec.parse(mesh).build(), grid_of(mesh)
+    B, T = (MESHES[mesh], LONGEST) if split is None else (grid.groups, grid.pieces * grid.room)
+    own = 0 if split is None else grid.room - split
+
+    def like(dtype, *rest):
+        sharding = NamedSharding(built, PartitionSpec(("data", "fsdp"), "context"))
+        return jax.ShapeDtypeStruct((B, T, *rest), dtype, sharding=sharding)
+
+    def gradients(q, k, v, segments, positions):
+        def loss(q, k, v):
+            context = SplitRows(segments, positions, method, own)
+            out, _ = attend(q, k, v, context, layer=0, window=None, scale=0.1, softcap=None, dtype=jnp.float32)
+            return jnp.square(out).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    heads = (like(jnp.float32, H, 64) for H in (8, 4, 4))
+    graph = Graphs(built).compile("attention", gradients, *heads, like(jnp.int32), like(jnp.int32))
+    found = collectives(graph.compiled.as_text(), built)
+    return sum(each.sent for each in found if "context" in each.axes)
+
+
+def main() -> None:
+    for mesh in MESHES:
+        grid = grid_of(mesh)
+        rows = sent(mesh, None)
+        by_size = {size: sent(mesh, size) for size in split_sizes(SHARES, grid)}
+        print(f"{mesh}: {MESHES[mesh]} rows of {LONGEST} tokens, all split: {rows / 2**20:,.0f} MiB a device")
+        for size, nbytes in by_size.items():
+            print(f"  split region {size / grid.room:5.1%}: {nbytes / 2**20:8,.0f} MiB")
+        for distribution in DISTRIBUTIONS:
+            made = plans(distribution, mesh)
+            found = [each for each, _ in made]
+            fewest = min((rows / by_size[p.split] if by_size[p.split] else np.inf) for p in found)
+            print(
+                f"  {distribution}: imbalance at most {max(p.imbalance for p in found):.3f}, "
+                f"median {np.median([p.imbalance for p in found]):.3f}; split region at most "
+                f"{max(p.split for p in found) / grid.room:.1%}; {fewest:.1f}x fewer bytes or better; "
+                f"padding {np.mean([p.padding for p in found]):.1%}; {sum(p.cut for p in found)} documents cut; "
+                f"{np.median([ms for _, ms in made]) * 1e3:.2f} ms a thousand documents"
+            )
+
+
+if __name__ == "__main__":
+    main()
