@@ -168,12 +168,12 @@ class Trainer:
                 f"data.batch_size {c.batch_size} does not divide by accumulate={self.config.accumulate}: change one"
             )
         grid = batch_grid(self.config, self.mesh, self.activation_rules)
-        self.train_data = Loader(dataset, c.batch_size, c.seq_len, self.config.seed, "train", c.heldout)
+        order = dataset, c.batch_size, c.seq_len, self.config.seed
         if c.split_shares:
             sizes = balance.split_sizes(c.split_shares, grid)
-            self.train_data = BalancedLoader(
-                dataset, c.batch_size, c.seq_len, self.config.seed, c.heldout, grid, sizes
-            )
+            self.train_data: Loader = BalancedLoader(*order, c.heldout, grid, sizes)
+        else:
+            self.train_data = Loader(*order, "train", c.heldout)
         rows = c.batch_size // self.config.accumulate
         if self.config.eval_batches:
             self.heldout_data = Loader(dataset, rows, c.seq_len, self.config.seed, "heldout", c.heldout)
