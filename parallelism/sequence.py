@@ -119,17 +119,17 @@ def _local(q, k, v, tokens, *, block: Block, method: Method, n: int, own: int):
         "token_ring": (_token_ring_forward, _token_ring_backward),
         "all_to_all": (_exchange_forward, _exchange_backward),
     }
-    alone, split = (jax.tree.map(lambda a, s=s: a[:, s], (q, k, v, tokens)) for s in (slice(own), slice(own, None)))
     out = []
-    if own:
-        out.append(_paired(*alone, block, n, _own_forward, _own_backward))
-    if own < q.shape[1]:
-        out.append(_paired(*split, block, n, *ways[method]))
+    for part, way in ((slice(own), (_own_forward, _own_backward)), (slice(own, None), ways[method])):
+        arrays = jax.tree.map(lambda a, part=part: a[:, part], (q, k, v, tokens))
+        if arrays[0].size:
+            out.append(_paired(block, n, way, arrays))
     return jnp.concatenate(out, axis=1)
 
 
-def _paired(q, k, v, tokens, block: Block, n: int, forward: Callable, backward: Callable):
-    """Attention between tokens that ``forward`` and ``backward`` bring together."""
+def _paired(block: Block, n: int, way: tuple[Callable, Callable], arrays: tuple):
+    """Attention among the tokens of ``arrays`` (q, k, v, tokens), which ``way`` brings together."""
+    forward, backward = way
 
     @jax.custom_vjp
     def attend(q, k, v, tokens):
@@ -149,7 +149,7 @@ def _paired(q, k, v, tokens, block: Block, n: int, forward: Callable, backward: 
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), zero
 
     attend.defvjp(attend_forward, attend_backward)
-    return attend(q, k, v, tokens)
+    return attend(*arrays)
 
 
 # -------------------------------------------------------------------------------------------------- pairs of chunks

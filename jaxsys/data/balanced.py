@@ -24,8 +24,8 @@ class BalancedLoader(Loader):
     A batch has ``FILL`` of the tokens that rows would have. Documents longer than ``seq_len`` are cut there, and those
     at both ends of a batch where it ends, as rows cut them; no others are.
 
-    grid: of a global batch: its room is that of batch_size rows of seq_len tokens. sizes: of the split region, to choose
-    from. The rest as for ``Loader``, and what it raises.
+    grid: with places for batch_size rows of seq_len tokens. sizes: of the split region, to choose from. The rest as for
+    ``Loader``, and what it raises.
     """
 
     def __init__(
@@ -45,11 +45,10 @@ class BalancedLoader(Loader):
         self.steps_per_epoch = max(self.tokens // self.batch_tokens, 1)
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """Batch ``step``, or those of its rows, one a context group, that ``rows`` selects: int32 [rows,
-        pieces * room].
+        """Batch ``step``, or the part of its rows that ``rows`` selects: int32 [groups, pieces * room] by name.
 
-        Its arrays are those of ``pack``, in the order of ``balance.Plan.arrange``. Beside them are numbers: ``split``, the
-        size of the split region, and what ``REPORTED`` lists.
+        Its arrays are those of ``pack``, in the order of ``balance.Plan.arrange``. Beside them are scalars: ``split``,
+        the size of the split region, and what ``REPORTED`` lists.
         """
         order, _, first, start = self._window(step, 0)
         documents = (self.dataset.document(int(i))[self._begin[i] : self._end[i]] for i in order[first:])
@@ -63,8 +62,8 @@ class BalancedLoader(Loader):
             "targets": np.where(source < 0, NO_TARGET, line["targets"][source]),
             "segments": segments,
             "positions": positions,
-            "split": np.int32(plan.split),
-            **{name: np.float64(getattr(plan, name)) for name in REPORTED},
+            "split": np.array(plan.split, np.int32),
+            **{name: np.array(getattr(plan, name), np.float64) for name in REPORTED},
         }
 
     def identity(self, step: int, rows: slice = slice(None)) -> str:

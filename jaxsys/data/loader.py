@@ -105,9 +105,7 @@ class Loader:
         inside = order[first : last + 1]
         names = [self.dataset.names[int(i)] for i in inside[:3]]
         more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
-        return (
-            f"{self.split} step {step + 1}: epoch {epoch}, {what}, documents {', '.join(names)}{more}"
-        )
+        return f"{self.split} step {step + 1}: epoch {epoch}, {what}, documents {', '.join(names)}{more}"
 
     def _window(self, step: int, low: int) -> tuple[np.ndarray, np.ndarray, int, int]:
         """Where token ``low`` of batch ``step`` is.

@@ -19,9 +19,9 @@ class DataConfig:
     batch_size: rows of a global batch. seq_len: tokens of a row. heldout: share of documents kept for evaluation.
     tokenizer: a directory with a tokenizer.json, a model directory, GGUF file or name; None takes that of
     ``init_from``. limit: documents at most.
-    split_shares: how large a share of a device's tokens documents may take that are split over the mesh axis ``context``.
-    Each batch takes the smallest with which attention's work is even, see ``parallelism.balance``; there is a graph for
-    each. Empty: rows are cut in order, and every row is split.
+    split_shares: documents are arranged by ``parallelism.balance``, and those that are split over the mesh axis
+    ``context`` take one of these shares of a device's tokens: each batch the smallest with which attention's work is
+    even. There is a graph for each. Empty: rows are cut in order, and every row is split.
     """
 
     source: str = "stdlib"

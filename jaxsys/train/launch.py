@@ -192,7 +192,7 @@ def batch_grid(config: TrainConfig, mesh: Mesh, rules: Rules) -> balance.Grid:
         )
     if data.split_shares and pieces == 1:
         raise UserError(
-            f"data.split_shares {data.split_shares} on mesh {config.mesh or 'of one device'!r}: {sequence.AXIS}=1 splits "
-            f"no document: leave it empty, or give the mesh {sequence.AXIS} above 1"
+            f"data.split_shares {data.split_shares} on mesh {config.mesh!r}: {sequence.AXIS}=1 splits no document: "
+            f"leave it empty, or give the mesh {sequence.AXIS} above 1"
         )
     return balance.Grid(shards * config.accumulate, pieces, rows // shards * data.seq_len // pieces)

@@ -1,4 +1,4 @@
-"""Batches of long-tailed documents: how even their plans are, and what attention sends, against rows that are all split.
+"""Batches of long-tailed documents: how even their plans are, and what attention sends, against rows all split.
 
 JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python scripts/bench/balance.py
 
@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 
+from jaxsys.data.balanced import FILL
 from parallelism.balance import Grid, Plan, plan, split_sizes
 
 SHARES = (0, 0.125, 0.25, 0.5, 1)
@@ -18,7 +19,6 @@ SEEDS = 20
 LONGEST = 32768
 """Tokens of a row, and of a document at most."""
 
-FILL = 63 / 64
 DISTRIBUTIONS = {
     "log-normal": lambda rng: rng.lognormal(6.5, 1.4),  # median 665, mean 1,770 tokens
     "Pareto": lambda rng: 256 * (1 + rng.pareto(1.5)),  # median 406, mean 768 tokens

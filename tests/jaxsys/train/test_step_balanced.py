@@ -47,7 +47,7 @@ def arranged(mesh, split):
 CASES = {
     "local and split": ("context=4", "ring", 0.5, "llama", "listed", "float64"),
     "all split, windows": ("context=4", "all_gather", 1.0, "gemma2", "stacked", "float64"),
-    "rows over data, heads over tensor": ("data=2,context=2,tensor=2", "token_ring", 0.5, "gemma2", "listed", "float64"),
+    "data and tensor too": ("data=2,context=2,tensor=2", "token_ring", 0.5, "gemma2", "listed", "float64"),
     "parameters over fsdp": ("fsdp=2,context=4", "all_to_all", 0.75, "llama", "stacked", "float64"),
     "all local": ("context=2", "ring", 0.0, "llama", "listed", "float32"),
 }

@@ -1,4 +1,4 @@
-"""Runs whose documents are arranged over ``context``: resumed bit for bit, measured, and refused where they cannot be."""
+"""Runs whose documents are arranged over ``context``: resumed, measured, and refused where they cannot be."""
 
 import dataclasses
 import json
@@ -28,42 +28,46 @@ def train(config, stop_at=None):
         return trainer.run(stop_at)
 
 
-@pytest.mark.parametrize("options", [{}, {"step_form": "split", "update_groups": 2, "accumulate": 2}])
-def test_a_run_resumes_bit_for_bit_and_says_how_even_its_batches_are(tmp_path, material, options):
-    straight = train(config(tmp_path / "straight", material, **options))
-    first = train(config(tmp_path / "resumed", material, **options), stop_at=2)
-    second = train(config(tmp_path / "resumed", material, **options))
-    assert [*first.losses, *second.losses] == straight.losses
-    assert state_bytes(tmp_path / "resumed", 4) == state_bytes(tmp_path / "straight", 4)
-    rows = [row for row in read(tmp_path / "straight") if "loss" in row]
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, material):
+    """(directory, summary) of a run of four steps."""
+    run = tmp_path_factory.mktemp("balanced") / "run"
+    return run, train(config(run, material))
+
+
+def test_a_run_resumes_bit_for_bit(tmp_path, material, straight):
+    run, summary = straight
+    first = train(config(tmp_path / "run", material), stop_at=2)
+    second = train(config(tmp_path / "run", material))
+    assert [*first.losses, *second.losses] == summary.losses
+    assert state_bytes(tmp_path / "run", 4) == state_bytes(run, 4)
+
+
+def test_metrics_say_how_even_batches_are_and_each_size_of_the_split_region_has_a_graph(straight):
+    run, _ = straight
+    rows = [row for row in read(run) if "loss" in row]
     assert len(rows) == 4
     for row in rows:
         assert row["tokens"] == 504 and row["padding"] == pytest.approx(1 - 504 / 512)
         assert 1 <= row["imbalance"] < 1.5 and 0 <= row["split_share"] <= 1 and row["cut"] >= 0
-    graphs = {graph["name"] for graph in json.loads((tmp_path / "straight" / "graphs.json").read_text())}
-    step = {"grads", "accumulate"} if options else {"train_step"}
-    room = 512 // 4 // options.get("accumulate", 1)
-    assert {name for name in graphs if "[split" in name} == {
-        f"{name}[split={size}]" for name in step for size in (0, room // 2)
-    }
+    graphs = {graph["name"] for graph in json.loads((run / "graphs.json").read_text())}
+    assert {name for name in graphs if "train_step" in name} == {"train_step[split=0]", "train_step[split=64]"}
 
 
-def test_the_loss_is_that_of_the_same_documents_on_another_grid(tmp_path, material):
-    one = train(config(tmp_path / "one", material, shares=(0.5,)))
-    other = train(config(tmp_path / "other", material, shares=(1.0,), mesh="context=4", accumulate=2))
-    np.testing.assert_allclose(one.losses, other.losses, rtol=1e-4)
+def test_another_grid_and_the_split_step_give_the_same_losses(tmp_path, material, straight):
+    form = {"mesh": "context=4", "step_form": "split", "update_groups": 1, "accumulate": 2}
+    other = train(config(tmp_path / "run", material, shares=(1.0,), **form))
+    np.testing.assert_allclose(other.losses, straight[1].losses, rtol=1e-4)
 
 
-def test_held_out_text_is_measured_as_without(tmp_path, material):
-    balanced = train(config(tmp_path / "balanced", material, steps=1))
-    rows = train(config(tmp_path / "rows", material, shares=(), steps=1))
-    assert balanced.heldout_before == rows.heldout_before
+def test_held_out_text_is_measured_as_without(tmp_path, material, straight):
+    rows = train(config(tmp_path / "run", material, shares=(), steps=1))
+    assert rows.heldout_before == straight[1].heldout_before
 
 
-def test_another_choice_of_shares_is_another_run(tmp_path, material):
-    train(config(tmp_path / "run", material, steps=2))
+def test_another_choice_of_shares_is_another_run(material, straight):
     with pytest.raises(UserError, match=r"another data: split_shares=\[0\.0, 0\.5\] there, \[1\.0\] now"):
-        Trainer(config(tmp_path / "run", material, shares=(1.0,)), quiet())
+        Trainer(config(straight[0], material, shares=(1.0,)), quiet())
 
 
 def test_a_mesh_without_context_is_refused(tmp_path, material):
