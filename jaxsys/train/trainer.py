@@ -247,7 +247,7 @@ class Trainer:
                 "batch_size": c.data.batch_size,
                 "seq_len": c.data.seq_len,
                 "heldout": c.data.heldout,
-                "split_shares": list(c.data.split_shares),
+                "split_shares": list(c.data.split_shares) or None,
             },
             "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
         }

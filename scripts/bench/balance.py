@@ -98,8 +98,8 @@ def main() -> None:
             imbalance, split = max(each.imbalance for each in found), max(each.split for each in found)
             padding, nbytes = np.mean([each.padding for each in found]), sent(mesh, split) / 2**20
             print(
-                f"| `{mesh}` | {distribution} | {imbalance:.3f} | {split / room:.1%} | {everything:,.0f} | {nbytes:,.0f} "
-                f"| {padding:.1%} | {np.median(milliseconds):.1f} |"
+                f"| `{mesh}` | {distribution} | {imbalance:.3f} | {split / room:.1%} | {everything:,.0f} "
+                f"| {nbytes:,.0f} | {padding:.1%} | {np.median(milliseconds):.1f} |"
             )
 
 
