@@ -24,8 +24,8 @@ from parallelism.errors import UserError
 EVEN = 1.05
 """How much more work than the others a device may have before a larger split region is taken."""
 
+# The shortest documents, with this share of the tokens, are dealt by room alone: they make the numbers of tokens even.
 _TAIL = 0.25
-# The shortest documents with so much of the tokens are dealt by room alone, and make the numbers of tokens even.
 
 
 @dataclasses.dataclass(frozen=True)

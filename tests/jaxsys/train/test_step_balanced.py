@@ -22,9 +22,9 @@ def documents():
 
 
 @functools.cache
-def on_one_device(model, dtype):
-    with x64(dtype == "float64"):
-        return Setup(MODELS[model], dtype=dtype).grads(pack(documents(), sum(LENGTHS)))
+def on_one_device(model):
+    with x64():
+        return Setup(MODELS[model], dtype="float64").grads(pack(documents(), sum(LENGTHS)))
 
 
 def arranged(mesh, split):
@@ -45,27 +45,26 @@ def arranged(mesh, split):
 
 
 CASES = {
-    "local and split": ("context=4", "ring", 0.5, "llama", "listed", "float64"),
-    "all split, windows": ("context=4", "all_gather", 1.0, "gemma2", "stacked", "float64"),
-    "data and tensor too": ("data=2,context=2,tensor=2", "token_ring", 0.5, "gemma2", "listed", "float64"),
-    "parameters over fsdp": ("fsdp=2,context=4", "all_to_all", 0.75, "llama", "stacked", "float64"),
-    "all local": ("context=2", "ring", 0.0, "llama", "listed", "float32"),
+    "local and split": ("context=4", "ring", 0.5, "llama", "listed"),
+    "all split, windows": ("context=4", "all_gather", 1.0, "gemma2", "stacked"),
+    "data and tensor too": ("data=2,context=2,tensor=2", "token_ring", 0.5, "gemma2", "listed"),
+    "parameters over fsdp": ("fsdp=2,context=4", "all_to_all", 0.75, "llama", "stacked"),
+    "all local": ("context=2", "ring", 0.0, "llama", "listed"),
 }
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_every_gradient_equal_the_documents_in_one_row_on_one_device(case):
-    mesh, method, split, model, storage, dtype = CASES[case]
-    expected, totals = on_one_device(model, dtype)
-    with x64(dtype == "float64"):
-        setup = Setup(MODELS[model], mesh, dtype=dtype, storage=storage, method=method)
+    mesh, method, split, model, storage = CASES[case]
+    expected, totals = on_one_device(model)
+    with x64():
+        setup = Setup(MODELS[model], mesh, dtype="float64", storage=storage, method=method)
         batch, size = arranged(setup.mesh, split)
         setup.step = dataclasses.replace(setup.step, split=size)
         found, sums = setup.grads(batch)
     assert sums["targets"] == totals["targets"]
-    assert sums["loss"] == pytest.approx(totals["loss"], rel=TOLERANCE[dtype])
-    assert_near(found, expected, TOLERANCE[dtype])
+    assert sums["loss"] == pytest.approx(totals["loss"], rel=1e-9)
+    assert_near(found, expected, 1e-9)
     if split == 0:
         (graph,) = (graph for graph in setup.graphs if graph.name == "grads")
         sent = {each.kind for each in collectives(graph.compiled.as_text(), setup.mesh)}
