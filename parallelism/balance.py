@@ -146,9 +146,9 @@ def split_sizes(shares: Iterable[float], grid: Grid) -> tuple[int, ...]:
 def plan(lengths: np.ndarray | Sequence[int], grid: Grid, sizes: Sequence[int]) -> Plan:
     """The plan with the smallest split region, of ``sizes``, that is even (``EVEN``) and cuts no document.
 
-    lengths: tokens of each document, at least one. Even is relative to what can be had: to the mean, or to the longest
-    document's share if that is more, as only the devices of one group can share it; where no size reaches that, to the
-    best of those that cut fewest. Raises UserError for documents that the devices cannot hold.
+    lengths: tokens of each document, at least one. Even is relative to what can be had: to the mean, or to the share of
+    the group that has the longest document if that is more; where no size reaches that, to the best of those that cut
+    fewest. Raises UserError for documents that the devices cannot hold.
     """
     lengths = np.asarray(lengths, np.int64)
     if lengths.sum() > grid.devices * grid.room:
@@ -159,7 +159,7 @@ def plan(lengths: np.ndarray | Sequence[int], grid: Grid, sizes: Sequence[int]) 
     order = np.argsort(-lengths, kind="stable")
     longest = lengths[order]
     work = _triangle(longest)
-    limit = EVEN * max(work.sum() / grid.devices, work.max(initial=0) / grid.pieces)
+    limit = EVEN * max(work.sum() / grid.devices, _least(longest, work, grid))
     tokens_before, work_before = np.cumsum(longest), np.cumsum(work)
 
     def possible(split: int) -> bool:
@@ -178,6 +178,16 @@ def plan(lengths: np.ndarray | Sequence[int], grid: Grid, sizes: Sequence[int]) 
     fewest = [each for each in plans if each.cut == min(other.cut for other in plans)]
     reached = EVEN * min(each.work.max() for each in fewest)
     return next(each for each in fewest if each.work.max() <= reached)
+
+
+def _least(longest: np.ndarray, work: np.ndarray, grid: Grid) -> float:
+    """Work that some device has in any plan: only one group can share the longest document, and what the others have no
+    room for is with it, at best the shortest documents."""
+    if not len(longest):
+        return 0.0
+    beside = longest.sum() - (grid.groups - 1) * grid.pieces * grid.room - longest[0]
+    shortest = int(np.searchsorted(np.cumsum(longest[:0:-1]), beside, side="right"))
+    return float(work[0] + work[len(work) - shortest :].sum()) / grid.pieces
 
 
 def _triangle(length: np.ndarray) -> np.ndarray:
@@ -263,10 +273,13 @@ def _in_turn(lengths: np.ndarray, weights: np.ndarray, keys: Sequence[float], ro
     heap = [(key, bin) for bin, key in enumerate(keys)]
     heapq.heapify(heap)
     bins = []
+    full: list[tuple[int, float, int]] = []  # bins without room, by the most room: documents get shorter
     for length, weight in zip(lengths.tolist(), weights.tolist(), strict=True):
-        full = []
+        while full and -full[0][0] >= length:
+            heapq.heappush(heap, heapq.heappop(full)[1:])
         while heap and rooms[heap[0][1]] < length:
-            full.append(heapq.heappop(heap))
+            key, bin = heapq.heappop(heap)
+            heapq.heappush(full, (-rooms[bin], key, bin))
         if heap:
             key, bin = heap[0]
             heapq.heapreplace(heap, (key + weight, bin))
@@ -274,8 +287,6 @@ def _in_turn(lengths: np.ndarray, weights: np.ndarray, keys: Sequence[float], ro
             bins.append(bin)
         else:
             bins.append(-1)
-        for each in full:
-            heapq.heappush(heap, each)
     return bins
 
 

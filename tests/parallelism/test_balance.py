@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from parallelism import UserError
-from parallelism.balance import Grid, plan, split_sizes
+from parallelism.balance import Grid, _least, plan, split_sizes
 
 SHARES = (0, 0.125, 0.25, 0.5, 1)
 
@@ -66,6 +66,18 @@ def test_the_work_of_a_device_is_the_pairs_that_its_queries_see(problem):
     seen = np.where(source >= 0, positions + 1, 0).reshape(grid.devices, grid.room).sum(1)
     np.testing.assert_array_equal(found.work, seen)
     assert found.imbalance == pytest.approx(seen.max() / seen.mean() if seen.any() else 1)
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems())
+def test_no_plan_that_cuts_nothing_has_less_work_at_most_than_the_bound(problem):
+    lengths, grid, sizes = problem
+    found = plan(lengths, grid, sizes)
+    longest = np.sort(np.array(lengths, np.int64))[::-1]
+    bound = _least(longest, longest * (longest + 1) // 2, grid)
+    if not found.cut:
+        # Halves of a document differ by a token at most: its devices' shares by as much as it is long.
+        assert found.work.max() >= bound - sum(lengths)
 
 
 @settings(deadline=None, max_examples=50)
