@@ -11,9 +11,10 @@ all_to_all   tokens are exchanged for heads, so that each device has all tokens 
              DeepSpeed-Ulysses)
 
 Rows are laid out in ``balanced_order``: a device holds an early and a late chunk of a row, so that each has an equal
-share of the causal triangle (Brandon et al. 2023, Striped Attention, has the argument). A pair of chunks in which no
-query sees a key is skipped. The gradient is written here and not derived, so that what is kept for it is a piece of
-queries, keys, values and outputs: memory a device falls as 1/n.
+share of the causal triangle (Brandon et al. 2023, Striped Attention, has the argument); or as
+``parallelism.balance`` arranges them, a device's own documents first. A pair of chunks in which no query sees a key is
+skipped. The gradient is written here and not derived, so that what is kept for it is a piece of queries, keys, values
+and outputs: memory a device falls as 1/n.
 """
 
 from __future__ import annotations
@@ -83,11 +84,15 @@ def pieces() -> int:
     return 1 if context is None else context.mesh.shape[AXIS]
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, block: Block, method: Method) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, block: Block, method: Method, own: int = 0
+) -> jax.Array:
     """``block`` over all pairs of tokens: [B, T, K, G, h], in the dtype of q; traceable, differentiable in q, k, v.
 
-    q: [B, T, K, G, h]; k, v: [B, T, K, h]; tokens: a tree of [B, T]; T in ``balanced_order``, split over ``context``,
-    the rest as the active ``sharding_context`` says. Heads need not divide by ``context``.
+    q: [B, T, K, G, h]; k, v: [B, T, K, h]; tokens: a tree of [B, T]; T split over
+    ``context``, in ``balanced_order`` or as ``parallelism.balance`` arranges them; the rest as the active
+    ``sharding_context`` says. Heads need not divide by ``context``.
+    own: so many tokens of each device, its first, see only one another, and nothing of them is sent.
     Raises UserError for a method that there is not.
     """
     if method not in METHODS:
@@ -102,18 +107,29 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, block: B
         raise UserError(
             f"rows of {q.shape[1]} tokens do not divide over {AXIS}={mesh.shape[AXIS]}: change their length or the mesh"
         )
-    local = partial(_local, block=block, method=method, n=mesh.shape[AXIS])
+    local = partial(_local, block=block, method=method, n=mesh.shape[AXIS], own=own)
     return on_devices(local, (grouped, heads, heads, jax.tree.map(lambda _: rows, tokens)), grouped)(q, k, v, tokens)
 
 
-def _local(q, k, v, tokens, *, block: Block, method: Method, n: int):
+def _local(q, k, v, tokens, *, block: Block, method: Method, n: int, own: int):
     """One device's share, inside shard_map."""
-    forward, backward = {
+    ways = {
         "all_gather": (_gather_forward, _gather_backward),
         "ring": (_ring_forward, _ring_backward),
         "token_ring": (_token_ring_forward, _token_ring_backward),
         "all_to_all": (_exchange_forward, _exchange_backward),
-    }[method]
+    }
+    out = []
+    for part, way in ((slice(own), (_own_forward, _own_backward)), (slice(own, None), ways[method])):
+        arrays = jax.tree.map(lambda a, part=part: a[:, part], (q, k, v, tokens))
+        if arrays[0].size:
+            out.append(_paired(block, n, way, arrays))
+    return jnp.concatenate(out, axis=1)
+
+
+def _paired(block: Block, n: int, way: tuple[Callable, Callable], arrays: tuple):
+    """Attention among the tokens of ``arrays`` (q, k, v, tokens), which ``way`` brings together."""
+    forward, backward = way
 
     @jax.custom_vjp
     def attend(q, k, v, tokens):
@@ -133,7 +149,7 @@ def _local(q, k, v, tokens, *, block: Block, method: Method, n: int):
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), zero
 
     attend.defvjp(attend_forward, attend_backward)
-    return attend(q, k, v, tokens)
+    return attend(*arrays)
 
 
 # -------------------------------------------------------------------------------------------------- pairs of chunks
@@ -218,6 +234,17 @@ def _visit_gradients(block: Block, size: int, queries, keys):
 
     dq, (dk, dv) = lax.scan(over_keys, jnp.zeros(queries[0].shape, g.dtype), keys)
     return _whole(dq), _whole(dk), _whole(dv)
+
+
+# ------------------------------------------------------------------------------------------------------ one device
+
+
+def _own_forward(block, n, q, k, v, tokens):
+    return _visit(block, _size(q.shape[1] // 2), _nothing(q), q, tokens, k, v, tokens)
+
+
+def _own_backward(block, n, q, k, v, tokens, normaliser, delta, g):
+    return _visit_gradients(block, _size(q.shape[1] // 2), (q, tokens, normaliser, delta, g), (k, v, tokens))
 
 
 # ------------------------------------------------------------------------------------------------------- all-gather

@@ -63,6 +63,7 @@ class Loader:
         self._members = np.flatnonzero(self._begin < self._end)
         self._lengths = (self._end - self._begin)[self._members]
         self.tokens = int(self._lengths.sum())
+        self.batch_tokens = batch_size * seq_len
         self.rows_per_epoch = -(-self.tokens // seq_len)
         full, rest = divmod(self.rows_per_epoch, batch_size)
         self.steps_per_epoch = full + bool(rest) if split == "heldout" else full
@@ -85,36 +86,38 @@ class Loader:
         low, high, stride = rows.indices(self.batch_size)
         if stride != 1:
             raise ValueError(f"rows {rows} must be contiguous")
-        order, _, first, start = self._window(step, low)
+        order, _, first, start = self._window(step, low * self.seq_len)
         documents = (self.dataset.document(int(i))[self._begin[i] : self._end[i]] for i in order[first:])
         return pack(documents, self.seq_len, start, max(high - low, 0))
 
     def identity(self, step: int, rows: slice = slice(None)) -> str:
         """One line that names a batch in reports: the step that it is for (from 1), epoch, rows, first documents."""
         low, high, _ = rows.indices(self.batch_size)
+        row = step % self.steps_per_epoch * self.batch_size
+        what = f"rows {row + low}-{row + high - 1} of {self.rows_per_epoch}"
+        return self._identity(step, what, low * self.seq_len, high * self.seq_len)
+
+    def _identity(self, step: int, what: str, low: int, high: int) -> str:
+        """The line for tokens ``low`` to ``high`` of the batch, which it calls ``what``."""
         order, ends, first, _ = self._window(step, low)
         epoch, at = divmod(step, self.steps_per_epoch)
-        row = at * self.batch_size
-        last = int(np.searchsorted(ends, (row + high) * self.seq_len, side="left"))
+        last = int(np.searchsorted(ends, at * self.batch_tokens + high, side="left"))
         inside = order[first : last + 1]
         names = [self.dataset.names[int(i)] for i in inside[:3]]
         more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
-        return (
-            f"{self.split} step {step + 1}: epoch {epoch}, rows {row + low}-{row + high - 1} of {self.rows_per_epoch}, "
-            f"documents {', '.join(names)}{more}"
-        )
+        return f"{self.split} step {step + 1}: epoch {epoch}, {what}, documents {', '.join(names)}{more}"
 
     def _window(self, step: int, low: int) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """Where row ``low`` of batch ``step`` begins.
+        """Where token ``low`` of batch ``step`` is.
 
         Returns the epoch's order of documents, where each ends in the sequence of all, the first one's place in that
-        order, and the row's start within it.
+        order, and the token's place within it.
         """
         if step < 0:
             raise ValueError(f"step {step} is negative")
         epoch, at = divmod(step, self.steps_per_epoch)
         order, ends = self._epoch(epoch)
-        start = (at * self.batch_size + low) * self.seq_len
+        start = at * self.batch_tokens + low
         first = int(np.searchsorted(ends, start, side="right"))
         before = int(ends[first - 1]) if first else 0
         return order, ends, first, start - before

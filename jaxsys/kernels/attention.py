@@ -40,12 +40,14 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SplitRows(Rows):
-    """Rows in ``parallelism.sequence.balanced_order`` whose tokens are split over the mesh axis ``context``.
+    """Rows whose tokens are split over the mesh axis ``context``, for ``parallelism.sequence.attention``.
 
     method: how queries and keys of different devices come together, one of ``parallelism.sequence.METHODS``.
+    own: so many tokens of each device, its first, see only one another.
     """
 
     method: sequence.Method = dataclasses.field(metadata={"static": True})
+    own: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -151,7 +153,7 @@ def _split_rows(q, k, v, context, *, window, scale, softcap, dtype):
     block = sequence.Block(seen, forward, backward)
     grouped = q.reshape(B, T, K, H // K, h).astype(dtype)
     tokens = (context.segments, context.positions, windows)
-    o = sequence.attention(grouped, k.astype(dtype), v.astype(dtype), tokens, block, context.method)
+    o = sequence.attention(grouped, k.astype(dtype), v.astype(dtype), tokens, block, context.method, context.own)
     return o.reshape(B, T, H, h).astype(q.dtype)
 
 

@@ -19,6 +19,9 @@ class DataConfig:
     batch_size: rows of a global batch. seq_len: tokens of a row. heldout: share of documents kept for evaluation.
     tokenizer: a directory with a tokenizer.json, a model directory, GGUF file or name; None takes that of
     ``init_from``. limit: documents at most.
+    split_shares: documents are arranged by ``parallelism.balance``, and those that are split over the mesh axis
+    ``context`` take one of these shares of a device's tokens: each batch the smallest with which attention's work is
+    even. There is a graph for each. Empty: rows are cut in order, and every row is split.
     """
 
     source: str = "stdlib"
@@ -27,9 +30,11 @@ class DataConfig:
     heldout: float = 0.05
     tokenizer: str | None = None
     limit: int | None = None
+    split_shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         expect_at_least(self, 1, "batch_size", "seq_len")
+        expect(self, "shares from 0 to 1", lambda shares: all(0 <= share <= 1 for share in shares), "split_shares")
         expect_at_least(self, 1, "limit")
         expect_text(self, "source", "tokenizer")
         expect(self, "at least 0 and below 1", lambda share: 0 <= share < 1, "heldout")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graph, Graphs
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.step import Arrays, Step, groups
-from parallelism import Plan, Rules
+from parallelism import Plan, Rules, balance, sequence
 from parallelism.errors import UserError
 
 BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
@@ -24,46 +25,50 @@ BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
 class Launcher:
     """Places batches by the activation rules; ``prepare`` first, then ``launch``.
 
-    programs: the graphs of a step, once prepared, and how often each runs in it.
+    programs: the graphs of a step, once prepared, and how often each runs in it; of the step that sends
+    most where there are several.
 
-    Raises UserError for a microbatch that does not divide over the mesh.
+    Raises UserError for a microbatch that does not divide over the mesh, or cannot be arranged on it.
     """
 
     def __init__(self, config: TrainConfig, functions: Step, plan: Plan, graphs: Graphs, rules: Rules):
         self._config, self._functions, self._plan, self._graphs = config, functions, plan, graphs
         self._rows = config.data.batch_size // config.accumulate
+        grid = batch_grid(config, plan.mesh, rules)
+        # What is launched, by the size of the split region, and the rows and tokens of its microbatches.
+        self._steps: dict[int | None, Step] = {None: functions}
+        self._shape = (self._rows, config.data.seq_len)
+        if config.data.split_shares:
+            sizes = balance.split_sizes(config.data.split_shares, grid)
+            self._steps = {size: dataclasses.replace(functions, split=size) for size in sizes}
+            self._shape = (grid.groups // config.accumulate, grid.pieces * grid.room)
+        self._largest = max(self._steps, key=lambda size: size or 0)
         axes = rules["batch"].mesh_axes
-        shards = math.prod(plan.mesh.shape[axis] for axis in axes)
-        if self._rows % shards:
-            raise UserError(
-                f"a microbatch of {self._rows} rows (data.batch_size / accumulate) does not divide over the {shards} "
-                f"shards of mesh axes {'*'.join(axes)}: make data.batch_size a multiple of {shards * config.accumulate}"
-            )
         self._whole = NamedSharding(plan.mesh, PartitionSpec(None, axes))
         self._micro = NamedSharding(plan.mesh, PartitionSpec(axes))
         self.programs: list[tuple[Graph, int]] = []
 
     @property
     def microbatch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What a graph of one microbatch [B, T] is compiled for."""
+        """What a graph of one microbatch of rows in order [B, T] is compiled for."""
         return self._abstract(self._rows, self._config.data.seq_len, sharding=self._micro)
 
     @property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A whole batch [A, B, T], as the fused step takes it."""
-        c = self._config
-        return self._abstract(c.accumulate, self._rows, c.data.seq_len, sharding=self._whole)
+        return self._abstract(self._config.accumulate, *self._shape, sharding=self._whole)
 
     def place_microbatch(self, host: dict[str, np.ndarray]) -> Arrays:
         return {k: jax.device_put(host[k], self._micro) for k in BATCH_ARRAYS}
 
     def place(self, host: dict[str, np.ndarray]) -> Any:
-        """The batch on its devices: one array [A, B, T] a name, or for the split step a list of A microbatches."""
-        A = self._config.accumulate
+        """The batch on its devices, for ``launch``: the size of its split region, None where it has none, and one array
+        [A, B, T] a name, or for the split step a list of A microbatches."""
+        A, split = self._config.accumulate, int(host["split"]) if "split" in host else None
         whole = {k: host[k].reshape(A, -1, host[k].shape[-1]) for k in BATCH_ARRAYS}
         if self._config.step_form == "fused":
-            return {k: jax.device_put(v, self._whole) for k, v in whole.items()}
-        return [self.place_microbatch({k: v[i] for k, v in whole.items()}) for i in range(A)]
+            return split, {k: jax.device_put(v, self._whole) for k, v in whole.items()}
+        return split, [self.place_microbatch({k: v[i] for k, v in whole.items()}) for i in range(A)]
 
     def prepare(self, params: Any, state: Any) -> None:
         """Compiles every graph of the step, for arrays like these."""
@@ -72,21 +77,31 @@ class Launcher:
             self._compile_split(params, state, step)
             return
         out = (*_shardings((params, state)), None)
-        self._fused = self._graphs.compile(
-            "train_step", self._functions.fused, params, state, step, self.batch, donate=(0, 1), out_shardings=out
-        )
-        self.programs = [(self._fused, 1)]
+        self._fused = {
+            split: self._graphs.compile(
+                _named("train_step", split), f.fused, params, state, step, self.batch, donate=(0, 1), out_shardings=out
+            )
+            for split, f in self._steps.items()
+        }
+        self.programs = [(self._fused[self._largest], 1)]
 
     def _compile_split(self, params: Any, state: Any, step: Any) -> None:
         f, graphs = self._functions, self._graphs
         scalar = NamedSharding(self._plan.mesh, PartitionSpec())
         sums = (self._functions.shardings.gradients, {"loss": scalar, "targets": scalar})
-        self._grads = graphs.compile("grads", f.grads, params, self.microbatch, out_shardings=sums)
-        acc = self._grads.outputs
+        batch = self._abstract(*self._shape, sharding=self._micro)
+        self._grads = {
+            split: graphs.compile(_named("grads", split), each.grads, params, batch, out_shardings=sums)
+            for split, each in self._steps.items()
+        }
+        acc = self._grads[self._largest].outputs
         if self._config.accumulate > 1:
-            self._accumulate = graphs.compile(
-                "accumulate", f.accumulate, acc, params, self.microbatch, donate=(0,), out_shardings=sums
-            )
+            self._accumulate = {
+                split: graphs.compile(
+                    _named("accumulate", split), each.accumulate, acc, params, batch, donate=(0,), out_shardings=sums
+                )
+                for split, each in self._steps.items()
+            }
         self._finish = graphs.compile("finish", f.finish, acc, step, out_shardings=(scalar, None))
         sizes = {key: stored.nbytes for key, stored in self._plan.layout.items()}
         self._groups = groups(list(self._plan.layout), sizes, self._config.update_groups)
@@ -107,8 +122,13 @@ class Launcher:
                 )
             )
         more = self._config.accumulate - 1
-        again = [(self._accumulate, more)] if more else []
-        self.programs = [(self._grads, 1), *again, (self._finish, 1), *((graph, 1) for graph in self._updates)]
+        again = [(self._accumulate[self._largest], more)] if more else []
+        self.programs = [
+            (self._grads[self._largest], 1),
+            *again,
+            (self._finish, 1),
+            *((graph, 1) for graph in self._updates),
+        ]
 
     def launch(
         self,
@@ -125,18 +145,19 @@ class Launcher:
         publish: called with the new parameters in the piece of work that donates the old.
         """
         number = np.int32(step)
+        split, arrays = batches
         if self._config.step_form == "fused":
             waited = copied(None)
 
             def work() -> tuple[Arrays, Arrays, Arrays]:
-                new = self._fused(params, state, number, batches)
+                new = self._fused[split](params, state, number, arrays)
                 publish(new[0])
                 return new
 
             return *dispatcher().call(work), waited
-        sums = self._grads(params, batches[0])
-        for more in batches[1:]:
-            sums = self._accumulate(sums, params, more)
+        sums = self._grads[split](params, arrays[0])
+        for more in arrays[1:]:
+            sums = self._accumulate[split](sums, params, more)
         scale, metrics = self._finish(sums, number)
 
         def update() -> tuple[Arrays, Arrays, Arrays, float]:
@@ -168,3 +189,28 @@ class Launcher:
 
 def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda array: array.sharding, tree)
+
+
+def _named(graph: str, split: int | None) -> str:
+    return graph if split is None else f"{graph}[split={split}]"
+
+
+def batch_grid(config: TrainConfig, mesh: Mesh, rules: Rules) -> balance.Grid:
+    """The devices that a global batch's tokens lie on; a group counts anew for each microbatch.
+
+    Raises UserError for rows that do not divide over them, and for ``data.split_shares`` that change nothing.
+    """
+    data, rows = config.data, config.data.batch_size // config.accumulate
+    axes, pieces = rules["batch"].mesh_axes, mesh.shape[sequence.AXIS]
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    if rows % shards:
+        raise UserError(
+            f"a microbatch of {rows} rows (data.batch_size / accumulate) does not divide over the {shards} "
+            f"shards of mesh axes {'*'.join(axes)}: make data.batch_size a multiple of {shards * config.accumulate}"
+        )
+    if data.split_shares and pieces == 1:
+        raise UserError(
+            f"data.split_shares {data.split_shares} on mesh {config.mesh!r}: {sequence.AXIS}=1 splits no document: "
+            f"leave it empty, or give the mesh {sequence.AXIS} above 1"
+        )
+    return balance.Grid(shards * config.accumulate, pieces, rows // shards * data.seq_len // pieces)

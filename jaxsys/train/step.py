@@ -44,6 +44,7 @@ class Step:
     compute_dtype: kernels are cast to it for forward and backward; gradients are summed in at least
     float32; updates are in the parameters' dtype.
     context_method: how attention works where rows are split over the mesh axis ``context``.
+    split: size of the split region of batches that ``parallelism.balance`` arranged; None where rows are in order.
     """
 
     model: Model
@@ -52,6 +53,7 @@ class Step:
     remat: str
     shardings: StateShardings
     context_method: sequence.Method = "ring"
+    split: int | None = None
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
@@ -73,6 +75,9 @@ class Step:
         n = sequence.pieces()
         if n == 1:
             return batch, Rows(batch["segments"], batch["positions"])
+        if self.split is not None:
+            own = batch["tokens"].shape[1] // n - self.split
+            return batch, SplitRows(batch["segments"], batch["positions"], self.context_method, own)
         # Here and not on the host: four integers a token are nothing, and a loss does not ask for the order.
         order = sequence.balanced_order(batch["tokens"].shape[1], n)
         batch = {name: constrain(array[:, order], ("batch", "seq")) for name, array in batch.items()}

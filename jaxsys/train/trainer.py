@@ -18,7 +18,8 @@ from checkpoint import Level, Manager, SaveHandle
 from checkpoint.storage import committed
 from jaxsys import configuration
 from jaxsys.console import Console
-from jaxsys.data import Loader, build_dataset, documents, prefetch
+from jaxsys.data import BalancedLoader, Loader, build_dataset, documents, prefetch
+from jaxsys.data.balanced import REPORTED
 from jaxsys.graphs import Graph, cache_root, enable_persistent_cache
 from jaxsys.hub import resolve
 from jaxsys.live import Live
@@ -30,10 +31,11 @@ from jaxsys.train import resume
 from jaxsys.train.abstract import AbstractRun, starting_model
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.explain import explained
+from jaxsys.train.launch import batch_grid
 from jaxsys.train.metrics import Metrics
 from jaxsys.train.samples import Samples
 from jaxsys.train.stop import Stop
-from parallelism import create, detect, put, target
+from parallelism import balance, create, detect, put, target
 from parallelism.errors import UserError
 from parallelism.layout import Layout
 from parallelism.sharding_report import report
@@ -121,7 +123,13 @@ class Trainer:
         with self.console.stage(f"data {c.source}") as said:
             dataset = build_dataset(source, self.tokenizer, cache_root() / "data")
             said.append(f"{dataset.documents} documents, {dataset.tokens:,} tokens")
-        self.train_data = Loader(dataset, c.batch_size, c.seq_len, self.config.seed, "train", c.heldout)
+        grid = batch_grid(self.config, self.mesh, self.abstract.activation_rules)
+        order = dataset, c.batch_size, c.seq_len, self.config.seed
+        if c.split_shares:
+            sizes = balance.split_sizes(c.split_shares, grid)
+            self.train_data: Loader = BalancedLoader(*order, c.heldout, grid, sizes)
+        else:
+            self.train_data = Loader(*order, "train", c.heldout)
         rows = c.batch_size // self.config.accumulate
         if self.config.eval_batches:
             self.heldout_data = Loader(dataset, rows, c.seq_len, self.config.seed, "heldout", c.heldout)
@@ -194,6 +202,7 @@ class Trainer:
                 "batch_size": c.data.batch_size,
                 "seq_len": c.data.seq_len,
                 "heldout": c.data.heldout,
+                "split_shares": list(c.data.split_shares) or None,
             },
             "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
         }
@@ -242,6 +251,7 @@ class Trainer:
                 what = f"loss {values['loss']} and gradient norm {values['grad_norm']} at"
                 raise NonFiniteLoss(self._non_finite(f"{what} {self.train_data.identity(step)}"))
             losses.append(values["loss"])
+            values |= {name: value for name, value in host.items() if name != "flops"}
             values |= {
                 "tokens_per_second": host["tokens"] / seconds,
                 "model_flops_per_second": host["flops"] / seconds,
@@ -364,10 +374,12 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- helpers
 
     def _work(self, host: dict[str, np.ndarray]) -> dict[str, float]:
-        """Tokens of a batch (padding not counted) and the model's floating-point operations on them."""
+        """Tokens of a batch (padding not counted), the model's floating-point operations on them, and how even a
+        balanced batch is."""
         contexts = host["positions"][host["segments"] > 0] + 1
         n = len(contexts)
-        return {"tokens": n, "flops": n * self.model.config.flops_per_token(contexts) if n else 0.0}
+        flops = n * self.model.config.flops_per_token(contexts) if n else 0.0
+        return {"tokens": n, "flops": flops, **{name: float(host[name]) for name in REPORTED if name in host}}
 
     def _peak(self) -> float | None:
         found = target(self.config.target) if self.config.target else detect(self.mesh.devices.flat[0])
