@@ -149,7 +149,7 @@ class Result:
 
 
 HEAD = (
-    "step", "hardware", "mesh, rows x tokens", "device", "host", "all-gather", "reduce-scatter", "all-reduce", "other",
+    "step", "hardware", "mesh, rows x tokens", "device", "host", "all-gather", "reduce-scatter", "all-reduce", "permute, all-to-all",
     "async", "largest replicated array", "compile",
 )  # fmt: skip
 
