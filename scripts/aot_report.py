@@ -149,8 +149,8 @@ class Result:
 
 
 HEAD = (
-    "step", "hardware", "mesh, rows x tokens", "device", "host", "all-gather", "reduce-scatter", "all-reduce", "other",
-    "async", "largest replicated array", "compile",
+    "step", "hardware", "mesh, rows x tokens", "device", "host", "all-gather", "reduce-scatter", "all-reduce",
+    "permute, all-to-all", "async", "largest replicated array", "compile",
 )  # fmt: skip
 
 

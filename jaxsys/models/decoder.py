@@ -65,8 +65,11 @@ class Attention(nnx.Module):
         self.o = Linear((D, H, h), ("embed", "heads", "head_dim"), contract=2, std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, angles, context, carry, *, layer, window):
-        q = constrain(rotate(self.q(x), angles), ("batch", "seq", "act_heads", None))
-        k = constrain(rotate(self.k(x), angles), ("batch", "seq", "act_kv_heads", None))
+        x = _gathered(x)
+        # As they leave the projections: or tokens stay split over ``tensor``, kernels are gathered over it, and their
+        # gradients summed.
+        q = rotate(constrain(self.q(x), ("batch", "seq", "act_heads", None)), angles)
+        k = rotate(constrain(self.k(x), ("batch", "seq", "act_kv_heads", None)), angles)
         v = constrain(self.v(x), ("batch", "seq", "act_kv_heads", None))
         y, carry = attend(
             q, k, v, context, carry,
@@ -86,8 +89,9 @@ class MLP(nnx.Module):
         self.down = Linear((c.d_model, c.d_ff), ("embed", "mlp"), std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
-        return self.down(constrain(y, ("batch", "seq", "act_mlp")))
+        x = _gathered(x)
+        gate, up = (constrain(linear(x), ("batch", "seq", "act_mlp")) for linear in (self.gate, self.up))
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 
 class Block(nnx.Module):
@@ -111,6 +115,14 @@ class Block(nnx.Module):
 
 def _same(x):
     return x
+
+
+def _gathered(x):
+    """Tokens that are split over ``tensor`` between blocks, together: once for all projections that read them.
+
+    Without the first constraint the compiler gathers what they are made of, which is wider.
+    """
+    return constrain(constrain(x, ("batch", "residual", "act_embed")), ("batch", "seq", "act_embed"))
 
 
 class Decoder(nnx.Module):

@@ -43,6 +43,19 @@ def test_a_step_fits_replicates_nothing_by_accident_and_reduce_scatters_its_grad
     assert len(result.row(name, SMALL[name])) == len(HEAD)
 
 
+def test_fsdp_sends_what_its_formula_says():
+    """docs/parallelism.md, "Bytes a step sends": gradients to the byte, kernels but for those it gathers again."""
+    found = compile_recipe(SMALL["fsdp"], print)
+    split = sum(s.nbytes for s in found.run.plan.layout.values() if "norm" not in s.axes)
+    tables = 2 * MODEL.vocab_size * MODEL.d_model * 4
+    sent = {}
+    for each in found.explanation.collectives:
+        sent[each.kind] = sent.get(each.kind, 0) + each.sent
+    assert sent["reduce-scatter"] == pytest.approx(3 / 4 * split, rel=1e-6)
+    gathered = sent["all-gather"] + sent.get("collective-permute", 0)  # some in pieces, as they are used
+    assert 1 <= gathered / (3 / 4 * (2 * (split - tables) / 2 + tables)) < 1.15
+
+
 def test_a_step_that_does_not_fit_says_where_memory_goes_and_what_to_change():
     said = []
     wide = dataclasses.replace(SMALL["fsdp"], batch=(4096, 4096), changes={"remat": "none"})
