@@ -71,12 +71,19 @@ class Launcher:
     def _compile_split(self, params: Arrays, state: Arrays, step: Any) -> None:
         f, graphs = self._functions, self._graphs
         scalar = NamedSharding(self._plan.mesh, PartitionSpec())
-        sums = (self._plan.shardings, {"loss": scalar, "targets": scalar})
-        self._grads = graphs.compile("grads", f.grads, params, self.microbatch, out_shardings=sums)
+        sums = (self._plan.shardings, scalar)
+        whole = ()
+        if self._counted:
+            self._count = graphs.compile("count", f.counts, params, self.microbatch, out_shardings=scalar)
+            whole = (self._count.outputs,)
+            self._count_more = graphs.compile(
+                "count_more", f.count_more, *whole, params, self.microbatch, donate=(0,), out_shardings=scalar
+            )
+        self._grads = graphs.compile("grads", f.grads, params, self.microbatch, *whole, out_shardings=sums)
         acc = self._grads.outputs
         if self._config.accumulate > 1:
             self._accumulate = graphs.compile(
-                "accumulate", f.accumulate, acc, params, self.microbatch, donate=(0,), out_shardings=sums
+                "accumulate", f.accumulate, acc, params, self.microbatch, *whole, donate=(0,), out_shardings=sums
             )
         self._finish = graphs.compile("finish", f.finish, acc, step, out_shardings=(scalar, None))
         sizes = {key: stored.nbytes for key, stored in self._plan.layout.items()}
@@ -122,9 +129,10 @@ class Launcher:
                 return new
 
             return *dispatcher().call(work), waited
-        sums = self._grads(params, batches[0])
+        whole = self._whole(params, batches)
+        sums = self._grads(params, batches[0], *whole)
         for more in batches[1:]:
-            sums = self._accumulate(sums, params, more)
+            sums = self._accumulate(sums, params, more, *whole)
         scale, metrics = self._finish(sums, number)
 
         def update() -> tuple[Arrays, Arrays, Arrays, float]:
@@ -139,6 +147,20 @@ class Launcher:
             return new_params, new_state, metrics, waited
 
         return dispatcher().call(update)
+
+    @property
+    def _counted(self) -> bool:
+        """Whether all microbatches are counted before the gradients of the first."""
+        return self._config.accumulate > 1 and self._functions.auxiliary
+
+    def _whole(self, params: Arrays, batches: list[Arrays]) -> tuple[Arrays, ...]:
+        """The counts of the whole batch, where gradients need them."""
+        if not self._counted:
+            return ()
+        counts = self._count(params, batches[0])
+        for more in batches[1:]:
+            counts = self._count_more(counts, params, more)
+        return (counts,)
 
     def _group(self, params: Arrays, state: Arrays, keys: list[str]) -> tuple[Arrays, Arrays, Arrays]:
         """A group's parameters, its own optimizer state, and the state that it shares."""
