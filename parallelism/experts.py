@@ -138,7 +138,9 @@ def _split(
 def _on_device(x, expert, weight, used, kernels, *, compute, axes, capacity_factor, number, dtypes, split: _Split):
     """One device's tokens [b, t], after those that it shares with others are gathered."""
     if split.within:
-        x, expert, weight, used = (lax.all_gather(a, split.within, axis=1, tiled=True) for a in (x, expert, weight, used))
+        x, expert, weight, used = (
+            lax.all_gather(a, split.within, axis=1, tiled=True) for a in (x, expert, weight, used)
+        )
     for name, over in split.width.items():
         kernels = {**kernels, name: _fetched(kernels[name], over, axes[name].index(WIDTH) if over else 0, dtypes[name])}
     (b, t, D), k, n = x.shape, expert.shape[-1], split.senders

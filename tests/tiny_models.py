@@ -23,7 +23,7 @@ GEMMA2 = ModelConfig(
     tie_embeddings=True, activation="gelu_tanh", windows=(5, None), attention_scale=0.3, attention_softcap=4.0,
     logit_softcap=3.0, post_norms=True, norm_offset=1.0, embed_scale=32**0.5,
 )  # fmt: skip
-# A dense layer and one of experts, whose width does not divide by 4, queries and keys normalised over heads that are padded.
+# A dense layer and one of experts; queries and keys are normalised over heads that a tensor axis pads.
 EXPERTS = dataclasses.replace(
     LLAMA, qk_norm="width",
     experts=Experts(8, 3, 10, shared_width=6, scale=1.5, dense_layers=(0,), balance_loss=0.5, z_loss=0.1),

@@ -72,7 +72,12 @@ class Experts:
         expect(self, " or ".join(get_args(Routing)), lambda name: name in get_args(Routing), "routing")
         expect_positive(self, "scale", "capacity_factor")
         expect_at_least(self, 0, "shared_width", "balance_loss", "z_loss")
-        expect(self, "layers in rising order", lambda l: list(l) == sorted(set(l)) and min(l, default=0) >= 0, "dense_layers")
+        expect(
+            self,
+            "layers in rising order",
+            lambda l: list(l) == sorted(set(l)) and min(l, default=0) >= 0,
+            "dense_layers",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

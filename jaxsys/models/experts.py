@@ -55,7 +55,11 @@ class MixtureOfExperts(nnx.Module):
         logits = self.router(x.astype(wide))
         routes, probability = route(logits, used, e)
         kernels = {"gate": self.gate.kernel[...], "up": self.up.kernel[...], "down": self.down.kernel[...]}
-        axes = {"gate": (EXPERTS, "act_mlp", WIDTH), "up": (EXPERTS, "act_mlp", WIDTH), "down": (EXPERTS, WIDTH, "act_mlp")}
+        axes = {
+            "gate": (EXPERTS, "act_mlp", WIDTH),
+            "up": (EXPERTS, "act_mlp", WIDTH),
+            "down": (EXPERTS, WIDTH, "act_mlp"),
+        }
         y, dropped = experts.apply(
             self._units, x, routes, kernels, axes, capacity_factor=e.capacity_factor if drop else None
         )
@@ -64,7 +68,9 @@ class MixtureOfExperts(nnx.Module):
         counts = used.astype(wide)[..., None]
         chosen = (routes.expert[..., None] == jnp.arange(e.number)).any(2)
         z = jnp.square(jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-        return y, RouterSums((chosen * counts).sum((0, 1)), (probability * counts).sum((0, 1)), (z * counts).sum(), dropped)
+        return y, RouterSums(
+            (chosen * counts).sum((0, 1)), (probability * counts).sum((0, 1)), (z * counts).sum(), dropped
+        )
 
     def _units(self, rows, sizes, kernels):
         hidden = ACTIVATIONS[self.activation](grouped_linear(rows, kernels["gate"], sizes))

@@ -129,7 +129,7 @@ class Launcher:
                 return new
 
             return *dispatcher().call(work), waited
-        whole = self._whole(params, batches)
+        whole = self._counts(params, batches)
         sums = self._grads(params, batches[0], *whole)
         for more in batches[1:]:
             sums = self._accumulate(sums, params, more, *whole)
@@ -153,7 +153,7 @@ class Launcher:
         """Whether all microbatches are counted before the gradients of the first."""
         return self._config.accumulate > 1 and self._functions.auxiliary
 
-    def _whole(self, params: Arrays, batches: list[Arrays]) -> tuple[Arrays, ...]:
+    def _counts(self, params: Arrays, batches: list[Arrays]) -> tuple[Arrays, ...]:
         """The counts of the whole batch, where gradients need them."""
         if not self._counted:
             return ()

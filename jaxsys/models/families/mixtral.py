@@ -53,7 +53,9 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     e = hugging_face.experts_of(config, "mixtral")
     windows = set(config.windows) or {None}
     if len(windows) > 1:
-        raise UserError(f"a mixtral config.json cannot express windows of {sorted(map(str, windows))}: give all layers one")
+        raise UserError(
+            f"a mixtral config.json cannot express windows of {sorted(map(str, windows))}: give all layers one"
+        )
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "mixtral",

@@ -9,7 +9,12 @@ from tiny_models import x64
 from jaxsys.kernels.grouped import _block, grouped_linear
 
 R, E, D, F = 75, 5, 12, 7
-SIZES = {"all rows": (20, 0, 33, 1, 21), "some rows": (0, 17, 0, 30, 16), "one expert": (0, 0, 75, 0, 0), "none": (0,) * 5}
+SIZES = {
+    "all rows": (20, 0, 33, 1, 21),
+    "some rows": (0, 17, 0, 30, 16),
+    "one expert": (0, 0, 75, 0, 0),
+    "none": (0,) * 5,
+}
 
 
 def material(seed=0):
@@ -76,7 +81,9 @@ def test_equally_many_rows_of_each_expert_are_a_batched_product():
     each = rows.reshape(E, R // E, D)
     with x64():
         found = jax.jit(lambda r, k: grouped_linear(r, k, None))(each, kernel)
-    np.testing.assert_allclose(np.asarray(found).reshape(R, F), by_hand(rows, kernel, (R // E,) * E), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        np.asarray(found).reshape(R, F), by_hand(rows, kernel, (R // E,) * E), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("rows", "experts", "block"), [(8, 8, 16), (512, 8, 32), (4096, 8, 256), (1 << 20, 8, 256)])
@@ -87,5 +94,9 @@ def test_blocks_are_powers_of_two_of_about_half_a_share(rows, experts, block):
 def test_the_work_on_cpu_is_that_of_the_rows_and_not_of_all_experts():
     """Blocks gone through: each expert's rows rounded up, and none for an expert without rows."""
     rows, kernel, _ = material()
-    text = jax.jit(grouped_linear).lower(rows.astype(np.float32), kernel.astype(np.float32), np.zeros(E, np.int32)).as_text()
+    text = (
+        jax.jit(grouped_linear)
+        .lower(rows.astype(np.float32), kernel.astype(np.float32), np.zeros(E, np.int32))
+        .as_text()
+    )
     assert f"tensor<{_block(R, E)}x{D}xf32>" in text and f"tensor<{R}x{E}x" not in text
