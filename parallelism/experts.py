@@ -97,8 +97,8 @@ class _Split:
 
     rows: the mesh axes that split rows of the batch. within: those that split a row's tokens, which are gathered first.
     pieces: how many devices of ``context`` a row stays split over.
-    owners: the mesh axes that split experts. senders: how many devices exchange tokens; 1 where all owners have the same
-    tokens, of which each does its experts' part of the sum.
+    owners: the mesh axes that split experts. senders: how many devices exchange tokens; 1 where all owners have the
+    same tokens, of which each does its experts' part of the sum.
     width: the mesh axes that split each kernel's WIDTH. summed: those over which results are parts of a sum.
     """
 
@@ -114,21 +114,22 @@ class _Split:
 def _split(
     mesh: Mapping[str, int], tokens: PartitionSpec, specs: Mapping[str, PartitionSpec], axes: Mapping[str, Axes]
 ) -> _Split:
-    rows, row = axes_of(tokens[:1]), axes_of(tokens[1:2])
+    rows, row = axes_of(PartitionSpec(tokens[0])), axes_of(PartitionSpec(tokens[1]))
     within = tuple(axis for axis in row if axis != sequence.AXIS)
     width: dict[str, Axes] = {}
     summed: set[str] = set()
     owners: Axes = ()
     for name, spec in specs.items():
-        over = {axis: axes_of((entry,)) for axis, entry in zip(axes[name], spec, strict=True)}
+        over = {axis: axes_of(PartitionSpec(entry)) for axis, entry in zip(axes[name], spec, strict=True)}
         owners, width[name] = over.pop(EXPERTS), over.pop(WIDTH, ())
         summed.update(*over.values())
     exchange = bool(owners) and set(owners) <= set(rows)
     if wrong := (summed & {*rows, sequence.AXIS}) or (set() if exchange else set(owners) & {*rows, *row}):
+        said = ["+".join(names) or "none" for names in (rows, row, owners, sorted(summed))]
         raise UserError(
-            f"activation rules: mesh axis {sorted(wrong)[0]!r} splits tokens (rows over {'+'.join(rows) or 'none'}, within "
-            f"a row over {'+'.join(row) or 'none'}) and experts' kernels (experts over {'+'.join(owners) or 'none'}, others "
-            f"over {'+'.join(sorted(summed)) or 'none'}): let {EXPERTS} go over axes of batch, act_mlp over others"
+            f"activation rules: mesh axis {sorted(wrong)[0]!r} splits tokens (rows over {said[0]}, within a row over "
+            f"{said[1]}) and experts' kernels (experts over {said[2]}, else over {said[3]}): let {EXPERTS} go over "
+            "axes of batch, act_mlp over others"
         )
     senders = math.prod(mesh[axis] for axis in owners) if exchange else 1
     parts = (*sorted(summed), *(() if exchange else owners))
@@ -208,7 +209,7 @@ class _Moves:
     source: jax.Array
     place: jax.Array
     counts: jax.Array
-    received: jax.Array | None
+    received: jax.Array
     ragged: tuple[jax.Array, ...] | None
     slots: int
     split: _Split
@@ -252,7 +253,7 @@ def _moves(kept, expert, slots: int, room: int | None, split: _Split) -> _Moves:
     place = jnp.where(goes, jnp.take_along_axis(start + _before(kept), near, 1), sent)
     pairs = jnp.arange(N * k, dtype=jnp.int32)
     source = jnp.full((sent,), N * k, jnp.int32).at[place.reshape(-1)].set(pairs, mode="drop")
-    received = lax.all_to_all(by_owner, split.owners, 0, 0, tiled=True) if n > 1 else None
+    received = by_owner if n == 1 else lax.all_to_all(by_owner, split.owners, 0, 0, tiled=True)
     sizes = None
     if ragged:
         there = jnp.full((n,), slots, jnp.int32) * lax.axis_index(split.owners).astype(jnp.int32)
@@ -306,7 +307,7 @@ _take.defvjp(_take_forward, _take_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _ragged(before: int, after: int, axes: Axes, rows, sizes):
-    """Rows [before, D] exchanged over mesh axes, zeros where nothing comes: [after, D]; sizes as ragged_all_to_all's."""
+    """Rows [before, D] exchanged over mesh axes to [after, D], zeros where nothing comes; sizes: of ragged_all_to_all."""
     out = jnp.zeros((after, rows.shape[1]), rows.dtype)
     return lax.ragged_all_to_all(rows, out, *sizes, axis_name=axes if len(axes) > 1 else axes[0])
 

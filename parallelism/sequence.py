@@ -84,8 +84,8 @@ def pieces() -> int:
 
 
 def earlier(counts: jax.Array) -> jax.Array:
-    """For each token of rows that are split over ``context`` in ``balanced_order``, the sum of ``counts`` [B, T / n, ...]
-    over the row's earlier tokens, wherever they are: on each device, inside shard_map."""
+    """For each token of rows that are split over ``context`` in ``balanced_order``, the sum of ``counts`` [B, T / n,
+    ...] over the row's earlier tokens, wherever they are: on each device, inside shard_map."""
     B, t = counts.shape[:2]
     chunks = counts.reshape(B, 2, t // 2, *counts.shape[2:])
     within = jnp.cumsum(chunks, 2, dtype=counts.dtype) - chunks

@@ -13,8 +13,8 @@ from jax import lax
 from jaxsys.kernels.matmul import weight_gradient
 from parallelism.sharding import platform
 
-# Rows of a block on CPU: multiples of 16, so that a row's result does not depend on its place in one. A block is at least
-# half full where experts have even shares, and wide enough for full speed.
+# Rows of a block on CPU: multiples of 16, so that a row's result does not depend on its place in one; few enough that
+# even shares fill two, and no more than full speed needs.
 MIN_BLOCK, MAX_BLOCK = 16, 256
 
 

@@ -39,8 +39,8 @@ class Llama3Scaling:
 class Experts:
     """Mixture-of-experts feed-forward layers: each token goes to ``per_token`` of ``number`` gated linear units.
 
-    width: feed-forward width of one expert. shared_width: of one more that every token goes through (DeepSeekMoE, Dai et
-      al. 2024); 0 for none.
+    width: feed-forward width of one expert. shared_width: of one more that every token goes through (DeepSeekMoE, Dai
+      et al. 2024); 0 for none.
     routing: scores of the experts are the softmax or the sigmoid of the router's logits; the highest are chosen.
     normalise: the weights of the chosen are divided by their sum. scale: and multiplied by this.
     dense_layers: layers that have an ordinary MLP of width ``d_ff`` instead.
@@ -48,10 +48,10 @@ class Experts:
     What follows is of training alone; files of models do not have it, and serving drops nothing.
     capacity_factor: an expert takes so many times its even share of a row's tokens and drops the rest; None drops none.
     balance_loss: coefficient of the load-balance loss E * sum_i f_i P_i, with the fraction of tokens f_i that go to
-      expert i and its mean probability P_i over the whole batch, mean over layers (Fedus et al. 2021, section 2.2; f sums
-      to ``per_token``, which is the loss of an even load).
-    z_loss: coefficient of the mean over tokens and layers of the squared log-sum-exp of the router's logits (Zoph et al.
-      2022, section 3.3).
+      expert i and its mean probability P_i over the whole batch, mean over layers (Fedus et al. 2021, section 2.2; f
+      sums to ``per_token``, which is the loss of an even load).
+    z_loss: coefficient of the mean over tokens and layers of the squared log-sum-exp of the router's logits (Zoph et
+      al. 2022, section 3.3).
     """
 
     number: int
@@ -93,7 +93,7 @@ class ModelConfig:
     norm_offset: RMSNorm multiplies by (offset + scale); Gemma stores scale - 1.
     post_norms: a second RMSNorm after attention and after the MLP, before the residual sum (Gemma 2).
     embed_scale: token embeddings are multiplied by it.
-    qk_norm: queries and keys are normalised before rotation: each head by itself (Qwen3), or all heads together (OLMoE).
+    qk_norm: queries and keys are normalised before rotation: each head by itself (Qwen3), or all together (OLMoE).
     experts: the feed-forward layers are mixtures of experts.
     """
 

@@ -95,9 +95,9 @@ class Block(nnx.Module):
         y, carry = self.attention(self.attention_norm(x), angles, context, carry, layer=layer, window=window)
         x = constrain(x + (self.attention_post_norm or _same)(y), ("batch", "residual", "act_embed"))
         y, sums = self.mlp_norm(x), None
-        if self.experts is None:
+        if self.mlp is not None:
             y = self.mlp(y)
-        else:
+        if self.experts is not None:
             # What is served must not depend on what shares its batch.
             y, sums = self.experts(y, context.used, drop=isinstance(context, Rows))
         return constrain(x + (self.mlp_post_norm or _same)(y), ("batch", "residual", "act_embed")), carry, sums
@@ -133,8 +133,8 @@ class Decoder(nnx.Module):
         *,
         remat: Callable[[Callable], Callable] | None = None,
     ) -> tuple[jax.Array, Any, RouterSums | None]:
-        """tokens [B, T] int32 to hidden states [B, T, D] after the last norm, the carry, and what routing came to in the
-        layers that have experts."""
+        """tokens [B, T] int32 to hidden states [B, T, D] after the last norm, the carry, and what routing came to in
+        the layers that have experts."""
         c = self.config
         dtype = activation_dtype(self.embed.kernel.dtype)
         # Whole rows, the vocabulary still split: a look-up in a table cut along the width has to be redone whole.

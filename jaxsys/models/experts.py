@@ -102,8 +102,8 @@ def z_loss(sums: RouterSums, tokens: jax.Array) -> jax.Array:
 
 
 def router_metrics(sums: RouterSums, tokens: jax.Array) -> dict[str, jax.Array]:
-    """Of a whole batch: both losses without their coefficients, the largest load of an expert over its layer's mean, and
-    the share of (token, expert) pairs that were dropped."""
+    """Of a whole batch: both losses without their coefficients, the largest load of an expert over its layer's mean,
+    and the share of (token, expert) pairs that were dropped."""
     pairs = jnp.maximum(sums.load.sum(-1), 1)
     return {
         "balance_loss": balance_loss(sums, sums.load, tokens),

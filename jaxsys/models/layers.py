@@ -64,7 +64,7 @@ class Layers(nnx.Module):
 
         carry: passed from layer to layer and never stacked (a KV pool stays one buffer, updated in place).
         data: arrays [L, ...]; ``row`` is a layer's slice of each. remat: wraps one layer's function.
-        Returns x, the carry and what layers gave out, stacked: of those that gave a tree and not None; None if none did.
+        Returns x, the carry, and what the layers gave out that did not give None, stacked (None if all did).
         """
         given: list[Any] = []
         for start, stop in self.spans:

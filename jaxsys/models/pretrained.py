@@ -194,7 +194,7 @@ def file_shape(logical: Logical) -> tuple[int, ...]:
 
 
 def _merged_dimensions(logical: Logical, values: Iterable[Any]) -> list[list[Any]]:
-    """``values``, one a logical dimension, by the file's dimensions: what is of a head goes with the heads before it."""
+    """``values``, one a logical dimension, by the file's dimensions: what is of a head goes with the heads before."""
     groups: list[list[Any]] = []
     for axis, value in zip(logical.axes, values, strict=True):
         if groups and axis in ("head_dim", "norm"):
@@ -226,7 +226,7 @@ def _slice(logical: Logical) -> Logical:
 
 
 def _file_shapes(config: ModelConfig, names: Mapping[str, str | tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, logical in expected_weights(config).items():
         theirs = names[name]
         if isinstance(theirs, tuple):

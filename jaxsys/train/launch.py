@@ -72,7 +72,7 @@ class Launcher:
         f, graphs = self._functions, self._graphs
         scalar = NamedSharding(self._plan.mesh, PartitionSpec())
         sums = (self._plan.shardings, scalar)
-        whole = ()
+        whole: tuple[Any, ...] = ()
         if self._counted:
             self._count = graphs.compile("count", f.counts, params, self.microbatch, out_shardings=scalar)
             whole = (self._count.outputs,)

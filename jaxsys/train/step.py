@@ -114,8 +114,8 @@ class Step:
         return jax.tree.map(jnp.add, counts, self.counts(params, batch))
 
     def grads(self, params: Arrays, batch: Batch, whole: Counts | None = None) -> tuple[Arrays, Sums]:
-        """Sums over one microbatch: gradients, in at least float32 so that more add up, and {"loss", "targets"} with, of
-        a model with experts, {"tokens", "router"}.
+        """Sums over one microbatch: gradients, in at least float32 so that more add up, and {"loss", "targets"} with,
+        of a model with experts, {"tokens", "router"}.
 
         whole: the counts of the whole batch where it is more than this microbatch.
         """
@@ -134,9 +134,9 @@ class Step:
         grads = {key: g.astype(jnp.promote_types(g.dtype, jnp.float32)) for key, g in grads.items()}
         return self._keep(grads), sums
 
-    def _auxiliary(self, router: RouterSums, whole: Counts) -> jax.Array | float:
-        """A microbatch's part of the router's losses, times the targets of the whole batch, by which ``finish`` divides."""
-        experts, total = self.model.config.experts, 0.0
+    def _auxiliary(self, router: RouterSums, whole: Counts) -> jax.Array:
+        """A microbatch's part of the router's losses, times the whole batch's targets, by which ``finish`` divides."""
+        experts, total = self.model.config.experts, jnp.zeros_like(whole["targets"])
         assert experts is not None
         if experts.balance_loss:
             total += experts.balance_loss * balance_loss(router, whole["load"], whole["tokens"])

@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 
 class Family(Protocol):
-    """What a family module offers for Hugging Face files. Logical names are those of ``models.state``: ``layers.3.attention.q.kernel``."""
+    """What a family module offers for Hugging Face files.
+
+    Logical names are those of ``models.state``: ``layers.3.attention.q.kernel``.
+    """
 
     def config_from_hf(self, values: Mapping[str, Any], where: str) -> ModelConfig:
         """From a parsed config.json; ``where`` names it in errors. Raises UserError for what is not supported."""

@@ -10,6 +10,7 @@ from checkpoint import open_checkpoint
 from jaxsys.export import to_hugging_face
 from jaxsys.models.config import Experts
 from jaxsys.models.pretrained import Pretrained
+from jaxsys.optim import SGD, Constant, OptimConfig
 from jaxsys.train.metrics import read
 from jaxsys.train.trainer import Trainer
 
@@ -27,7 +28,16 @@ def train(config, stop_at=None):
 def test_a_run_resumed_on_another_mesh_is_the_run_on_one_device(tmp_path, material):
     def config(name, mesh, form):
         return make_config(
-            tmp_path / name, material, model=OLMOE, mesh=mesh, accumulate=2, step_form=form, steps=4, eval_batches=0
+            tmp_path / name,
+            material,
+            model=OLMOE,
+            mesh=mesh,
+            accumulate=2,
+            step_form=form,
+            steps=4,
+            eval_batches=0,
+            update_groups=1,
+            optim=OptimConfig(SGD(), Constant(), learning_rate=0.1),
         )
 
     train(config("one", "", "fused"))
