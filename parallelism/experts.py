@@ -307,7 +307,7 @@ _take.defvjp(_take_forward, _take_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _ragged(before: int, after: int, axes: Axes, rows, sizes):
-    """Rows [before, D] exchanged over mesh axes to [after, D], zeros where nothing comes; sizes: of ragged_all_to_all."""
+    """Rows [before, D] exchanged over mesh axes to [after, D], zeros where nothing comes; as ragged_all_to_all."""
     out = jnp.zeros((after, rows.shape[1]), rows.dtype)
     return lax.ragged_all_to_all(rows, out, *sizes, axis_name=axes if len(axes) > 1 else axes[0])
 
