@@ -142,3 +142,12 @@ def test_each_loss_of_the_router_has_a_gradient(without):
     (both, metrics), (one, same) = of_one_layer(), of_one_layer(**{without: 0.0})
     assert metrics["loss"] == pytest.approx(same["loss"], rel=1e-6)
     assert np.linalg.norm(both[ROUTER] - one[ROUTER]) > 1e-2 * np.linalg.norm(both[ROUTER])
+
+
+@pytest.mark.slow
+def test_bfloat16_compute_on_a_mesh_keeps_gradients_near_those_of_float32():
+    expected, _ = on_one_device("dropless", "float32")
+    found, _ = run_grads(Setup(model("dropless"), "expert=2,fsdp=2,tensor=2", compute="bfloat16"), packed_batch())
+    for name, want in expected.items():
+        cosine = (found[name] * want).sum() / np.linalg.norm(found[name]) / np.linalg.norm(want)
+        assert cosine > 0.99, name
