@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,17 +32,18 @@ def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
     return tuple(name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry))
 
 
-def width_axis(row_axes: tuple[str, ...], width: int) -> str | None:
-    """The mesh axis over which the gradient of a kernel [..., width] leaves scattered, if any.
+def width_axes(row_axes: tuple[str, ...], width: int) -> tuple[str, ...]:
+    """The mesh axes over which the gradient of a kernel [..., width] leaves scattered.
 
-    Parameters are split over fsdp along the width.
+    Parameters are split over fsdp and expert along the width.
     """
     context = current()
     assert context is not None
-    return "fsdp" if "fsdp" in row_axes and width % context.mesh.shape["fsdp"] == 0 else None
+    axes = tuple(axis for axis in ("fsdp", "expert") if axis in row_axes)
+    return axes if width % math.prod(context.mesh.shape[axis] for axis in axes) == 0 else ()
 
 
-def sum_gradient(d: jax.Array, row_axes: tuple[str, ...], scatter: str | None) -> jax.Array:
+def sum_gradient(d: jax.Array, row_axes: tuple[str, ...], scatter: tuple[str, ...]) -> jax.Array:
     """The sum of a kernel's gradient [V, width] over devices that hold different rows, scattered along the width."""
-    d = lax.psum(d, tuple(axis for axis in row_axes if axis != scatter))
+    d = lax.psum(d, tuple(axis for axis in row_axes if axis not in scatter))
     return lax.psum_scatter(d, scatter, scatter_dimension=1, tiled=True) if scatter else d

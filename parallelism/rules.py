@@ -172,16 +172,20 @@ def refuse_idle_axes(mesh: Mapping[str, int], *tables: Rules) -> None:
 PARAMETERS = Rules(
     "parameters",
     {
-        "embed": Rule(("fsdp",)),
+        "embed": Rule(("fsdp", "expert")),
         "vocab": Rule(("tensor",), "pad"),
         "heads": Rule(("tensor",), "pad"),
         "kv_heads": Rule(("tensor",), "pad"),
         "head_dim": Rule(),
         "mlp": Rule(("tensor",), "pad"),
+        "router": Rule(),
+        "experts": Rule(("expert",)),
+        "expert_embed": Rule(("fsdp",)),
+        "expert_mlp": Rule(("tensor",), "pad"),
         "norm": Rule(),
         "layers": Rule(),
     },
-    paddable=("vocab", "heads", "kv_heads", "mlp"),
+    paddable=("vocab", "heads", "kv_heads", "mlp", "expert_mlp"),
 )
 """Parameters, and the optimizer state that has their shapes.
 
@@ -192,8 +196,8 @@ vocabulary adds logits, which the model masks.
 ACTIVATIONS = Rules(
     "activations",
     {
-        "batch": Rule(("data", "fsdp"), "replicate"),
-        "replica": Rule(("data", "fsdp"), "replicate"),
+        "batch": Rule(("data", "fsdp", "expert"), "replicate"),
+        "replica": Rule(("data", "fsdp", "expert"), "replicate"),
         "seq": Rule(("context",), "replicate"),
         "residual": Rule(("context", "tensor"), "replicate"),
         "act_embed": Rule(),
@@ -201,6 +205,8 @@ ACTIVATIONS = Rules(
         "act_kv_heads": Rule(("tensor",), "replicate"),
         "act_mlp": Rule(("tensor",), "replicate"),
         "act_vocab": Rule(("tensor",), "replicate"),
+        "act_experts": Rule(("expert",), "replicate"),
+        "act_expert_embed": Rule(("fsdp",), "replicate"),
         "head_dim": Rule(),
         "pages": Rule(),
         "layers": Rule(),

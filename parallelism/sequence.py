@@ -84,6 +84,20 @@ def pieces() -> int:
     return 1 if context is None else context.mesh.shape[AXIS]
 
 
+def earlier(counts: jax.Array) -> jax.Array:
+    """For each token of rows that are split over ``context`` in ``balanced_order``, the sum of ``counts`` [B, T / n,
+    ...] over the row's earlier tokens, wherever they are: on each device, inside shard_map."""
+    B, t = counts.shape[:2]
+    chunks = counts.reshape(B, 2, t // 2, *counts.shape[2:])
+    within = jnp.cumsum(chunks, 2, dtype=counts.dtype) - chunks
+    totals = lax.all_gather(chunks.sum(2, dtype=counts.dtype), AXIS, axis=1)  # [B, n, 2, ...]
+    in_order = jnp.concatenate([totals[:, :, 0], totals[:, ::-1, 1]], axis=1)
+    before = jnp.cumsum(in_order, 1, dtype=counts.dtype) - in_order
+    place = lax.axis_index(AXIS)
+    mine = jnp.stack([place, in_order.shape[1] - 1 - place])
+    return (within + before[:, mine][:, :, None]).reshape(counts.shape)
+
+
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, block: Block, method: Method, own: int = 0
 ) -> jax.Array:

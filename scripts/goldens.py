@@ -81,6 +81,47 @@ TINY: dict[str, tuple[type, dict[str, Any]]] = {
             "final_logit_softcapping": 3.0,
         },
     ),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+        },
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "moe_intermediate_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "olmoe": (
+        transformers.OlmoeConfig,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+        },
+    ),
 }
 """Tiny configurations: name -> class and what differs from its defaults and SHAPE."""
 

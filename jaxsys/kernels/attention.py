@@ -36,6 +36,11 @@ class Rows:
     segments: jax.Array
     positions: jax.Array
 
+    @property
+    def used(self) -> jax.Array:
+        """[B, T] bool, False for padding."""
+        return self.segments > 0
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,11 @@ class Paged:
     page_table: jax.Array
     items: jax.Array
     places: jax.Array
+
+    @property
+    def used(self) -> jax.Array:
+        """[R, T] bool, False for unused rows."""
+        return self.positions >= 0
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from parallelism.manual import axes_of, on_devices, sum_gradient, width_axis
+from parallelism.manual import axes_of, on_devices, sum_gradient, width_axes
 from parallelism.sharding import current, platform, spec_of
 
 
@@ -23,7 +23,7 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     rows = spec_of(tokens.shape, ("batch", "seq"))
     split = spec_of(table.shape, ("act_vocab", None))
     row_axes, table_axes = axes_of(rows), axes_of(split)
-    scatter = width_axis(row_axes, table.shape[1])
+    scatter = width_axes(row_axes, table.shape[1])
     found = PartitionSpec(*rows, None)
 
     def here(table, tokens):
@@ -43,7 +43,7 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
     # Both made here, where the context is: a gradient may be traced after it has ended.
     forwards = on_devices(forward, (split, rows), found)
-    backwards = on_devices(backward, (split, rows, found), PartitionSpec(split[0], scatter))
+    backwards = on_devices(backward, (split, rows, found), PartitionSpec(split[0], scatter or None))
 
     @jax.custom_vjp
     def run(table, tokens):

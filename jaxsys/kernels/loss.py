@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxsys.kernels.matmul import linear, weight_gradient
-from parallelism.manual import axes_of, on_devices, sum_gradient, width_axis
+from parallelism.manual import axes_of, on_devices, sum_gradient, width_axes
 from parallelism.sharding import current, spec_of
 
 # Logits alive at once on a device, in elements: large enough for full-speed matmuls.
@@ -67,13 +67,13 @@ def _on_mesh(hidden, kernel, targets, vocabulary, softcap, *, gradients):
     """The loss and, with ``gradients``, those of hidden and kernel."""
     context = current()
     if context is None or context.mesh.size == 1:
-        return _local(hidden, kernel, targets, vocabulary, softcap, (), (), None, gradients)
+        return _local(hidden, kernel, targets, vocabulary, softcap, (), (), (), gradients)
     rows = spec_of(targets.shape, ("batch", "seq"))
     split = spec_of(kernel.shape, ("act_vocab", None))
     row_axes, vocabulary_axes = axes_of(rows), axes_of(split)
-    scatter = width_axis(row_axes, kernel.shape[1])
+    scatter = width_axes(row_axes, kernel.shape[1])
     tokens = PartitionSpec(*rows, None)
-    outputs = (PartitionSpec(), tokens, PartitionSpec(split[0], scatter)) if gradients else (PartitionSpec(),)
+    outputs = (PartitionSpec(), tokens, PartitionSpec(split[0], scatter or None)) if gradients else (PartitionSpec(),)
     local = partial(
         _local, vocabulary=vocabulary, softcap=softcap, row_axes=row_axes, vocabulary_axes=vocabulary_axes,
         scatter=scatter, gradients=gradients,

@@ -10,8 +10,12 @@ import numpy as np
 from jaxsys.configuration import BadValue, expect, expect_at_least, expect_positive
 
 Activation = Literal["silu", "gelu_tanh"]
+Routing = Literal["softmax", "sigmoid"]
+QKNorm = Literal["head", "width"]
 
-MAX_LAYERS = 10_000  # beyond any model: a damaged file may say 10**9, and every layer costs names and descriptions
+# Beyond any model: a damaged file may say 10**9, and every layer and expert costs names and descriptions.
+MAX_LAYERS = 10_000
+MAX_LAYER_EXPERTS = 200_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +36,55 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """Mixture-of-experts feed-forward layers: each token goes to ``per_token`` of ``number`` gated linear units.
+
+    width: feed-forward width of one expert. shared_width: of one more that every token goes through (DeepSeekMoE, Dai
+      et al. 2024); 0 for none.
+    routing: scores of the experts are the softmax or the sigmoid of the router's logits; the highest are chosen.
+    normalise: the weights of the chosen are divided by their sum. scale: and multiplied by this.
+    dense_layers: layers that have an ordinary MLP of width ``d_ff`` instead.
+
+    What follows is of training alone; files of models do not have it, and serving drops nothing.
+    capacity_factor: an expert takes so many times its even share of a row's tokens and drops the rest; None drops none.
+    balance_loss: coefficient of the load-balance loss E * sum_i f_i P_i, with the fraction of tokens f_i that go to
+      expert i and its mean probability P_i over the whole batch, mean over layers (Fedus et al. 2021, section 2.2; f
+      sums to ``per_token``, which is the loss of an even load).
+    z_loss: coefficient of the mean over tokens and layers of the squared log-sum-exp of the router's logits (Zoph et
+      al. 2022, section 3.3).
+    """
+
+    number: int
+    per_token: int
+    width: int
+    routing: Routing = "softmax"
+    normalise: bool = True
+    scale: float = 1.0
+    shared_width: int = 0
+    dense_layers: tuple[int, ...] = ()
+    capacity_factor: float | None = None
+    balance_loss: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, 1, "number", "per_token", "width")
+        expect(self, f"at most number={self.number}", lambda n: n <= self.number, "per_token")
+        expect(self, " or ".join(get_args(Routing)), lambda name: name in get_args(Routing), "routing")
+        expect_positive(self, "scale", "capacity_factor")
+        expect_at_least(self, 0, "shared_width", "balance_loss", "z_loss")
+        expect(
+            self,
+            "layers in rising order",
+            lambda l: list(l) == sorted(set(l)) and min(l, default=0) >= 0,
+            "dense_layers",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder transformer.
+
+    d_ff: feed-forward width of the layers that have no experts.
 
     windows: one entry a layer, the number of positions a token sees (itself included); None sees all.
         An empty tuple means that every layer sees all.
@@ -42,6 +93,8 @@ class ModelConfig:
     norm_offset: RMSNorm multiplies by (offset + scale); Gemma stores scale - 1.
     post_norms: a second RMSNorm after attention and after the MLP, before the residual sum (Gemma 2).
     embed_scale: token embeddings are multiplied by it.
+    qk_norm: queries and keys are normalised before rotation: each head by itself (Qwen3), or all together (OLMoE).
+    experts: the feed-forward layers are mixtures of experts.
     """
 
     family: str
@@ -65,6 +118,8 @@ class ModelConfig:
     post_norms: bool = False
     norm_offset: float = 0.0
     embed_scale: float = 1.0
+    qk_norm: QKNorm | None = None
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         from jaxsys.models.families import FAMILIES  # the families make configurations: they import this module
@@ -81,6 +136,12 @@ class ModelConfig:
         expect(self, " or ".join(get_args(Activation)), lambda name: name in get_args(Activation), "activation")
         expect(self, f"none, or one for each of n_layers={self.n_layers}", self._one_a_layer, "windows")
         expect(self, "windows of at least 1", lambda windows: all(w is None or w >= 1 for w in windows), "windows")
+        expect(self, " or ".join(get_args(QKNorm)), lambda name: name in get_args(QKNorm), "qk_norm")
+        if (e := self.experts) is not None:
+            if e.number * self.n_layers > MAX_LAYER_EXPERTS:
+                raise BadValue("experts.number", e.number, f"at most {MAX_LAYER_EXPERTS} experts in all layers")
+            if max(e.dense_layers, default=0) >= self.n_layers:
+                raise BadValue("experts.dense_layers", e.dense_layers, f"layers below n_layers={self.n_layers}")
 
     def _one_a_layer(self, values: tuple) -> bool:
         return len(values) in (0, self.n_layers)
@@ -97,10 +158,28 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
 
+    def experts_of(self, layer: int) -> Experts | None:
+        """The experts of a layer; None where it has an ordinary MLP."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
+
+    @property
+    def inference(self) -> ModelConfig:
+        """Without what only training reads: what files of a model can say."""
+        if self.experts is None:
+            return self
+        plain = dataclasses.replace(self.experts, capacity_factor=None, balance_loss=0.0, z_loss=0.0)
+        return dataclasses.replace(self, experts=plain)
+
     def matmul_parameters(self) -> int:
-        """Parameters that multiply every token: all kernels and the output projection, no embedding lookup."""
-        attention = self.d_model * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
-        return self.n_layers * (attention + 3 * self.d_model * self.d_ff) + self.vocab_size * self.d_model
+        """Parameters that multiply every token: all kernels (of a layer's experts as many as a token goes to) and the
+        output projection, no embedding lookup."""
+        D = self.d_model
+        total = self.n_layers * D * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads) + self.vocab_size * D
+        for layer in range(self.n_layers):
+            e = self.experts_of(layer)
+            width = self.d_ff if e is None else e.per_token * e.width + e.shared_width
+            total += 3 * D * width + (0 if e is None else D * e.number)
+        return total
 
     def flops_per_token(self, contexts: np.ndarray) -> float:
         """Floating-point operations of one forward and backward pass, a token on average.

@@ -7,6 +7,7 @@ a layout may pad them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,37 +20,28 @@ from jaxsys.kernels.attention import Paged, Rows, attend
 from jaxsys.kernels.embedding import lookup
 from jaxsys.kernels.matmul import activation_dtype, linear
 from jaxsys.models.config import ModelConfig
+from jaxsys.models.experts import MixtureOfExperts, RouterSums
 from jaxsys.models.layers import Layers, default_storage
+from jaxsys.models.mlp import MLP, Linear, gathered
 from jaxsys.models.rope import rotate, rotations
 from parallelism.sharding import constrain
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 FULL = np.iinfo(np.int32).max  # the window of a layer that sees everything
 
 
-class Linear(nnx.Module):
-    """A kernel [out..., in...]; ``axes`` names every dimension, ``contract`` of them are inputs."""
-
-    def __init__(self, shape, axes, *, contract=1, std=0.02, dtype, rngs):
-        self.contract = contract
-        # float: a numpy scalar would decide the dtype of the product.
-        self.kernel = nnx.Param(float(std) * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(x, self.kernel[...], self.contract)
-
-
 class RMSNorm(nnx.Module):
-    """x / rms(x) * (offset + scale), in at least float32 (Zhang and Sennrich 2019)."""
+    """x / rms(x) * (offset + scale) over the dimensions that ``shape`` gives, in at least float32 (Zhang and Sennrich
+    2019). Zeros that a layout appends to them do not count."""
 
-    def __init__(self, width, *, eps, offset, dtype):
-        self.eps, self.offset = eps, offset
-        self.scale = nnx.Param(jnp.full((width,), 1.0 - offset, dtype), axes=("norm",))
+    def __init__(self, *shape, axes=("norm",), eps, offset, dtype):
+        self.eps, self.offset, self.count = eps, offset, math.prod(shape)
+        self.scale = nnx.Param(jnp.full(shape, 1.0 - offset, dtype), axes=axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * (self.offset + self.scale[...].astype(y.dtype))).astype(x.dtype)
+        scale, y = self.scale[...], x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        over = tuple(range(-scale.ndim, 0))
+        y = y * jax.lax.rsqrt((y * y).sum(over, keepdims=True) / self.count + self.eps)
+        return (y * (self.offset + scale.astype(y.dtype))).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -63,13 +55,15 @@ class Attention(nnx.Module):
         self.k = Linear((K, h, D), ("kv_heads", "head_dim", "embed"), dtype=dtype, rngs=rngs)
         self.v = Linear((K, h, D), ("kv_heads", "head_dim", "embed"), dtype=dtype, rngs=rngs)
         self.o = Linear((D, H, h), ("embed", "heads", "head_dim"), contract=2, std=out_std, dtype=dtype, rngs=rngs)
+        self.q_norm, self.k_norm = (_qk_norm(c, n, axis, dtype) for n, axis in ((H, "heads"), (K, "kv_heads")))
 
     def __call__(self, x, angles, context, carry, *, layer, window):
-        x = _gathered(x)
+        x = gathered(x)
         # As they leave the projections: or tokens stay split over ``tensor``, kernels are gathered over it, and their
         # gradients summed.
-        q = rotate(constrain(self.q(x), ("batch", "seq", "act_heads", None)), angles)
-        k = rotate(constrain(self.k(x), ("batch", "seq", "act_kv_heads", None)), angles)
+        q = constrain(self.q(x), ("batch", "seq", "act_heads", None))
+        k = constrain(self.k(x), ("batch", "seq", "act_kv_heads", None))
+        q, k = rotate((self.q_norm or _same)(q), angles), rotate((self.k_norm or _same)(k), angles)
         v = constrain(self.v(x), ("batch", "seq", "act_kv_heads", None))
         y, carry = attend(
             q, k, v, context, carry,
@@ -78,24 +72,17 @@ class Attention(nnx.Module):
         return self.o(constrain(y, ("batch", "seq", "act_heads", None))), carry
 
 
-class MLP(nnx.Module):
-    """Gated linear unit (Shazeer 2020)."""
-
-    def __init__(self, c: ModelConfig, *, dtype, rngs):
-        out_std = 0.02 / np.sqrt(2 * c.n_layers)
-        self.activation = c.activation
-        self.gate = Linear((c.d_ff, c.d_model), ("mlp", "embed"), dtype=dtype, rngs=rngs)
-        self.up = Linear((c.d_ff, c.d_model), ("mlp", "embed"), dtype=dtype, rngs=rngs)
-        self.down = Linear((c.d_model, c.d_ff), ("embed", "mlp"), std=out_std, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = _gathered(x)
-        gate, up = (constrain(linear(x), ("batch", "seq", "act_mlp")) for linear in (self.gate, self.up))
-        return self.down(ACTIVATIONS[self.activation](gate) * up)
+def _qk_norm(c: ModelConfig, heads, axis, dtype):
+    if c.qk_norm is None:
+        return None
+    shape, axes = ((c.head_dim,), ("norm",)) if c.qk_norm == "head" else ((heads, c.head_dim), (axis, "norm"))
+    return RMSNorm(*shape, axes=axes, eps=c.norm_eps, offset=c.norm_offset, dtype=dtype)
 
 
 class Block(nnx.Module):
-    def __init__(self, c: ModelConfig, *, dtype, rngs):
+    """One layer: attention, then an MLP or a mixture of experts."""
+
+    def __init__(self, c: ModelConfig, layer: int, *, dtype, rngs):
         def norm():
             return RMSNorm(c.d_model, eps=c.norm_eps, offset=c.norm_offset, dtype=dtype)
 
@@ -103,26 +90,25 @@ class Block(nnx.Module):
         self.attention = Attention(c, dtype=dtype, rngs=rngs)
         self.attention_post_norm = norm() if c.post_norms else None
         self.mlp_norm = norm()
-        self.mlp = MLP(c, dtype=dtype, rngs=rngs)
+        experts = c.experts_of(layer)
+        self.mlp = MLP(c, c.d_ff, dtype=dtype, rngs=rngs) if experts is None else None
+        self.experts = None if experts is None else MixtureOfExperts(c, experts, dtype=dtype, rngs=rngs)
         self.mlp_post_norm = norm() if c.post_norms else None
 
     def __call__(self, x, angles, context, carry, *, layer, window):
         y, carry = self.attention(self.attention_norm(x), angles, context, carry, layer=layer, window=window)
         x = constrain(x + (self.attention_post_norm or _same)(y), ("batch", "residual", "act_embed"))
-        y = self.mlp(self.mlp_norm(x))
-        return constrain(x + (self.mlp_post_norm or _same)(y), ("batch", "residual", "act_embed")), carry
+        y, sums = self.mlp_norm(x), None
+        if self.mlp is not None:
+            y = self.mlp(y)
+        if self.experts is not None:
+            # What is served must not depend on what shares its batch.
+            y, sums = self.experts(y, context.used, drop=isinstance(context, Rows))
+        return constrain(x + (self.mlp_post_norm or _same)(y), ("batch", "residual", "act_embed")), carry, sums
 
 
 def _same(x):
     return x
-
-
-def _gathered(x):
-    """Tokens that are split over ``tensor`` between blocks, together: once for all projections that read them.
-
-    Without the first constraint the compiler gathers what they are made of, which is wider.
-    """
-    return constrain(constrain(x, ("batch", "residual", "act_embed")), ("batch", "seq", "act_embed"))
 
 
 class Decoder(nnx.Module):
@@ -137,7 +123,7 @@ class Decoder(nnx.Module):
         self.config = c
         self.embed = Linear((c.vocab_size, c.d_model), ("vocab", "embed"), dtype=dtype, rngs=rngs)
         self.layers = Layers(
-            [Block(c, dtype=dtype, rngs=rngs) for _ in range(c.n_layers)], storage or default_storage()
+            [Block(c, i, dtype=dtype, rngs=rngs) for i in range(c.n_layers)], storage or default_storage()
         )
         self.norm = RMSNorm(c.d_model, eps=c.norm_eps, offset=c.norm_offset, dtype=dtype)
         if not c.tie_embeddings:
@@ -150,8 +136,9 @@ class Decoder(nnx.Module):
         carry: Any = None,
         *,
         remat: Callable[[Callable], Callable] | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """tokens [B, T] int32 to hidden states [B, T, D] after the last norm, and the carry."""
+    ) -> tuple[jax.Array, Any, RouterSums | None]:
+        """tokens [B, T] int32 to hidden states [B, T, D] after the last norm, the carry, and what routing came to in
+        the layers that have experts."""
         c = self.config
         dtype = activation_dtype(self.embed.kernel.dtype)
         # Whole rows, the vocabulary still split: a look-up in a table cut along the width has to be redone whole.
@@ -167,8 +154,8 @@ class Decoder(nnx.Module):
         def body(block, x, carry, layer, row):
             return block(x, angles, context, carry, layer=layer, window=row.get("window"))
 
-        x, carry = self.layers.apply(body, x, carry, windows, remat)
-        return self.norm(x), carry
+        x, carry, sums = self.layers.apply(body, x, carry, windows, remat)
+        return self.norm(x), carry, sums
 
     @property
     def head_kernel(self) -> jax.Array:

@@ -54,17 +54,19 @@ class Layers(nnx.Module):
 
     def apply(
         self,
-        body: Callable[..., tuple[jax.Array, Any]],
+        body: Callable[..., tuple[jax.Array, Any, Any]],
         x: jax.Array,
         carry: Any,
         data: dict[str, np.ndarray],
         remat: Callable[[Callable], Callable] | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """Runs ``body(block, x, carry, index, row) -> (x, carry)`` for every layer, in order.
+    ) -> tuple[jax.Array, Any, Any]:
+        """Runs ``body(block, x, carry, index, row) -> (x, carry, out)`` for every layer, in order.
 
         carry: passed from layer to layer and never stacked (a KV pool stays one buffer, updated in place).
         data: arrays [L, ...]; ``row`` is a layer's slice of each. remat: wraps one layer's function.
+        Returns x, the carry, and what the layers gave out that did not give None, stacked (None if all did).
         """
+        given: list[Any] = []
         for start, stop in self.spans:
             graphdef, state = nnx.split(getattr(self, self.span_name(start, stop)))
 
@@ -73,13 +75,17 @@ class Layers(nnx.Module):
 
             one = remat(one) if remat else one
             if self.storage == LISTED:
-                x, carry = one(state, x, carry, start, {name: values[start] for name, values in data.items()})
+                x, carry, out = one(state, x, carry, start, {name: values[start] for name, values in data.items()})
+                given.append(jax.tree.map(lambda a: a[None], out))
             else:
                 rows = {name: jnp.asarray(values[start:stop]) for name, values in data.items()}
 
                 def step(xc, layer, one=one):
                     state, index, row = layer
-                    return one(state, *xc, index, row), None
+                    x, carry, out = one(state, *xc, index, row)
+                    return (x, carry), out
 
-                (x, carry), _ = lax.scan(step, (x, carry), (state, jnp.arange(start, stop), rows))
-        return x, carry
+                (x, carry), out = lax.scan(step, (x, carry), (state, jnp.arange(start, stop), rows))
+                given.append(out)
+        given = [out for out in given if out is not None]
+        return x, carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *given) if given else None

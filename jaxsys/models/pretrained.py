@@ -28,7 +28,7 @@ from checkpoint.reshard import narrow
 from jaxsys import configuration
 from jaxsys.hub import ModelSource, resolve
 from jaxsys.models.config import ModelConfig
-from jaxsys.models.families import family
+from jaxsys.models.families import family, gguf_family
 from jaxsys.models.state import build
 from parallelism.errors import UserError, unknown_name
 from parallelism.layout import Logical
@@ -75,14 +75,16 @@ class Pretrained:
 
 def expected_weights(config: ModelConfig) -> dict[str, Logical]:
     """Every logical array of the model by name, in float32."""
-    # Layers are alike: one is described, the others follow.
-    one = build(dataclasses.replace(config, n_layers=1, windows=()), storage="listed").layout.logical
-    weights = {}
-    for name, logical in one.items():
-        first = "layers.0."
-        numbers = range(config.n_layers) if name.startswith(first) else (None,)
-        for i in numbers:
-            full = name if i is None else f"layers.{i}.{name.removeprefix(first)}"
+    # Layers of a kind are alike: one is described, the others follow.
+    kinds = {}
+    for experts in {config.experts_of(i) for i in range(config.n_layers)}:
+        plain = experts and dataclasses.replace(experts, dense_layers=())
+        one = dataclasses.replace(config, n_layers=1, windows=(), experts=plain)
+        kinds[experts] = build(one, storage="listed").layout.logical
+    first, weights = "layers.0.", {}
+    for i in range(config.n_layers):
+        for name, logical in kinds[config.experts_of(i)].items():
+            full = f"layers.{i}.{name.removeprefix(first)}" if name.startswith(first) else name
             weights[full] = dataclasses.replace(logical, name=full)
     return weights
 
@@ -124,12 +126,18 @@ def _open_hf(path: Path) -> Pretrained:
 
     def read(logical: Logical, box: Box) -> np.ndarray:
         name, box = names[logical.name], _bounded(box, logical.shape)
+        if isinstance(name, tuple):
+            data = np.empty([s.stop - s.start for s in box], logical.dtype)
+            for i, one in enumerate(name[box[0]]):
+                data[i] = read_one(one, _slice(logical), box[1:])
+            return data
+        return read_one(name, logical, box).astype(logical.dtype, copy=False)
+
+    def read_one(name: str, logical: Logical, box: Box) -> np.ndarray:
         merged = _merge_box(logical, box)
         if merged is None:
-            data = arrays.read(name).reshape(logical.shape)[box]
-        else:
-            data = arrays.read(name, merged).reshape([s.stop - s.start for s in box])
-        return data.astype(logical.dtype, copy=False)
+            return arrays.read(name).reshape(logical.shape)[box]
+        return arrays.read(name, merged).reshape([s.stop - s.start for s in box])
 
     _check_extras(path, extras, arrays.read, names)
     return Pretrained(path, config, read)
@@ -137,7 +145,7 @@ def _open_hf(path: Path) -> Pretrained:
 
 def _open_gguf(path: Path) -> Pretrained:
     file = GGUFFile(path)
-    kind = family(file.metadata.get("general.architecture"), str(path))
+    kind = gguf_family(file.metadata.get("general.architecture"), str(path))
     config = _config(lambda: kind.config_from_gguf(file), str(path))
     names = kind.gguf_names(config)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
@@ -186,10 +194,10 @@ def file_shape(logical: Logical) -> tuple[int, ...]:
 
 
 def _merged_dimensions(logical: Logical, values: Iterable[Any]) -> list[list[Any]]:
-    """``values``, one a logical dimension, by the file's dimensions: head_dim goes with the heads before it."""
+    """``values``, one a logical dimension, by the file's dimensions: what is of a head goes with the heads before."""
     groups: list[list[Any]] = []
     for axis, value in zip(logical.axes, values, strict=True):
-        if axis == "head_dim":
+        if groups and axis in ("head_dim", "norm"):
             groups[-1].append(value)
         else:
             groups.append([value])
@@ -212,8 +220,20 @@ def _merge_box(logical: Logical, box: Box) -> Box | None:
     return tuple(merged)
 
 
-def _file_shapes(config: ModelConfig, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    return {names[name]: file_shape(logical) for name, logical in expected_weights(config).items()}
+def _slice(logical: Logical) -> Logical:
+    """One of the slices of a logical array along its first dimension."""
+    return dataclasses.replace(logical, shape=logical.shape[1:], axes=logical.axes[1:])
+
+
+def _file_shapes(config: ModelConfig, names: Mapping[str, str | tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, logical in expected_weights(config).items():
+        theirs = names[name]
+        if isinstance(theirs, tuple):
+            shapes |= dict.fromkeys(theirs, file_shape(_slice(logical)))
+        else:
+            shapes[theirs] = file_shape(logical)
+    return shapes
 
 
 def _check(
@@ -241,13 +261,15 @@ def _check_extras(
     path: Path,
     extras: Mapping[str, str | np.ndarray],
     read: Callable[[str], np.ndarray],
-    names: Mapping[str, str],
+    names: Mapping[str, str | tuple[str, ...]],
 ) -> None:
     """Raises UserError for a redundant weight that says something else than what it repeats."""
     for name, source in extras.items():
         value = read(name)
         if isinstance(source, str):
-            same, what = np.array_equal(value, read(names[source])), f"weight {names[source]!r}, which it should repeat"
+            repeated = names[source]
+            assert isinstance(repeated, str)
+            same, what = np.array_equal(value, read(repeated)), f"weight {repeated!r}, which it should repeat"
         else:
             # Computed in the file's own precision, whichever that was.
             rounding = 4 * float(ml_dtypes.finfo(value.dtype).eps) + 1e-5
@@ -294,8 +316,8 @@ def export_hf(
     kind = family(config.family, "model")
     values = kind.config_to_hf(config)
     back = kind.config_from_hf(values, f"{directory / CONFIG}")
-    if back != config:
-        different = ", ".join(f.name for f in dataclasses.fields(config) if vars(back)[f.name] != vars(config)[f.name])
+    if (found := vars(back.inference)) != (wanted := vars(config.inference)):
+        different = ", ".join(name for name in wanted if found[name] != wanted[name])
         raise UserError(f"{directory}: a {config.family} config.json cannot express this model's {different}")
     ids = {f"{name}_token_id": token_ids.get(name) for name in ("bos", "eos", "pad")}
     values |= {"dtype": dtype, "torch_dtype": dtype, **ids}
@@ -317,7 +339,7 @@ def export_hf(
 def _renamed(
     directory: Path,
     config: ModelConfig,
-    names: Mapping[str, str],
+    names: Mapping[str, str | tuple[str, ...]],
     arrays: Iterable[tuple[str, np.ndarray]],
     dtype: np.dtype,
 ) -> Iterable[tuple[str, np.ndarray]]:
@@ -328,6 +350,11 @@ def _renamed(
             raise UserError(f"{directory}: array {name!r} is given twice or is none of the model's")
         if array.shape != logical.shape:
             raise UserError(f"{directory}: array {name!r} has shape {array.shape}, the model's is {logical.shape}")
-        yield names[name], narrow(np.ascontiguousarray(array).reshape(file_shape(logical)), dtype, name)
+        theirs = names[name]
+        if isinstance(theirs, tuple):
+            for one, part in zip(theirs, array, strict=True):
+                yield one, narrow(np.ascontiguousarray(part).reshape(file_shape(_slice(logical))), dtype, name)
+        else:
+            yield theirs, narrow(np.ascontiguousarray(array).reshape(file_shape(logical)), dtype, name)
     if left:
         raise UserError(f"{directory}: missing {_listing(list(left))}: the checkpoint is incomplete")

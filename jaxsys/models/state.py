@@ -50,8 +50,9 @@ class Model:
         return {key: variable[...] for key, variable in _variables(decoder).items()}
 
     def compute_dtypes(self, dtype: Any) -> dict[str, np.dtype]:
-        """What each parameter is cast to where the model computes in ``dtype``: norms stay as they are."""
-        return {k: s.dtype if "norm" in s.axes else jnp.dtype(dtype) for k, s in self.layout.items()}
+        """What each parameter is cast to where the model computes in ``dtype``: norms and routers stay as they are."""
+        kept = {"norm", "router"}
+        return {k: s.dtype if kept & set(s.axes) else jnp.dtype(dtype) for k, s in self.layout.items()}
 
     @property
     def dtype(self) -> np.dtype:

@@ -63,7 +63,7 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
 
         def step(state):
             tokens, context, last, pool, out, _ = state
-            hidden, pool = decoder(tokens, context, pool)
+            hidden, pool, _ = decoder(tokens, context, pool)
 
             scoring = batch.score & (out.steps == 0)
             row = jnp.maximum(last, 0)

@@ -94,6 +94,11 @@ class AbstractRun:
             raise UserError(
                 f"data.seq_len {data.seq_len} is over the model's context of {model.max_seq_len}: make it less"
             )
+        if data.split_shares and model.experts is not None and model.experts.capacity_factor is not None:
+            raise UserError(
+                f"data.split_shares {data.split_shares} and experts.capacity_factor {model.experts.capacity_factor}: a "
+                "capacity counts a row's tokens in order, which balanced batches give up: use one of them"
+            )
         if data.batch_size % self.config.accumulate:
             raise UserError(
                 f"data.batch_size {data.batch_size} does not divide by accumulate={self.config.accumulate}: change one"

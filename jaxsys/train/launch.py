@@ -88,20 +88,26 @@ class Launcher:
     def _compile_split(self, params: Any, state: Any, step: Any) -> None:
         f, graphs = self._functions, self._graphs
         scalar = NamedSharding(self._plan.mesh, PartitionSpec())
-        sums = (self._functions.shardings.gradients, {"loss": scalar, "targets": scalar})
-        batch = self._abstract(*self._shape, sharding=self._micro)
-        self._grads = {
-            split: graphs.compile(_named("grads", split), each.grads, params, batch, out_shardings=sums)
-            for split, each in self._steps.items()
-        }
-        acc = self._grads[self._largest].outputs
-        if self._config.accumulate > 1:
-            self._accumulate = {
+        sums, batch = (self._functions.shardings.gradients, scalar), self._abstract(*self._shape, sharding=self._micro)
+
+        def compile(name: str, *before: Any, after: tuple = (), **options: Any) -> dict[int | None, Graph]:
+            """A function of the step, one graph a size of the split region."""
+            return {
                 split: graphs.compile(
-                    _named("accumulate", split), each.accumulate, acc, params, batch, donate=(0,), out_shardings=sums
+                    _named(name, split), getattr(each, name), *before, params, batch, *after, **options
                 )
                 for split, each in self._steps.items()
             }
+
+        whole: tuple[Any, ...] = ()
+        if self._counted:
+            self._count = compile("counts", out_shardings=scalar)
+            whole = (self._count[self._largest].outputs,)
+            self._count_more = compile("count_more", *whole, donate=(0,), out_shardings=scalar)
+        self._grads = compile("grads", after=whole, out_shardings=sums)
+        acc = self._grads[self._largest].outputs
+        if self._config.accumulate > 1:
+            self._accumulate = compile("accumulate", acc, after=whole, donate=(0,), out_shardings=sums)
         self._finish = graphs.compile("finish", f.finish, acc, step, out_shardings=(scalar, None))
         sizes = {key: stored.nbytes for key, stored in self._plan.layout.items()}
         self._groups = groups(list(self._plan.layout), sizes, self._config.update_groups)
@@ -121,13 +127,12 @@ class Launcher:
                     f"update[{i}]", update, group, own, shared, grads, scale, step, donate=(0, 1), out_shardings=out
                 )
             )
-        more = self._config.accumulate - 1
-        again = [(self._accumulate[self._largest], more)] if more else []
+        more, once = self._config.accumulate - 1, [self._grads, *([self._count] if whole else [])]
+        again = [self._accumulate, *([self._count_more] if whole else [])] if more else []
         self.programs = [
-            (self._grads[self._largest], 1),
-            *again,
-            (self._finish, 1),
-            *((graph, 1) for graph in self._updates),
+            *((graphs[self._largest], 1) for graphs in once),
+            *((graphs[self._largest], more) for graphs in again),
+            *((graph, 1) for graph in (self._finish, *self._updates)),
         ]
 
     def launch(
@@ -155,9 +160,10 @@ class Launcher:
                 return new
 
             return *dispatcher().call(work), waited
-        sums = self._grads[split](params, arrays[0])
+        whole = self._counts(params, split, arrays)
+        sums = self._grads[split](params, arrays[0], *whole)
         for more in arrays[1:]:
-            sums = self._accumulate[split](sums, params, more)
+            sums = self._accumulate[split](sums, params, more, *whole)
         scale, metrics = self._finish(sums, number)
 
         def update() -> tuple[Arrays, Arrays, Arrays, float]:
@@ -172,6 +178,20 @@ class Launcher:
             return new_params, new_state, metrics, waited
 
         return dispatcher().call(update)
+
+    @property
+    def _counted(self) -> bool:
+        """Whether all microbatches are counted before the gradients of the first."""
+        return self._config.accumulate > 1 and self._functions.auxiliary
+
+    def _counts(self, params: Arrays, split: int | None, batches: list[Arrays]) -> tuple[Arrays, ...]:
+        """The counts of the whole batch, where gradients need them."""
+        if not self._counted:
+            return ()
+        counts = self._count[split](params, batches[0])
+        for more in batches[1:]:
+            counts = self._count_more[split](counts, params, more)
+        return (counts,)
 
     def _group(self, params: Arrays, state: Arrays, keys: list[str]) -> tuple[Arrays, Arrays, Arrays]:
         """A group's parameters, its own optimizer state, and the state that it shares."""

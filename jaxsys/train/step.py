@@ -17,6 +17,7 @@ from jax import lax
 
 from jaxsys.kernels.attention import Rows, SplitRows
 from jaxsys.kernels.loss import cross_entropy
+from jaxsys.models.experts import RouterSums, balance_loss, router_metrics, z_loss
 from jaxsys.models.state import Model
 from jaxsys.optim import Optimizer
 from parallelism import sequence
@@ -25,6 +26,8 @@ from parallelism.sharding import constrain
 from parallelism.zero import Shardings, StateShardings
 
 Arrays = dict[str, jax.Array]
+Counts = dict[str, jax.Array]
+Sums = dict[str, Any]  # scalars, and RouterSums
 Batch = Mapping[str, jax.Array]  # tokens, targets, segments, positions: [B, T] int32; a batch of A is [A, B, T]
 
 REMAT: dict[str, Any] = {
@@ -59,16 +62,28 @@ class Step:
         if self.remat not in REMAT:
             raise unknown_name("remat policy", self.remat, REMAT)
 
+    @property
+    def auxiliary(self) -> bool:
+        """Whether the gradient is of more than the cross-entropy: of losses of the router, which are means over a whole
+        batch, so that what ``counts`` counts of it must be known before its first microbatch."""
+        experts = self.model.config.experts
+        return experts is not None and bool(experts.balance_loss or experts.z_loss)
+
     def losses(self, params: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Sum of -log p over the targets of one microbatch [B, T], and their number."""
+        loss, targets, _ = self._forward(params, batch)
+        return loss, targets
+
+    def _forward(self, params: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array, RouterSums | None]:
         dtypes = self.model.compute_dtypes(self.compute_dtype)
         decoder = self.model.bind({key: array.astype(dtypes[key]) for key, array in params.items()})
         policy = REMAT[self.remat]
         remat = None if policy is None else lambda f: jax.checkpoint(f, policy=policy)
         batch, context = self._rows(batch)
-        hidden, _ = decoder(batch["tokens"], context, remat=remat)
-        config = self.model.config
-        return cross_entropy(hidden, decoder.head_kernel, batch["targets"], config.vocab_size, config.logit_softcap)
+        hidden, _, router = decoder(batch["tokens"], context, remat=remat)
+        c = self.model.config
+        loss = cross_entropy(hidden, decoder.head_kernel, batch["targets"], c.vocab_size, c.logit_softcap)
+        return *loss, router
 
     def _rows(self, batch: Batch) -> tuple[Batch, Rows]:
         """The batch in the order in which attention wants it on this mesh, and what attention sees of it."""
@@ -83,23 +98,64 @@ class Step:
         batch = {name: constrain(array[:, order], ("batch", "seq")) for name, array in batch.items()}
         return batch, SplitRows(batch["segments"], batch["positions"], self.context_method)
 
-    def grads(self, params: Arrays, batch: Batch) -> tuple[Arrays, Arrays]:
-        """Sums over one microbatch: gradients, in at least float32 so that more add up, and {"loss", "targets"}."""
+    def counts(self, params: Arrays, batch: Batch) -> Counts:
+        """What the router's losses need to know of a whole batch, of one microbatch: counts of targets and tokens, and,
+        for the load-balance loss, of each expert's tokens, for which it runs the model forward."""
+        experts, dtype = self.model.config.experts, jnp.promote_types(self.compute_dtype, jnp.float32)
+        assert experts is not None
+        found = {
+            "targets": (batch["targets"] >= 0).sum().astype(dtype),
+            "tokens": (batch["segments"] > 0).sum().astype(dtype),
+        }
+        if experts.balance_loss:
+            _, _, router = self._forward(params, batch)
+            assert router is not None
+            found["load"] = router.load
+        return found
 
-        def loss(params):
-            total, count = self.losses(params, batch)
-            return total, count
+    def count_more(self, counts: Counts, params: Arrays, batch: Batch) -> Counts:
+        """``counts`` (donated) plus those of one more microbatch."""
+        return jax.tree.map(jnp.add, counts, self.counts(params, batch))
 
-        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    def grads(self, params: Arrays, batch: Batch, whole: Counts | None = None) -> tuple[Arrays, Sums]:
+        """Sums over one microbatch: gradients, in at least float32 so that more add up, and {"loss", "targets"} with,
+        of a model with experts, {"tokens", "router"}.
+
+        whole: the counts of the whole batch where it is more than this microbatch.
+        """
+
+        def objective(params):
+            loss, targets, router = self._forward(params, batch)
+            if router is None:
+                return loss, {"loss": loss, "targets": targets}
+            tokens = (batch["segments"] > 0).sum().astype(loss.dtype)
+            here = {"targets": targets, "tokens": tokens, "load": router.load}
+            return loss + self._auxiliary(router, whole or here), {
+                "loss": loss, "targets": targets, "tokens": tokens, "router": router,
+            }  # fmt: skip
+
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
         grads = {key: g.astype(jnp.promote_types(g.dtype, jnp.float32)) for key, g in grads.items()}
-        return _lay(grads, self.shardings.gradients), {"loss": total, "targets": count}
+        return _lay(grads, self.shardings.gradients), sums
 
-    def accumulate(self, sums: tuple[Arrays, Arrays], params: Arrays, batch: Batch) -> tuple[Arrays, Arrays]:
+    def _auxiliary(self, router: RouterSums, whole: Counts) -> jax.Array:
+        """A microbatch's part of the router's losses, times the whole batch's targets, by which ``finish`` divides."""
+        experts, total = self.model.config.experts, jnp.zeros_like(whole["targets"])
+        assert experts is not None
+        if experts.balance_loss:
+            total += experts.balance_loss * balance_loss(router, whole["load"], whole["tokens"])
+        if experts.z_loss:
+            total += experts.z_loss * z_loss(router, whole["tokens"])
+        return whole["targets"] * total
+
+    def accumulate(
+        self, sums: tuple[Arrays, Sums], params: Arrays, batch: Batch, whole: Counts | None = None
+    ) -> tuple[Arrays, Sums]:
         """``sums`` (donated) plus those of one more microbatch."""
-        grads, totals = jax.tree.map(jnp.add, sums, self.grads(params, batch))
+        grads, totals = jax.tree.map(jnp.add, sums, self.grads(params, batch, whole))
         return _lay(grads, self.shardings.gradients), totals
 
-    def finish(self, sums: tuple[Arrays, Arrays], step: jax.Array) -> tuple[jax.Array, Arrays]:
+    def finish(self, sums: tuple[Arrays, Sums], step: jax.Array) -> tuple[jax.Array, Arrays]:
         """The factor that turns summed gradients into clipped means, and the step's metrics."""
         grads, totals = sums
         mean = 1.0 / jnp.maximum(totals["targets"], 1.0)
@@ -111,6 +167,8 @@ class Step:
             "grad_norm": norm,
             "learning_rate": self.optimizer.learning_rate(step),
         }
+        if "router" in totals:
+            metrics |= router_metrics(totals["router"], totals["tokens"])
         return mean * self.optimizer.clip_scale(norm), metrics
 
     def update(
@@ -125,14 +183,19 @@ class Step:
 
     def fused(self, params: Arrays, state: Any, step: jax.Array, batches: Batch) -> tuple[Arrays, Any, Arrays]:
         """A whole step over A microbatches [A, B, T]: new parameters, optimizer state, metrics."""
-        count = batches["tokens"].shape[0]
-        sums = self.grads(params, {name: value[0] for name, value in batches.items()})
-        if count > 1:
+        first, others = ({name: value[part] for name, value in batches.items()} for part in (0, slice(1, None)))
+        several = batches["tokens"].shape[0] > 1
+        whole = None
+        if several and self.auxiliary:
+            counts = self.counts(params, first)
+            whole, _ = lax.scan(lambda sums, batch: (self.count_more(sums, params, batch), None), counts, others)
+        sums = self.grads(params, first, whole)
+        if several:
 
             def more(sums, batch):
-                return self.accumulate(sums, params, batch), None
+                return self.accumulate(sums, params, batch, whole), None
 
-            sums, _ = lax.scan(more, sums, {name: value[1:] for name, value in batches.items()})
+            sums, _ = lax.scan(more, sums, others)
         scale, metrics = self.finish(sums, step)
         params, state = self.update(params, state, sums[0], scale, step)
         return params, state, metrics

@@ -150,8 +150,8 @@ def test_a_truncated_gguf_file(refused, recipe, tmp_path):
 
 
 def test_a_mesh_axis_that_splits_nothing_of_a_served_model(refused, hugging_face):
-    line = refused("generate", "--model", hugging_face, "--prompt", "x", "--mesh", "expert=2")
-    assert "mesh expert=2" in line and "leave expert out" in line
+    line = refused("generate", "--model", hugging_face, "--prompt", "x", "--mesh", "stage=2")
+    assert "mesh stage=2" in line and "leave stage out" in line
 
 
 def test_an_architecture_that_is_not_supported_names_those_that_are(refused, recipe, hugging_face):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsys.configuration import dumps, from_dict, override, to_dict
-from jaxsys.models import decoder
+from jaxsys.models import mlp
 from jaxsys.models.config import Activation, Llama3Scaling, ModelConfig
 from jaxsys.optim import SGD, WSD, Adafactor, AdamW, Constant, Cosine, OptimConfig
 from jaxsys.train.config import CheckpointConfig, DataConfig, SampleConfig, TrainConfig
@@ -257,4 +257,4 @@ def test_the_key_of_a_refused_value_is_the_whole_one():
 
 
 def test_the_activations_of_a_configuration_are_those_of_the_model():
-    assert set(get_args(Activation)) == set(decoder.ACTIVATIONS)
+    assert set(get_args(Activation)) == set(mlp.ACTIVATIONS)

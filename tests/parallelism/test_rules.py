@@ -8,10 +8,11 @@ from parallelism import ACTIVATIONS, AXES, PARAMETERS, Rule, Rules, UserError, r
 
 
 def test_defaults_are_fsdp_and_megatron():
-    assert PARAMETERS["embed"].mesh_axes == ("fsdp",)
+    assert PARAMETERS["embed"].mesh_axes == ("fsdp", "expert")
     assert all(PARAMETERS[a].mesh_axes == ("tensor",) for a in ("vocab", "heads", "kv_heads", "mlp"))
     assert all(PARAMETERS[a].mesh_axes == () for a in ("head_dim", "norm", "layers"))
-    assert ACTIVATIONS["batch"].mesh_axes == ACTIVATIONS["replica"].mesh_axes == ("data", "fsdp")
+    assert (PARAMETERS["experts"].mesh_axes, PARAMETERS["expert_embed"].mesh_axes) == (("expert",), ("fsdp",))
+    assert ACTIVATIONS["batch"].mesh_axes == ACTIVATIONS["replica"].mesh_axes == ("data", "fsdp", "expert")
     assert all(ACTIVATIONS[a].mesh_axes == ("tensor",) for a in ("act_heads", "act_kv_heads", "act_mlp", "act_vocab"))
 
 
@@ -88,7 +89,7 @@ def test_table_with_axes_of_its_own():
     rules = Rules(
         "parameters",
         {**PARAMETERS, "state": Rule(("tensor",), "pad")},
-        paddable=["vocab", "state", "heads", "kv_heads", "mlp"],
+        paddable=[*PARAMETERS.paddable, "state"],
     )
     assert rules.rules_of("a", ("embed", "state"))[1] == Rule(("tensor",), "pad")
 
@@ -107,6 +108,8 @@ def test_two_dimensions_on_one_mesh_axis_name_the_array():
 
 def test_a_mesh_axis_that_no_rule_uses_is_refused():
     refuse_idle_axes({"data": 2, "context": 2, "tensor": 2, "stage": 1}, PARAMETERS, ACTIVATIONS)
-    with pytest.raises(UserError, match=r"mesh stage=2: no rule splits .*expected one of data, fsdp, context, tensor;"):
+    with pytest.raises(
+        UserError, match=r"mesh stage=2: no rule splits .*expected one of data, fsdp, expert, context, tensor;"
+    ):
         refuse_idle_axes({"data": 2, "stage": 2}, PARAMETERS, ACTIVATIONS)
     refuse_idle_axes({"stage": 2}, PARAMETERS.override("mlp=stage"), ACTIVATIONS)

@@ -43,7 +43,7 @@ def test_rows_are_json_and_say_why_an_array_is_replicated():
 
 def test_array_whose_mesh_axes_have_size_one_says_so():
     rows = report(plan(Layout([single("a", (8, 8), ("embed", "norm"))]), MeshSpec(data=8).build())).rows
-    assert rows[0].replicated and rows[0].why == "embed goes over fsdp, of size 1"
+    assert rows[0].replicated and rows[0].why == "embed goes over fsdp+expert, of size 1"
 
 
 def test_nothing_is_replicated_on_one_device():

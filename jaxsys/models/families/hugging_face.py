@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsys.models.config import Activation, Llama3Scaling, ModelConfig
+from jaxsys.models.config import Activation, Experts, Llama3Scaling, ModelConfig
 from jaxsys.models.families.fields import Fields
 from parallelism.errors import UserError
 
@@ -22,36 +22,76 @@ HARMLESS = {
     *("is_llama_config", "unsloth_version", "unsloth_fixed", "id2label", "label2id", "return_dict"),
     *("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
     *("initializer_range", "use_cache", "cache_implementation", "pretraining_tp"),
+    *("router_aux_loss_coef",),  # where the load-balance loss is off
     *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "repetition_penalty"),
 }
 
-ATTENTION_AND_MLP = {
+ATTENTION = {
     "attention.q.kernel": "self_attn.q_proj.weight",
     "attention.k.kernel": "self_attn.k_proj.weight",
     "attention.v.kernel": "self_attn.v_proj.weight",
     "attention.o.kernel": "self_attn.o_proj.weight",
+}
+MLP = {
     "mlp.gate.kernel": "mlp.gate_proj.weight",
     "mlp.up.kernel": "mlp.up_proj.weight",
     "mlp.down.kernel": "mlp.down_proj.weight",
 }
+EXPERTS = {
+    "experts.router.kernel": "mlp.gate.weight",
+    "experts.gate.kernel": "mlp.experts.{}.gate_proj.weight",
+    "experts.up.kernel": "mlp.experts.{}.up_proj.weight",
+    "experts.down.kernel": "mlp.experts.{}.down_proj.weight",
+}
+"""Of a layer with experts: {} is the number of the expert, each of which has a tensor of its own."""
+
 EMBED, HEAD = "embed.kernel", "head.kernel"
 HF_EMBED, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def weight_names(config: ModelConfig, norms: Mapping[str, str]) -> dict[str, str]:
-    """Logical name -> tensor name; ``norms`` are a layer's, by the name inside the layer."""
-    names = {EMBED: HF_EMBED, "norm.scale": "model.norm.weight"}
+def weight_names(
+    config: ModelConfig, norms: Mapping[str, str], experts: Mapping[str, str] = EXPERTS
+) -> dict[str, str | tuple[str, ...]]:
+    """Logical name -> tensor name, or one for each expert; ``norms`` are a layer's, by the name inside the layer, and
+    ``experts`` those of a layer that has some."""
+    names: dict[str, str | tuple[str, ...]] = {EMBED: HF_EMBED, "norm.scale": "model.norm.weight"}
     for i in range(config.n_layers):
-        for ours, theirs in {**ATTENTION_AND_MLP, **norms}.items():
-            names[f"layers.{i}.{ours}"] = f"model.layers.{i}.{theirs}"
+        e = config.experts_of(i)
+        for ours, theirs in {**ATTENTION, **(MLP if e is None else experts), **norms}.items():
+            name = f"model.layers.{i}.{theirs}"
+            several = e is not None and "{}" in name
+            names[f"layers.{i}.{ours}"] = tuple(map(name.format, range(e.number))) if e and several else name
     return names if config.tie_embeddings else {**names, HEAD: HF_HEAD}
 
 
-def take_shape(fields: Fields) -> dict[str, Any]:
-    """The arguments of ModelConfig that all families name alike; head_dim is the family's."""
+def take_balance_loss(fields: Fields) -> float:
+    """transformers adds its load-balance loss only where it gives out the router's logits."""
+    if not fields.take("output_router_logits", bool, False):
+        return 0.0
+    return fields.take("router_aux_loss_coef", float)
+
+
+def balance_loss_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of ``take_balance_loss``."""
+    assert config.experts is not None
+    if not config.experts.balance_loss:
+        return {"output_router_logits": False}
+    return {"output_router_logits": True, "router_aux_loss_coef": config.experts.balance_loss}
+
+
+def experts_of(config: ModelConfig, family: str) -> Experts:
+    """The experts of a model that is to be written as one of a family that has no others."""
+    if config.experts is None:
+        raise UserError(f"a {family} config.json cannot express a model without experts")
+    return config.experts
+
+
+def take_shape(fields: Fields, rope_theta: float = 10_000.0) -> dict[str, Any]:
+    """The arguments of ModelConfig that all families name alike; head_dim is the family's, and so is the default of
+    rope_theta."""
     heads = fields.take("num_attention_heads", int)
     max_seq_len = fields.take("max_position_embeddings", int)
-    theta, scaling = _take_rope(fields, max_seq_len)
+    theta, scaling = _take_rope(fields, max_seq_len, rope_theta)
     return {
         "vocab_size": fields.take("vocab_size", int),
         "d_model": fields.take("hidden_size", int),
@@ -110,7 +150,7 @@ def shape_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _take_rope(fields: Fields, max_seq_len: int) -> tuple[float, Llama3Scaling | None]:
+def _take_rope(fields: Fields, max_seq_len: int, default: float) -> tuple[float, Llama3Scaling | None]:
     """rope_theta and scaling, from the old fields, the new one, or both where they agree."""
     new, old = fields.take("rope_parameters", dict, {}), fields.take("rope_scaling", dict, {})
     theta = fields.take("rope_theta", float, None)
@@ -125,7 +165,7 @@ def _take_rope(fields: Fields, max_seq_len: int) -> tuple[float, Llama3Scaling |
         if told and values and told != values:
             raise UserError(f"{fields.where}: rope_parameters and rope_scaling disagree; remove the wrong one")
         told = told or values
-    theta = 10_000.0 if theta is None else theta
+    theta = default if theta is None else theta
     rope = Fields(told, f"{fields.where}: rope_parameters")
     kind = rope.take("rope_type", str, "default")
     if kind not in ("default", "llama3"):

@@ -49,7 +49,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def weight_names(config: ModelConfig) -> dict[str, str]:
+def weight_names(config: ModelConfig) -> dict[str, str | tuple[str, ...]]:
     return hugging_face.weight_names(config, NORMS)
 
 

@@ -12,7 +12,7 @@ from jaxsys.models.state import Model, build
 from parallelism import MeshSpec, plan, put
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
-FAMILIES = ("llama2", "llama3", "smollm2", "gemma2")
+FAMILIES = ("llama2", "llama3", "smollm2", "gemma2", "mixtral", "qwen3_moe", "olmoe")
 
 
 def load(pretrained: Pretrained, storage: str = "listed") -> tuple[Model, dict[str, jax.Array]]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxsys.models.config import Llama3Scaling, ModelConfig
+from jaxsys.models.config import Experts, Llama3Scaling, ModelConfig
 from jaxsys.models.families import FAMILIES, family
 from parallelism import UserError
 
@@ -73,6 +73,69 @@ GEMMA2 = {  # of google/gemma-2-9b
     "use_cache": True,
     "vocab_size": 256000,
 }
+MIXTRAL = {  # of mistralai/Mixtral-8x7B-v0.1
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+QWEN3_MOE = {  # of Qwen/Qwen3-30B-A3B
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 LLAMA3_ROPE = {
     "factor": 32.0,
     "high_freq_factor": 4.0,
@@ -123,6 +186,36 @@ def test_gemma2_caps_are_off_when_null_and_the_default_when_absent():
     assert (read(absent).attention_softcap, read(absent).logit_softcap) == (50.0, 30.0)
 
 
+def test_mixtral():
+    config = read(MIXTRAL)
+    assert config.experts == Experts(number=8, per_token=2, width=14336)
+    assert (config.head_dim, config.qk_norm, config.windows) == (128, None, ())
+    assert read(MIXTRAL, sliding_window=4096).windows == (4096,) * 32
+    # 12.9 billion of 46.7 billion parameters are active, 0.13 of them in the embedding.
+    assert round(config.matmul_parameters() / 1e8) == 127
+
+
+def test_qwen3_moe():
+    config = read(QWEN3_MOE)
+    assert config.experts == Experts(number=128, per_token=8, width=768)
+    assert (config.head_dim, config.qk_norm) == (128, "head")
+    assert round(config.matmul_parameters() / 1e8) == 30
+    with pytest.raises(UserError, match="use_sliding_window is True"):
+        read(QWEN3_MOE, use_sliding_window=True)
+
+
+def test_dense_layers_of_qwen3_moe_are_those_named_and_those_between_steps():
+    dense = read(QWEN3_MOE, num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3]).experts.dense_layers
+    assert dense == (0, 2, 3, 4)
+
+
+@pytest.mark.parametrize("values", [MIXTRAL, QWEN3_MOE], ids=["mixtral", "qwen3_moe"])
+def test_the_load_balance_loss_is_that_of_transformers_where_it_gives_out_the_routers_logits(values):
+    assert read(values).experts.balance_loss == 0.0
+    found = read(values, output_router_logits=True, router_aux_loss_coef=0.02)
+    assert found.experts.balance_loss == 0.02
+
+
 def test_unsupported_architecture_names_those_supported():
     with pytest.raises(UserError, match=r"config\.json: architecture 'qwen2' is not supported; .*gemma2, llama"):
         family("qwen2", "config.json")
@@ -150,6 +243,10 @@ def test_unsupported_architecture_names_those_supported():
         (GEMMA2, "layer_types", ["full_attention"]),
         (GEMMA2, "layer_types", ["chunked_attention"] * 42),
         (GEMMA2, "sliding_window", -1),
+        (MIXTRAL, "router_jitter_noise", 0.1),
+        (MIXTRAL, "num_local_experts", 0),
+        (QWEN3_MOE, "attention_bias", True),
+        (QWEN3_MOE, "num_local_experts", 64),
     ],
 )
 def test_field_without_support_is_an_error_that_names_field_and_value(values, field, value):
@@ -243,6 +340,19 @@ def configs(draw):
     )  # fmt: skip
     if name == "llama":
         return config
+    if name != "gemma2":
+        number = draw(st.integers(1, 32))
+        experts = Experts(
+            number,
+            draw(st.integers(1, number)),
+            draw(st.integers(1, 1000)) if name == "qwen3_moe" else config.d_ff,
+            normalise=name == "mixtral" or draw(st.booleans()),
+            dense_layers=tuple(sorted(draw(st.sets(st.integers(0, layers - 1))))) if name == "qwen3_moe" else (),
+            balance_loss=draw(st.just(0.0) | positive),
+        )
+        heads = {"d_model": config.head_dim * config.n_heads} if name == "olmoe" else {}
+        norm = {"olmoe": "width", "qwen3_moe": "head", "mixtral": None}[name]
+        return dataclasses.replace(config, experts=experts, qk_norm=norm, **heads)
     window = draw(st.integers(1, 1000))
     windows = tuple(draw(st.lists(st.sampled_from([window, None]), min_size=layers, max_size=layers)))
     scalar = draw(st.integers(1, 1000))

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from golden_models import FAMILIES, GOLDENS, load
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import Level, Manager
@@ -74,6 +74,16 @@ def test_golden_logits_show_each_feature_of_gemma2(forward):
         assert np.abs(forward(changed, golden["tokens"][None])[0] - golden["logits"]).max() > 100 * TOLERANCE, without
 
 
+def test_golden_logits_show_the_weights_of_experts(forward):
+    """The goldens fail a model that leaves out one of them."""
+    changes = {"olmoe": {"normalise": True}, "qwen3_moe": {"normalise": False}, "mixtral": {"per_token": 1}}
+    for name, change in changes.items():
+        opened, golden = Pretrained.open(GOLDENS / name), np.load(GOLDENS / name / "logits.npz")
+        experts = dataclasses.replace(opened.config.experts, **change)
+        changed = dataclasses.replace(opened, config=dataclasses.replace(opened.config, experts=experts))
+        assert np.abs(forward(changed, golden["tokens"][None])[0] - golden["logits"]).max() > 100 * TOLERANCE, name
+
+
 def test_golden_logits_show_llama3_scaling(forward):
     opened, golden = Pretrained.open(GOLDENS / "llama3"), np.load(GOLDENS / "llama3" / "logits.npz")
     changed = dataclasses.replace(opened, config=dataclasses.replace(opened.config, rope_scaling=None))
@@ -103,6 +113,7 @@ def opened_with_weights(family):
     return opened, list(expected_weights(opened.config).values())
 
 
+@settings(deadline=None)  # opening a family's files counts against the first box of it
 @given(st.data())
 def test_a_box_is_that_box_of_the_whole(data):
     opened, weights = opened_with_weights(data.draw(st.sampled_from(FAMILIES)))
@@ -172,6 +183,31 @@ def test_transposed_weight_is_named_with_both_shapes(copy):
         Pretrained.open(directory)
 
 
+def test_missing_expert_is_named(copy):
+    directory = copy("olmoe")
+    edit(directory, without("model.layers.1.mlp.experts.5.up_proj.weight"))
+    with pytest.raises(UserError, match=r"missing weight 'model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight'"):
+        Pretrained.open(directory)
+
+
+def test_what_only_training_reads_of_experts_is_no_hindrance_to_an_export(tmp_path):
+    opened = Pretrained.open(GOLDENS / "olmoe")
+    experts = dataclasses.replace(opened.config.experts, capacity_factor=2.0, balance_loss=0.02, z_loss=0.1)
+    config = dataclasses.replace(opened.config, experts=experts)
+    export_hf(tmp_path / "out", config, whole(opened).items(), dtype="float32", token_ids={})
+    assert Pretrained.open(tmp_path / "out").config.experts == dataclasses.replace(
+        opened.config.experts, balance_loss=0.02
+    )
+
+
+@pytest.mark.parametrize(("change", "named"), [({"shared_width": 8}, "experts"), ({"scale": 2.0}, "experts")])
+def test_experts_that_a_family_does_not_have_cannot_be_exported(tmp_path, change, named):
+    opened = Pretrained.open(GOLDENS / "olmoe")
+    config = dataclasses.replace(opened.config, experts=dataclasses.replace(opened.config.experts, **change))
+    with pytest.raises(UserError, match=f"cannot express this model's {named}"):
+        export_hf(tmp_path / "out", config, whole(opened).items(), dtype="float32", token_ids={})
+
+
 def test_weight_that_is_no_float_is_named(copy):
     directory = copy("llama2")
     edit(directory, lambda arrays: {**arrays, "model.norm.weight": np.ones(32, np.int8)})
@@ -228,6 +264,9 @@ HOSTILE = [
     ("llama2", "rms_norm_eps", 10**400, "rms_norm_eps is 1000"),
     ("llama2", "rms_norm_eps", float("inf"), "rms_norm_eps is inf, expected a positive float"),
     ("gemma2", "layer_types", [["x"]], "layer_types is [['x']]"),
+    ("mixtral", "num_local_experts", 10**9, "experts.number: found 1000000000, expected at most 200000"),
+    ("olmoe", "num_experts_per_tok", 9, "per_token: found 9, expected at most number=8"),
+    ("qwen3_moe", "mlp_only_layers", [3], "mlp_only_layers is [3], expected numbers of the 3 layers"),
     ("llama2", "model_type", ["llama"], "architecture ['llama'] is not supported"),
 ]
 

@@ -1,0 +1,153 @@
+"""A model with experts: the same loss, gradients and metrics on any mesh and in any number of microbatches."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import EXPERTS, Setup, assert_near, packed_batch, x64
+
+from jaxsys.optim import SGD, Constant, OptimConfig
+from parallelism.errors import UserError
+
+MESHES = ("expert=4", "expert=2,fsdp=2,tensor=2", "data=2,expert=2,context=2")
+MODES = {"dropless": None, "capacity": 0.9}
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+COVERING = {
+    ("expert=4", "dropless", "listed", "float64"),
+    ("expert=2,fsdp=2,tensor=2", "capacity", "listed", "float64"),
+    ("expert=2,fsdp=2,tensor=2", "dropless", "stacked", "float32"),
+    ("data=2,expert=2,context=2", "capacity", "stacked", "float64"),
+}
+
+
+def model(mode, **changes):
+    return dataclasses.replace(
+        EXPERTS, experts=dataclasses.replace(EXPERTS.experts, capacity_factor=MODES[mode], **changes)
+    )
+
+
+def run_grads(setup, batch):
+    """Logical gradients, and the metrics that ``finish`` makes of the sums, on the host."""
+    placed = setup.place(batch)
+    graph = setup.graphs.compile("grads", setup.step.grads, setup.params, placed)
+    grads, totals = graph(setup.params, placed)
+    finish = setup.graphs.compile("finish", setup.step.finish, (grads, totals), np.int32(0))
+    metrics = finish((grads, totals), np.int32(0))[1]
+    return setup.host(grads), {name: float(value) for name, value in metrics.items()}
+
+
+@functools.cache
+def on_one_device(mode, dtype):
+    with x64(dtype == "float64"):
+        return run_grads(Setup(model(mode), dtype=dtype), packed_batch())
+
+
+def cases():
+    for case in itertools.product(MESHES, MODES, ("listed", "stacked"), TOLERANCE):
+        yield pytest.param(*case, marks=() if case in COVERING else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("mesh", "mode", "storage", "dtype"), cases())
+def test_loss_gradients_and_metrics_equal_one_device(mesh, mode, storage, dtype):
+    expected, metrics = on_one_device(mode, dtype)
+    with x64(dtype == "float64"):
+        setup = Setup(model(mode), mesh, dtype=dtype, storage=storage)
+        found, sharded = run_grads(setup, packed_batch())
+    assert sharded == pytest.approx(metrics, rel=TOLERANCE[dtype])
+    assert (metrics["expert_dropped"] > 0) == (mode == "capacity")
+    assert_near(found, expected, TOLERANCE[dtype])
+
+
+def test_experts_lie_over_their_axis_and_all_else_is_split_over_it_too():
+    setup = Setup(model("dropless"), "expert=2,fsdp=2,tensor=2")
+    kernels = {key: array for key, array in setup.params.items() if key.startswith("layers.1.experts.")}
+    assert kernels["layers.1.experts.gate.kernel"].addressable_shards[0].data.shape == (4, 5, 16)
+    assert kernels["layers.1.experts.shared.gate.kernel"].addressable_shards[0].data.shape == (3, 8)
+    assert setup.params["layers.0.mlp.down.kernel"].addressable_shards[0].data.shape == (8, 24)
+
+
+def test_experts_that_do_not_divide_are_named():
+    with pytest.raises(UserError, match=r"layers\.1\.experts\.down\.kernel: axis 'experts' of size 6 .* over expert=4"):
+        Setup(dataclasses.replace(EXPERTS, experts=dataclasses.replace(EXPERTS.experts, number=6)), "expert=4")
+
+
+def test_experts_over_an_axis_that_splits_only_tokens_are_refused():
+    from parallelism import ACTIVATIONS, sharding_context
+
+    setup = Setup(model("dropless"), "context=4")
+    with (
+        pytest.raises(UserError, match=r"'context' splits tokens .*let act_experts go over axes of batch"),
+        sharding_context(setup.mesh, ACTIVATIONS.override("act_experts=context")),
+    ):
+        jax.eval_shape(setup.step.grads, setup.params, packed_batch())
+
+
+# ------------------------------------------------------------------------------------------------------- microbatches
+
+ROUTER = "layers.0.experts.router.kernel"
+
+
+def one_layer(mode="dropless", **changes):
+    """Fewer things to compile."""
+    return dataclasses.replace(model(mode, **{"dense_layers": (), "shared_width": 0, **changes}), n_layers=1)
+
+
+@functools.cache
+def of_one_layer(rows=(0, 8), **changes):
+    """Gradients and metrics in float32 of some rows of the batch."""
+    return run_grads(Setup(one_layer(**changes)), {name: value[slice(*rows)] for name, value in packed_batch().items()})
+
+
+def fused(mesh, mode, accumulate, dtype="float64"):
+    """Logical parameters after one step of gradient descent, and its metrics."""
+    optim = OptimConfig(SGD(), Constant(), learning_rate=1.0, clip_norm=None)
+    with x64(dtype == "float64"):
+        setup = Setup(one_layer(mode), mesh, dtype=dtype, optim=optim)
+        state = setup.graphs.compile("init", setup.optimizer.init, setup.params)(setup.params)
+        placed = setup.place(packed_batch(), accumulate)
+        args = (setup.params, state, np.int32(0), placed)
+        params, _, metrics = setup.graphs.compile("fused", setup.step.fused, *args)(*args)
+        return setup.host(params), {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("mode", ["capacity", pytest.param("dropless", marks=pytest.mark.slow)])
+def test_microbatches_add_up_to_one_batch_on_any_mesh(mode):
+    """The fractions of tokens in the load-balance loss are those of the whole batch."""
+    expected, metrics = fused("", mode, 1)
+    found, accumulated = fused("expert=2", mode, 4)
+    assert accumulated == pytest.approx(metrics, rel=1e-9)
+    assert_near(found, expected, 1e-9)
+
+
+def test_microbatches_that_count_for_themselves_would_differ():
+    whole = of_one_layer()[0][ROUTER]
+    alone = of_one_layer((0, 4))[0][ROUTER] + of_one_layer((4, 8))[0][ROUTER]
+    assert np.linalg.norm(alone - whole) > 1e-3 * np.linalg.norm(whole)
+
+
+def test_no_forward_pass_counts_where_no_loss_needs_it():
+    for changes, named in (({}, {"targets", "tokens", "load"}), ({"balance_loss": 0.0}, {"targets", "tokens"})):
+        setup = Setup(one_layer(**changes))
+        assert setup.step.auxiliary
+        assert jax.eval_shape(setup.step.counts, setup.params, packed_batch()).keys() == named
+    assert not Setup(one_layer(balance_loss=0.0, z_loss=0.0)).step.auxiliary
+
+
+@pytest.mark.parametrize("without", ["balance_loss", "z_loss"])
+def test_each_loss_of_the_router_has_a_gradient(without):
+    """The loss that is reported stays the cross-entropy."""
+    (both, metrics), (one, same) = of_one_layer(), of_one_layer(**{without: 0.0})
+    assert metrics["loss"] == pytest.approx(same["loss"], rel=1e-6)
+    assert np.linalg.norm(both[ROUTER] - one[ROUTER]) > 1e-2 * np.linalg.norm(both[ROUTER])
+
+
+@pytest.mark.slow
+def test_bfloat16_compute_on_a_mesh_keeps_gradients_near_those_of_float32():
+    expected, _ = on_one_device("dropless", "float32")
+    found, _ = run_grads(Setup(model("dropless"), "expert=2,fsdp=2,tensor=2", compute="bfloat16"), packed_batch())
+    for name, want in expected.items():
+        cosine = (found[name] * want).sum() / np.linalg.norm(found[name]) / np.linalg.norm(want)
+        assert cosine > 0.99, name
