@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from checkpoint.coordinator import Coordinator
+from parallelism.coordinator import Coordinator
 from checkpoint.manifest import CorruptError
 from checkpoint.reader import CheckpointReader
 from checkpoint.storage import Storage

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from checkpoint.coordinator import Coordinator, default_coordinator, together
+from parallelism.coordinator import Coordinator, default_coordinator, together
 from checkpoint.levels import Level, OpenLevel
 from checkpoint.manifest import CHUNK_BYTES, CorruptError
 from checkpoint.reader import VerifyReport

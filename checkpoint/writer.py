@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from checkpoint.coordinator import Coordinator, together
+from parallelism.coordinator import Coordinator, together
 from checkpoint.manifest import (
     CHUNK_BYTES,
     MANIFEST,

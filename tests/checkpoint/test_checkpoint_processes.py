@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 index, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize("127.0.0.1:" + port, 2, index)
 from checkpoint import Level, Manager
-from checkpoint.coordinator import PeerError
+from parallelism.coordinator import PeerError
 from checkpoint.storage import LocalDraft
 from parallelism.layout import Layout, Logical, Stored
 
