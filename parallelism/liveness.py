@@ -30,6 +30,7 @@ from typing import Any
 import jax
 
 from parallelism.coordinator import PeerError
+from parallelism.errors import UserError
 from parallelism.multihost import Processes, store
 
 EXIT_CODE = 3
@@ -45,11 +46,17 @@ class Limits:
 
     dead: without a sign of life of one of them. stuck: without progress in the loop. setup: without progress where
     something is done once or takes its time: tokenising, loading, compiling, finishing a save.
+    Raises UserError for a limit that is not a number above 0.
     """
 
     dead: float = 60.0
     stuck: float = 600.0
     setup: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name, seconds in dataclasses.asdict(self).items():
+            if not 0 < seconds < float("inf"):
+                raise UserError(f"liveness.{name}: found {seconds}, expected a number of seconds above 0")
 
 
 @dataclasses.dataclass
@@ -57,8 +64,8 @@ class Report:
     """What a process says of itself.
 
     phase, step: what its main thread does; step 0 outside the loop. sequence: how many phases it has begun.
-    idle, limit: seconds since it last made progress, and what is allowed; stacks: of its threads, once idle is over that.
-    asked: the signal that it got. passed: the last step after which it went on, once it knows that some process got one.
+    idle, limit: seconds since it last made progress, and what is allowed; stacks: of its threads, once idle is over it.
+    asked: the signal that it got. passed: the last step after which it went on, once it knows of a signal.
     ended: "done", or why not; symptom: it failed in a way in which the death of another shows.
     """
 
@@ -167,7 +174,7 @@ class Watch:
         self.asked = self.asked or signal
 
     def stops(self, step: int) -> bool:
-        """Whether to stop after ``step`` (ascending) is done. Waits for the others where a signal came: a second or two."""
+        """Whether to stop after ``step`` (ascending) is done. Where a signal came it waits for all, a second or two."""
         if self.processes.count == 1:
             return self.asked is not None
         with self._lock:

@@ -117,7 +117,8 @@ def _checked(found: _Found, environment: Environment = os.environ) -> Processes:
     (address, _), (count, _), (index, _) = found.coordinator, found.count, found.index
     if not 0 <= index < count:
         raise UserError(
-            f"processes: found index {index} ({found.index[1]}) of {count} ({found.count[1]}), expected 0 to {count - 1}"
+            f"processes: found index {index} ({found.index[1]}) of {count} ({found.count[1]}), "
+            f"expected 0 to {count - 1}"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -268,8 +269,8 @@ def start(processes: Processes, heartbeat_seconds: float = 100.0) -> Processes:
     except jax.errors.JaxRuntimeError as error:
         what = str(error).splitlines()[0]
         raise UserError(
-            f"{processes}: the job did not come together in {CONNECT_SECONDS} s ({what}): check that all processes were "
-            "started and that they reach the coordinator's host and port"
+            f"{processes}: the job did not come together in {CONNECT_SECONDS} s ({what}): check that all processes "
+            "were started and that they reach the coordinator's host and port"
         ) from error
     if processes.by_jax:
         from jax._src import distributed  # jax has no public name for the address

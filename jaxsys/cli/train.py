@@ -13,7 +13,8 @@ class TrainArgs:
     """Train, or resume, the run of a recipe.
 
     Ctrl-C or SIGTERM finishes the step, saves and exits; the same command resumes.
-    Exit code: 0; 1 when the last checkpoint could not be written; 2 for what the user can mend.
+    Exit code: 0; 1 when the last checkpoint could not be written; 2 for what the user can mend; 3 when another process
+    of the job is dead, hangs or failed.
     """
 
     config: str
@@ -26,6 +27,12 @@ class TrainArgs:
     """Print the resolved configuration as JSON, and do nothing else."""
     report: bool = False
     """Print every array with its sharding and bytes per device before training."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, in a job of several; without these three the environment and the scheduler say."""
+    processes: int | None = None
+    """How many processes the job has."""
+    process: int | None = None
+    """Which of them this is, from 0."""
 
     def run(self) -> int:
         from jaxsys import configuration
@@ -38,9 +45,14 @@ class TrainArgs:
             print(configuration.dumps(config))
             return 0
         from jaxsys.train.trainer import Trainer
+        from parallelism.liveness import Watch
+        from parallelism.multihost import detect, start
 
-        with Trainer(config) as trainer:
-            if self.report:
+        limits = config.liveness
+        # JAX's own time-out says nothing, so it comes last.
+        processes = start(detect(self.coordinator, self.processes, self.process), 100 + 3 * limits.dead)
+        with Watch(processes, limits) as watch, Trainer(config, watch=watch) as trainer:
+            if self.report and trainer.lead:
                 print(trainer.report())
             summary = trainer.run()
         line = trainer.console.line

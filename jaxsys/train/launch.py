@@ -39,22 +39,50 @@ class Launcher:
             )
         self._whole = NamedSharding(plan.mesh, PartitionSpec(None, axes))
         self._micro = NamedSharding(plan.mesh, PartitionSpec(axes))
+        boxes = self._micro.addressable_devices_indices_map((self._rows, config.data.seq_len)).values()
+        self._held = sorted({row for box in boxes if box for row in range(*box[0].indices(self._rows))})
 
     @property
     def microbatch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """What a graph of one microbatch [B, T] is compiled for."""
         return self._abstract(self._rows, self._config.data.seq_len, sharding=self._micro)
 
+    def rows(self, microbatches: int) -> list[slice]:
+        """The rows that this process's devices hold of a batch of so many microbatches, as runs in order."""
+        rows = [i * self._rows + row for i in range(microbatches) for row in self._held]
+        ends = [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
+        return [slice(rows[a], rows[b - 1] + 1) for a, b in zip([0, *ends], [*ends, len(rows)], strict=True)]
+
+    @property
+    def share(self) -> float:
+        """How much of a batch this process's devices hold."""
+        return len(self._held) / self._rows
+
     def place_microbatch(self, host: dict[str, np.ndarray]) -> Arrays:
-        return {k: jax.device_put(host[k], self._micro) for k in BATCH_ARRAYS}
+        """A microbatch on its devices, from the rows of it that this process holds."""
+        return {k: self._put(host[k], self._micro) for k in BATCH_ARRAYS}
 
     def place(self, host: dict[str, np.ndarray]) -> Any:
-        """The batch on its devices: one array [A, B, T] a name, or for the split step a list of A microbatches."""
+        """The batch on its devices: one array [A, B, T] a name, or for the split step a list of A microbatches.
+
+        host: the rows ``rows(A)`` of it.
+        """
         A = self._config.accumulate
         whole = {k: host[k].reshape(A, -1, host[k].shape[-1]) for k in BATCH_ARRAYS}
         if self._config.step_form == "fused":
-            return {k: jax.device_put(v, self._whole) for k, v in whole.items()}
+            return {k: self._put(v, self._whole) for k, v in whole.items()}
         return [self.place_microbatch({k: v[i] for k, v in whole.items()}) for i in range(A)]
+
+    def _put(self, held: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        """[..., B, T] on its devices, from the rows that this process holds."""
+
+        def part(box: tuple[slice, ...]) -> np.ndarray:
+            low, high, _ = box[-2].indices(self._rows)
+            at = self._held.index(low)
+            return held[(*box[:-2], slice(at, at + high - low), box[-1])]
+
+        shape = (*held.shape[:-2], self._rows, held.shape[-1])
+        return jax.make_array_from_callback(shape, sharding, part)
 
     def prepare(self, params: Arrays, state: Arrays) -> None:
         """Compiles every graph of the step, for arrays like these."""
