@@ -217,9 +217,11 @@ class Watch:
                 self._report.symptom = False
             # Others are to hear of it before the store, or this process, is gone.
             self._wait(4 * self._interval)
+        _, guard = self._threads
+        self._threads = []
+        guard.join()
         faulthandler.cancel_dump_traceback_later()
         ctypes.CDLL(None).signal(int(signal.SIGABRT), None)
-        self._threads = []
 
     def _wait(self, seconds: float) -> None:
         threading.Event().wait(seconds)
@@ -233,7 +235,6 @@ class Watch:
         changed = [time.monotonic()] * self.processes.count
         while True:
             try:
-                self._arm()
                 self._update()
                 client.key_value_set(f"{_PREFIX}{me}", json.dumps(dataclasses.asdict(self._report)), True)
                 if lead:
@@ -255,13 +256,6 @@ class Watch:
             except jax.errors.JaxRuntimeError:
                 pass  # nothing there yet, or process 0 does not answer: the guard counts the seconds
             self._wait(self._interval)
-
-    def _arm(self) -> None:
-        """If this thread does not come round again, something holds the interpreter: stacks and exit, without it.
-
-        A little before the others end for want of a sign of life, and this process with them.
-        """
-        faulthandler.dump_traceback_later(0.8 * self.limits.dead, exit=True)
 
     def _update(self) -> None:
         report = self._report
@@ -297,6 +291,9 @@ class Watch:
     def _guard(self) -> None:
         """Ends this process when process 0 is not heard of: the thread that asks may be waiting for it."""
         while self._threads:
+            # If this thread does not come round again, something holds the interpreter: stacks and exit without it, a
+            # little before the others end for want of a sign of life, and this process with them.
+            faulthandler.dump_traceback_later(0.8 * self.limits.dead, exit=True)
             self._wait(self._interval)
             silent = time.monotonic() - self._heard
             if silent > self.limits.dead + 2 * self._interval and not self._verdict.finished:

@@ -40,7 +40,8 @@ Environment = Mapping[str, str]
 class Processes:
     """A job's processes, and which of them this is.
 
-    coordinator: ``host:port`` of process 0; None where there is one process, or where JAX finds it (``by_jax``).
+    coordinator: ``host:port`` of process 0; None where JAX finds it (``by_jax``), and of one process that was given
+    none: with one it is connected like several, and on CPU computes the same bits as these.
     count, index: how many there are, and this one. found: who said so, for people.
     devices: the local devices that this process uses; None for all that it sees.
     by_jax: a pod of TPU hosts; ``start`` asks JAX and returns what it found.
@@ -91,7 +92,7 @@ def detect(
     for source in (_variables, *SCHEDULERS):
         # A count that is said to be 1 ends the search: the scheduler's index is of a job that is not this one's.
         if found.count is not None and found.count[0] == 1:
-            return _checked(_Found(count=found.count, index=found.index))
+            break
         found.fill(source(environment))
     if found.coordinator is None and found.count is None and found.index == _kubernetes(environment).index:
         found.index = None  # any indexed Job has one, of pods that need not belong together
@@ -100,31 +101,30 @@ def detect(
     return _checked(found, environment)
 
 
-def _checked(found: _Found, environment: Environment = os.environ) -> Processes:
+def _checked(found: _Found, environment: Environment) -> Processes:
     """``found`` as a job, if it is a whole one."""
+    alone = found.count is not None and found.count[0] == 1
     parts = {"coordinator": found.coordinator, "processes": found.count, "process": found.index}
     given = {name: value for name, value in parts.items() if value is not None}
-    if not given or (found.count is not None and found.count[0] == 1):
-        if found.index is not None and found.index[0] != 0:
-            raise UserError(f"processes: found index {found.index[0]} ({found.index[1]}) of 1, expected 0")
-        return Processes(found=found.count[1] if found.count else "one process")
-    if missing := [name for name in parts if name not in given]:
+    missing = [name for name in parts if name not in given]
+    if missing and given and not alone:
         flags = {"coordinator": ADDRESS, "processes": COUNT, "process": INDEX}
         have = ", ".join(f"{name}={value} ({source})" for name, (value, source) in given.items())
         want = ", ".join(f"--{name} or {flags[name]}" for name in missing)
         raise UserError(f"processes: found {have} without {' and '.join(missing)}: give {want} too, or none of them")
-    assert found.coordinator and found.count and found.index
-    (address, _), (count, _), (index, _) = found.coordinator, found.count, found.index
-    if not 0 <= index < count:
+    count, index = found.count or (1, ""), found.index or (0, "")
+    if not 0 <= index[0] < count[0]:
         raise UserError(
-            f"processes: found index {index} ({found.index[1]}) of {count} ({found.count[1]}), "
-            f"expected 0 to {count - 1}"
+            f"processes: found index {index[0]} ({index[1]}) of {count[0]} ({count[1]}), expected 0 to {count[0] - 1}"
         )
+    if found.coordinator is None or (alone and found.coordinator[1] not in ("--coordinator", ADDRESS)):
+        return Processes(found=count[1] or Processes.found)
+    address, source = found.coordinator
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"processes: coordinator {address!r} ({found.coordinator[1]}), expected HOST:PORT")
+        raise UserError(f"processes: coordinator {address!r} ({source}), expected HOST:PORT")
     sources = dict.fromkeys(source for _, source in given.values())
-    return Processes(address, count, index, ", ".join(sources), _own_device(found.local, environment))
+    return Processes(address, count[0], index[0], ", ".join(sources), _own_device(found.local, environment))
 
 
 def _own_device(local: tuple[int, int] | None, environment: Environment) -> tuple[int, ...] | None:
@@ -239,14 +239,14 @@ def _tpu_pod(environment: Environment) -> bool:
 
 
 def start(processes: Processes, heartbeat_seconds: float = 100.0) -> Processes:
-    """Connects the processes of a job; returns who they are. One process connects to nobody.
+    """Connects the processes of a job; returns who they are. Without a coordinator there is nothing to connect.
 
     Call it before anything asks JAX for its devices. Blocks until all are there, at most five minutes.
     heartbeat_seconds: how long a process may be silent before JAX itself aborts the others without saying who it was;
     longer than the limit of ``liveness``, which does say.
     Raises UserError if the coordinator's port is taken or the others do not come.
     """
-    if processes.count == 1 and not processes.by_jax:
+    if processes.coordinator is None and not processes.by_jax:
         return processes
     # It would catch SIGTERM for itself from here on; ``liveness`` has its own agreement on when to stop.
     jax.config.update("jax_enable_preemption_service", False)

@@ -99,7 +99,13 @@ def test_flags_override_variables_and_these_the_scheduler():
     assert (found.coordinator, found.count, found.index) == ("host:99", 3, 1)
     found = detect(index=2, environment={**SLURM, **VARIABLES})
     assert (found.coordinator, found.count, found.index) == ("host:99", 3, 2)
-    assert detect(count=1, environment={**SLURM, **VARIABLES}).count == 1
+    alone = detect(count=1, environment={**SLURM, **VARIABLES})
+    assert (alone.coordinator, alone.count, alone.index) == (None, 1, 0)
+
+
+def test_one_process_connects_to_a_coordinator_that_it_was_given():
+    assert detect("a:1", 1, 0, {}).coordinator == "a:1"
+    assert detect(environment={**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}).coordinator is None
 
 
 @pytest.mark.parametrize(
