@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -173,21 +174,23 @@ def test_a_process_that_hangs_in_the_loop_ends_the_run_and_is_named(recipe):
     assert "while others wait in waiting for the devices" in lead and "in hang" in lead
 
 
-KILL = HANG.replace(
-    "while step == 3 and jax.process_index() == 1:\n        pass",
-    "if step == 3 and jax.process_index() == 1:\n        import os; os.kill(os.getpid(), 9)",
-)
+LOOP = "while step == 3 and jax.process_index() == 1:\n        pass"
+KILL = HANG.replace(LOOP, "if step == 3 and jax.process_index() == 1:\n        import os; os.kill(os.getpid(), 9)")
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_in_the_loop_ends_the_run_and_is_named(recipe):
     lead, _ = Job(recipe, 2, 1, *QUICK, *LIMITS, before=KILL).finish(3, -9)
-    assert "process 1 of 2 is dead or stopped: no sign of life for" in lead and "(step 4)" in lead
+    assert re.search(
+        r"process 1 of 2 is dead or stopped: no sign of life for \d+ s .*it was in [a-z ]+ \(step \d\)", lead
+    )
     assert "Traceback" not in lead
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_all_with_the_reason(recipe):
     for text in Job(recipe, 2, 1, *QUICK, "optim.learning_rate=1e38").finish(2, 2):
-        assert "loss nan" in text or "failed in" in text
+        assert "documents" in text and "there is no good checkpoint" in text or "failed in" in text
 
 
 def test_samples_are_refused_with_several_processes(recipe):
