@@ -76,7 +76,8 @@ class Launcher:
     def _put(self, held: np.ndarray, sharding: NamedSharding) -> jax.Array:
         """[..., B, T] on its devices, from the rows that this process holds."""
 
-        def part(box: tuple[slice, ...]) -> np.ndarray:
+        def part(box: tuple[slice, ...] | None) -> np.ndarray:
+            assert box is not None
             low, high, _ = box[-2].indices(self._rows)
             at = self._held.index(low)
             return held[(*box[:-2], slice(at, at + high - low), box[-1])]

@@ -197,13 +197,13 @@ class Trainer:
         self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every)]
         if c.ram:
             self._agree("the host, which checkpoints in its memory need (checkpoint.ram)", socket.gethostname())
-            (ram, *_) = together(default_coordinator(), "ram", self._ram_directory)
+            ram = together(default_coordinator(), "ram", self._ram_directory)[0]
             self.levels.insert(0, Level("ram", ram, keep=2, every=c.ram_every))
         return Manager(self.levels)
 
-    def _ram_directory(self) -> str | None:
-        ram = self.config.checkpoint.ram
-        return str(resume.own_directory(ram, self.run_directory)) if ram and self.lead else None
+    def _ram_directory(self) -> str:
+        """Of this run; process 0 says it for all, so that one alone writes the run's mark."""
+        return str(resume.own_directory(self.config.checkpoint.ram or "", self.run_directory)) if self.lead else ""
 
     def _agree(self, what: str, value: str) -> None:
         """Raises UserError unless ``value`` is the same in all processes."""
