@@ -15,7 +15,7 @@ from parallelism.multihost import detect, start
 
 what, who = sys.argv[1], int(sys.argv[2])
 processes = start(detect(), 100)
-with Watch(processes, Limits(dead=4, stuck=4, setup=60)) as watch:
+with Watch(processes, Limits(dead=5, stuck=5, setup=60)) as watch:
     for step in range(1, 2000):
         watch.phase("batch", step)
         if step == 20 and processes.index == who:
@@ -39,7 +39,8 @@ with Watch(processes, Limits(dead=4, stuck=4, setup=60)) as watch:
             break
         time.sleep(0.02)
 """
-JOBS = [(what, who) for what in ("kill", "pause", "loop") for who in (0, 1)] + [("hold", 1), ("fail", 1), ("ask", 1)]
+JOBS = [("kill", 0), ("pause", 1), ("loop", 1), ("hold", 1), ("fail", 1), ("ask", 1)]
+MORE = [("kill", 1), ("pause", 0), ("loop", 0)]  # -m slow
 
 
 def start_job(what, who):
@@ -60,35 +61,52 @@ def start_job(what, who):
     ]
 
 
-@pytest.fixture(scope="module")
-def jobs():
-    """(exit code, stdout, stderr) of both processes of each job; all jobs run at the same time, a few at once."""
-    found = {}
-    for some in (JOBS[:5], JOBS[5:]):
-        running = {job: start_job(*job) for job in some}
+def outcomes(jobs):
+    """(exit code, stdout, stderr) of both processes of each job; all jobs run at the same time."""
+    found, running = {}, {job: start_job(*job) for job in jobs}
+    try:
         for (what, who), processes in running.items():
-            try:
-                for i, process in enumerate(processes):
-                    if (what, i) == ("pause", who):
-                        continue
-                    process.wait(timeout=90)
-            finally:
-                for process in processes:
-                    process.kill()
-            found[what, who] = [(p.returncode, *p.communicate()) for p in processes]
+            for i, process in enumerate(processes):
+                if (what, i) != ("pause", who):  # that one stays until it is killed
+                    process.wait(timeout=120)
+    finally:
+        for process in sum(running.values(), []):
+            process.kill()
+    for job, processes in running.items():
+        found[job] = [(p.returncode, *p.communicate()) for p in processes]
     return found
 
 
-@pytest.mark.parametrize(("what", "who"), [job for job in JOBS if job[0] in ("kill", "pause")])
+@pytest.fixture(scope="module")
+def jobs():
+    return outcomes(JOBS)
+
+
+@pytest.mark.parametrize(("what", "who"), [("kill", 0), ("pause", 1)])
 def test_a_dead_or_stopped_process_is_named_with_what_it_did(jobs, what, who):
+    check_dead(jobs, what, who)
+
+
+@pytest.mark.slow
+def test_the_same_of_the_other_process():
+    jobs = outcomes(MORE)
+    check_dead(jobs, "kill", 1)
+    check_dead(jobs, "pause", 0)
+    check_hung(jobs, 0)
+
+
+def check_dead(jobs, what, who):
     code, _, err = jobs[what, who][1 - who]
     assert code == 3, err
     assert f"process {1 - who} ends: process {who} of 2" in err and "it was in " in err
     assert ("is dead or stopped: no sign of life for" in err) or ("is gone: its port is closed" in err)
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_an_endless_loop_is_named_with_its_stack(jobs, who):
+def test_an_endless_loop_is_named_with_its_stack(jobs):
+    check_hung(jobs, 1)
+
+
+def check_hung(jobs, who):
     (code, _, err), (other, _, others) = jobs["loop", who]
     assert (code, other) == (3, 3)
     for text in (err, others):
