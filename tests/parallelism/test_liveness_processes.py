@@ -1,5 +1,6 @@
 """A dead, stopped, hung or failed process ends a job of real processes, whichever it is, and is named."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -70,7 +71,7 @@ def outcomes(jobs):
                 if (what, i) != ("pause", who):  # that one stays until it is killed
                     process.wait(timeout=120)
     finally:
-        for process in sum(running.values(), []):
+        for process in itertools.chain(*running.values()):
             process.kill()
     for job, processes in running.items():
         found[job] = [(p.returncode, *p.communicate()) for p in processes]
