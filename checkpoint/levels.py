@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from checkpoint.coordinator import Coordinator
 from checkpoint.manifest import CorruptError
 from checkpoint.reader import CheckpointReader
 from checkpoint.storage import Storage
 from checkpoint.writer import Piece, WriteMetrics, data_file, write_checkpoint
+from parallelism.coordinator import Coordinator
 from parallelism.errors import UserError
 from parallelism.layout import Logical
 

@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import json
 import logging
+import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import jax
 
-from checkpoint.coordinator import Coordinator, default_coordinator, together
 from checkpoint.levels import Level, OpenLevel
 from checkpoint.manifest import CHUNK_BYTES, CorruptError
 from checkpoint.reader import VerifyReport
@@ -21,6 +22,7 @@ from checkpoint.reshard import LoadMetrics, load
 from checkpoint.snapshot import Snapshot
 from checkpoint.storage import LocalStorage
 from checkpoint.writer import WriteMetrics
+from parallelism.coordinator import Coordinator, default_coordinator, together
 from parallelism.errors import UserError
 from parallelism.layout import Layout
 
@@ -128,15 +130,28 @@ class Manager:
         self._handles: list[SaveHandle] = []
         self._closed = False
         try:
-            together(self._coordinator, "open", self._acquire)
+            owners = together(self._coordinator, "open", self._acquire)
+            together(self._coordinator, "see", lambda: self._see(owners[0]))
         except BaseException:
             self._release()
             raise
 
-    def _acquire(self) -> None:
+    def _acquire(self) -> str:
+        """Process 0 becomes the writer of every level; returns a mark that only this one writes there."""
+        mark = uuid.uuid4().hex
         if self._coordinator.index == 0:
             for level in self._levels:
-                level.storage.acquire()
+                level.storage.acquire(mark)
+        return mark
+
+    def _see(self, mark: str) -> None:
+        """Raises UserError for a level that this process does not see as process 0 does."""
+        for level in self._levels:
+            if level.storage.mark() != mark:
+                raise UserError(
+                    f"{level.storage.where} on host {socket.gethostname()} is not the directory that process 0 writes: "
+                    f"level {level.name!r} needs a file system that all processes share"
+                )
 
     def __enter__(self) -> Manager:
         return self
@@ -276,8 +291,11 @@ class Manager:
         """
         self.wait()
         began = time.perf_counter()
+        by_name = {level.name: level for level in self._levels}
         steps = [step] if step is not None else self.steps()[::-1]
-        candidates = [(s, level) for s in steps for level in self._levels if s in level.steps()]
+        found = [(s, level.name) for s in steps for level in self._levels if s in level.steps()]
+        # A shared file system may show one process what another does not see yet.
+        candidates = [(s, by_name[name]) for s, name in self._coordinator.gather("candidates", found)[0]]
         where = ", ".join(level.storage.where for level in self._levels)
         if not candidates:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step} (there are {self.steps()})"

@@ -62,8 +62,14 @@ class Storage(Protocol):
 
     where: str
 
-    def acquire(self) -> None:
-        """Become the writer and remove what a killed writer left. Raises UserError naming the present holder."""
+    def acquire(self, mark: str = "") -> None:
+        """Become the writer, leave ``mark``, and remove what a killed writer left.
+
+        Raises UserError naming the present holder.
+        """
+
+    def mark(self) -> str | None:
+        """What the writer left as its mark; None if nobody did."""
 
     def release(self) -> None: ...
 
@@ -110,7 +116,7 @@ class WriterLock:
         self._path, self._guards = path, guards
         self._fd: int | None = None
 
-    def acquire(self) -> None:
+    def acquire(self, mark: str = "") -> None:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,7 +126,8 @@ class WriterLock:
             ) from None
         else:
             os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+            holder = {"host": socket.gethostname(), "pid": os.getpid(), "mark": mark}
+            os.pwrite(fd, json.dumps(holder).encode(), 0)
             self._fd, fd = fd, -1
         finally:
             if fd >= 0:
@@ -130,6 +137,11 @@ class WriterLock:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+    def mark(self) -> str | None:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._path.read_bytes()).get("mark")
+        return None
 
     @staticmethod
     def _holder(fd: int) -> str:
@@ -220,12 +232,15 @@ class LocalStorage:
             raise UserError(f"cannot make checkpoint directory {root}: {e.strerror}; choose another") from e
         self._lock = WriterLock(self.root / ".lock", self.root)
 
-    def acquire(self) -> None:
+    def acquire(self, mark: str = "") -> None:
         try:
-            self._lock.acquire()
+            self._lock.acquire(mark)
         except OSError as e:
             raise UserError(f"cannot write in checkpoint directory {self.root}: {e.strerror}; choose another") from e
         self._clean()
+
+    def mark(self) -> str | None:
+        return self._lock.mark()
 
     def release(self) -> None:
         self._lock.release()

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from checkpoint.coordinator import Coordinator, together
 from checkpoint.manifest import (
     CHUNK_BYTES,
     MANIFEST,
@@ -23,6 +22,7 @@ from checkpoint.manifest import (
     split,
 )
 from checkpoint.storage import Draft, Storage
+from parallelism.coordinator import Coordinator, together
 from parallelism.layout import Logical
 
 

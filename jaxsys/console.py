@@ -15,16 +15,20 @@ LOG_SECONDS = 10.0
 
 
 class Console:
-    """Progress and messages. On a terminal bars move; elsewhere each bar prints a line every ten seconds."""
+    """Progress and messages. On a terminal bars move; elsewhere each bar prints a line every ten seconds.
 
-    def __init__(self) -> None:
+    shown: False prints nothing, for all processes of a job but one.
+    """
+
+    def __init__(self, shown: bool = True) -> None:
         self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-        self.terminal = self._rich.is_terminal
+        self.shown = shown
+        self.terminal = shown and self._rich.is_terminal
 
     def line(self, text: str) -> None:
         if self.terminal:
             self._rich.print(text, markup=False)
-        else:
+        elif self.shown:
             print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager

@@ -106,6 +106,19 @@ def _axes(groups: Iterable[list[int]], mesh: Mesh) -> tuple[str, ...]:
     return tuple(name for name, yes in zip(mesh.axis_names, varies, strict=True) if yes)
 
 
+def sent_to_other_slices(text: str) -> float:
+    """Bytes that a device hands to the data-centre network in one run of a TPU program for several slices.
+
+    What crosses is no collective in the compiled program: the compiler writes each that spans slices as one inside the
+    slice and a transfer to the other slices of what is left (``send`` to the megascale runtime).
+    """
+    program, sent = Program(text), 0.0
+    for computation, each, times in program.walk():
+        if each.opcode == "send" and "xla_megascale" in each.rest:
+            sent += times * program.computations[computation][each.operands[0]].nbytes
+    return sent
+
+
 def summary(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
     """(runs, bytes that a device sends) by kind and axes, largest first."""
     sums: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0, 0.0])

@@ -67,6 +67,14 @@ def entry() -> None:
         code = main()
     except KeyboardInterrupt:  # between two lines of ``main``'s own
         code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        # JAX would wait for the other processes, which this one has left.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

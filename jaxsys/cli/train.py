@@ -16,7 +16,8 @@ class TrainArgs:
     """Train, or resume, the run of a recipe.
 
     Ctrl-C or SIGTERM finishes the step, saves and exits; the same command resumes.
-    Exit code: 0; 1 when the last checkpoint could not be written; 2 for what the user can mend.
+    Exit code: 0; 1 when the last checkpoint could not be written; 2 for what the user can mend; 3 when another process
+    of the job is dead, hangs or failed.
     """
 
     config: str
@@ -30,6 +31,12 @@ class TrainArgs:
     explain: bool = False
     """Compile the step, print every array with its sharding, what the step sends and what fills a device's memory,
     and do nothing else."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, in a job of several; without these three the environment and the scheduler say."""
+    processes: int | None = None
+    """How many processes the job has."""
+    process: int | None = None
+    """Which of them this is, from 0."""
 
     def run(self) -> int:
         from jaxsys import configuration
@@ -44,8 +51,13 @@ class TrainArgs:
         if self.explain:
             return self._explain(config)
         from jaxsys.train.trainer import Trainer
+        from parallelism.liveness import Watch
+        from parallelism.multihost import detect, start
 
-        with Trainer(config) as trainer:
+        limits = config.liveness
+        # JAX's own time-out says nothing, so it comes last.
+        processes = start(detect(self.coordinator, self.processes, self.process), 100 + 3 * limits.dead)
+        with Watch(processes, limits) as watch, Trainer(config, watch=watch) as trainer:
             summary = trainer.run()
         line = trainer.console.line
         said = f"loss {summary.losses[-1]:.4f}" if summary.losses else "nothing to do"

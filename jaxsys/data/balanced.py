@@ -44,7 +44,7 @@ class BalancedLoader(Loader):
         self.batch_tokens = int(FILL * batch_size * seq_len)
         self.steps_per_epoch = max(self.tokens // self.batch_tokens, 1)
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: slice | Sequence[slice] = slice(None)) -> Batch:
         """Batch ``step``, or the part of its rows that ``rows`` selects: int32 [groups, pieces * room] by name.
 
         Its arrays are those of ``pack``, in the order of ``balance.Plan.arrange``. Beside them are scalars: ``split``,
@@ -56,7 +56,8 @@ class BalancedLoader(Loader):
         used = np.flatnonzero(line["segments"])
         begins = used[line["positions"][used] % self.seq_len == 0]
         plan = balance.plan(np.diff(begins, append=len(used)), self.grid, self.sizes)
-        source, segments, positions = (array[rows] for array in plan.arrange())
+        runs = [rows] if isinstance(rows, slice) else rows
+        source, segments, positions = (np.concatenate([array[run] for run in runs]) for array in plan.arrange())
         return {
             "tokens": np.where(source < 0, 0, line["tokens"][source]),
             "targets": np.where(source < 0, NO_TARGET, line["targets"][source]),

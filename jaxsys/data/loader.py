@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
@@ -78,11 +78,15 @@ class Loader:
             )
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: slice | Sequence[slice] = slice(None)) -> Batch:
         """Batch ``step`` (from 0), or the part of its B rows that ``rows`` selects: int32 [rows, T] by name (see pack).
 
-        A process asks for its own rows; what a row holds does not depend on who asks.
+        A process asks for its own rows, one run of them or several; what a row holds does not depend on who asks, and
+        no other document is read.
         """
+        if not isinstance(rows, slice):
+            runs = [self.batch(step, run) for run in rows]
+            return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
         low, high, stride = rows.indices(self.batch_size)
         if stride != 1:
             raise ValueError(f"rows {rows} must be contiguous")
@@ -134,7 +138,7 @@ class Loader:
 
 
 def prefetch(
-    loader: Loader, start: int, stop: int, rows: slice = slice(None)
+    loader: Loader, start: int, stop: int, rows: slice | Sequence[slice] = slice(None)
 ) -> Generator[tuple[int, Batch], None, None]:
     """(step, batch) for steps ``start`` to ``stop`` (left out), each made by a thread while the one before is used.
 

@@ -10,6 +10,7 @@ from jaxsys.models.config import ModelConfig
 from jaxsys.optim import OptimConfig
 from parallelism import sequence, target
 from parallelism.errors import UserError
+from parallelism.liveness import Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class TrainConfig:
     eval_every: steps between evaluations on held-out text (0: only before and after), of ``eval_batches`` batches.
     sample: prompts to continue along the way, from the live weights.
     target: named hardware whose peak utilisation is stated against; None finds it, or states none.
+    liveness: after how long a job of several processes ends because one of them is dead or hangs.
     profile: ``START:STOP`` writes a trace of these steps to the run directory.
     """
 
@@ -120,6 +122,7 @@ class TrainConfig:
     eval_batches: int = 4
     log_every: int = 1
     target: str | None = None
+    liveness: Limits = Limits()
     profile: str | None = None
 
     def __post_init__(self) -> None:

@@ -58,17 +58,55 @@ class Launcher:
         """A whole batch [A, B, T], as the fused step takes it."""
         return self._abstract(self._config.accumulate, *self._shape, sharding=self._whole)
 
-    def place_microbatch(self, host: dict[str, np.ndarray]) -> Arrays:
-        return {k: jax.device_put(host[k], self._micro) for k in BATCH_ARRAYS}
+    @property
+    def rows(self) -> list[slice]:
+        """The rows of a batch that this process's devices hold, as runs in order."""
+        return self._runs(self._config.accumulate, self._shape[0])
+
+    @property
+    def rows_in_order(self) -> list[slice]:
+        """As ``rows``, of one microbatch of rows in order (held-out text)."""
+        return self._runs(1, self._rows)
+
+    @property
+    def share(self) -> float:
+        """How much of a batch this process's devices hold."""
+        return len(self._held(self._shape[0])) / self._shape[0]
+
+    def _held(self, rows: int) -> list[int]:
+        """The rows of a microbatch of so many that this process's devices hold."""
+        boxes = self._micro.addressable_devices_indices_map((rows, 1)).values()
+        return sorted({row for box in boxes if box for row in range(*box[0].indices(rows))})
+
+    def _runs(self, microbatches: int, each: int) -> list[slice]:
+        rows = [i * each + row for i in range(microbatches) for row in self._held(each)]
+        ends = [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
+        return [slice(rows[a], rows[b - 1] + 1) for a, b in zip([0, *ends], [*ends, len(rows)], strict=True)]
+
+    def place_in_order(self, host: dict[str, np.ndarray]) -> Arrays:
+        """A microbatch of rows in order on its devices, from the rows ``rows_in_order`` of it."""
+        return {k: self._put(host[k], self._rows, self._micro) for k in BATCH_ARRAYS}
 
     def place(self, host: dict[str, np.ndarray]) -> Any:
         """The batch on its devices, for ``launch``: the size of its split region, None where it has none, and one array
-        [A, B, T] a name, or for the split step a list of A microbatches."""
-        A, split = self._config.accumulate, int(host["split"]) if "split" in host else None
+        [A, B, T] a name, or for the split step a list of A microbatches. host: the rows ``rows`` of it."""
+        A, split, rows = self._config.accumulate, int(host["split"]) if "split" in host else None, self._shape[0]
         whole = {k: host[k].reshape(A, -1, host[k].shape[-1]) for k in BATCH_ARRAYS}
         if self._config.step_form == "fused":
-            return split, {k: jax.device_put(v, self._whole) for k, v in whole.items()}
-        return split, [self.place_microbatch({k: v[i] for k, v in whole.items()}) for i in range(A)]
+            return split, {k: self._put(v, rows, self._whole) for k, v in whole.items()}
+        return split, [{k: self._put(v[i], rows, self._micro) for k, v in whole.items()} for i in range(A)]
+
+    def _put(self, held: np.ndarray, rows: int, sharding: NamedSharding) -> jax.Array:
+        """[..., rows, T] on its devices, from the rows that this process holds."""
+        mine = self._held(rows)
+
+        def part(box: tuple[slice, ...] | None) -> np.ndarray:
+            assert box is not None
+            low, high, _ = box[-2].indices(rows)
+            at = mine.index(low)
+            return held[(*box[:-2], slice(at, at + high - low), box[-1])]
+
+        return jax.make_array_from_callback((*held.shape[:-2], rows, held.shape[-1]), sharding, part)
 
     def prepare(self, params: Any, state: Any) -> None:
         """Compiles every graph of the step, for arrays like these."""

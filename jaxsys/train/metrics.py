@@ -56,6 +56,14 @@ class Metrics:
         self._events.close()
 
 
+class NoMetrics:
+    """Of a process that is not the first of its job: that one records what all have in common."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class _Events:
     """A TensorBoard event file. Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the queue
     before it then blocks training."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from checkpoint import Level, Manager, SaveHandle
 from checkpoint.storage import committed
 from jaxsys import configuration
 from jaxsys.console import Console
-from jaxsys.data import BalancedLoader, Loader, build_dataset, documents, prefetch
+from jaxsys.data import BalancedLoader, Dataset, Loader, build_dataset, documents, prefetch
 from jaxsys.data.balanced import REPORTED
 from jaxsys.graphs import Graph, cache_root, enable_persistent_cache
 from jaxsys.hub import resolve
@@ -32,12 +33,15 @@ from jaxsys.train.abstract import AbstractRun, starting_model
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.explain import explained
 from jaxsys.train.launch import batch_grid
-from jaxsys.train.metrics import Metrics
+from jaxsys.train.metrics import Metrics, NoMetrics
 from jaxsys.train.samples import Samples
 from jaxsys.train.stop import Stop
 from parallelism import balance, create, detect, put, target
+from parallelism.coordinator import default_coordinator, in_turns, together
 from parallelism.errors import UserError
 from parallelism.layout import Layout
+from parallelism.liveness import Watch
+from parallelism.multihost import Processes
 from parallelism.sharding_report import report
 
 
@@ -70,13 +74,24 @@ class Summary:
 class Trainer:
     """Sets a run up (or resumes it) and runs it. Use it as a context manager: it holds the run's directory.
 
+    watch: of the job, where it has several processes; each makes its own trainer, of the same configuration, and
+    process 0 alone prints, records metrics and writes the files that are one a run.
+
     Raises UserError for what the configuration, the data or the checkpoints have wrong.
     """
 
-    def __init__(self, config: TrainConfig, console: Console | None = None):
-        self.config, self.console = config, console or Console()
-        if jax.process_count() > 1:
-            raise UserError(f"training: found {jax.process_count()} processes, expected one: start a single process")
+    def __init__(self, config: TrainConfig, console: Console | None = None, watch: Watch | None = None):
+        self.watch = watch or Watch(Processes(), config.liveness)
+        if (found := jax.process_count()) != (expected := self.watch.processes.count):
+            raise UserError(
+                f"training: JAX has {found} processes, the trainer was told of {expected}: give it a watch of what "
+                "parallelism.multihost.start returned"
+            )
+        if config.sample.prompts and found > 1:
+            raise UserError(f"sample.prompts: found {found} processes, but one alone takes samples: leave them out")
+        self.lead = self.watch.processes.index == 0
+        self.config, self.console = config, console or Console(shown=self.lead)
+        self.watch.phase("reading the model", setup=True)
         enable_persistent_cache()
         model_config, pretrained = starting_model(config)
         self.run_directory = Path(config.run)
@@ -87,6 +102,7 @@ class Trainer:
             self.console.line(f"sharding: {'; '.join(uneven)}")
         self.tokenizer = self._tokenizer()
         self._data(model_config)
+        self.watch.phase("opening the checkpoints", setup=True)
         self.manager = self._open_checkpoints()
         try:
             with explained(run, self.console.line):
@@ -96,7 +112,7 @@ class Trainer:
         except BaseException:
             self.manager.close()
             raise
-        self.stop = Stop()
+        self.stop, self._stopped = Stop(), False
         self._save: SaveHandle | None = None
         self._clock = 0.0
 
@@ -120,8 +136,14 @@ class Trainer:
                 "use the model's own tokenizer, or a larger model.vocab_size"
             )
         source = documents(c.source, c.limit)
+        self.watch.phase("tokenising", setup=True)
+
+        def dataset_of() -> Dataset:
+            return build_dataset(source, self.tokenizer, cache_root() / "data", lambda *_: self.watch.tick())
+
         with self.console.stage(f"data {c.source}") as said:
-            dataset = build_dataset(source, self.tokenizer, cache_root() / "data")
+            dataset = in_turns(default_coordinator(), "data", dataset_of)
+            self._agree("the data", dataset.fingerprint)
             said.append(f"{dataset.documents} documents, {dataset.tokens:,} tokens")
         grid = batch_grid(self.config, self.mesh, self.abstract.activation_rules)
         order = dataset, c.batch_size, c.seq_len, self.config.seed
@@ -138,13 +160,27 @@ class Trainer:
         c = self.config.checkpoint
         self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every)]
         if c.ram:
-            ram = resume.own_directory(c.ram, self.run_directory)
+            self._agree("the host, which checkpoints in its memory need (checkpoint.ram)", socket.gethostname())
+            ram = together(default_coordinator(), "ram", self._ram_directory)[0]
             self.levels.insert(0, Level("ram", ram, keep=2, every=c.ram_every))
         return Manager(self.levels)
+
+    def _ram_directory(self) -> str:
+        """Of this run; process 0 says it for all, so that one alone writes the run's mark."""
+        return str(resume.own_directory(self.config.checkpoint.ram or "", self.run_directory)) if self.lead else ""
+
+    def _agree(self, what: str, value: str) -> None:
+        """Raises UserError unless ``value`` is the same in all processes."""
+        values = default_coordinator().gather("agree", value)
+        if others := [i for i, each in enumerate(values) if each != values[0]]:
+            raise UserError(
+                f"{what}: process {others[0]} has {values[others[0]]}, process 0 has {values[0]}: expected the same"
+            )
 
     def _restore_or_begin(self, pretrained: Pretrained | None) -> None:
         """Parameters, optimizer state and step: from the newest checkpoint, else from the beginning."""
         opt_layout, opt_shardings = self.abstract.optimizer_plan.layout, self.abstract.optimizer_plan.shardings
+        self.watch.phase("making or restoring the state", setup=True)
         if self.manager.latest() is not None:
             self._check_resume(opt_layout)
             with self.console.stage("resume") as said:
@@ -210,6 +246,7 @@ class Trainer:
     def _compile(self) -> None:
         """Every graph of the run, before its first step."""
         c, f = self.config, self.step_functions
+        self.watch.phase("compiling", setup=True)
         with self.console.stage("compile") as said:
             if c.eval_batches:
                 self.evaluate_graph = self.graphs.compile("evaluate", f.losses, self.params, self.launcher.microbatch)
@@ -223,7 +260,8 @@ class Trainer:
                 said.append(f"view for samples {self.samples.view_bytes / 1e6:.0f} MB")
             said.append(f"{len(self.graphs)} graphs")
         self.graphs.freeze()
-        self.graphs.save(self.run_directory / "graphs.json")
+        if self.lead:
+            self.graphs.save(self.run_directory / "graphs.json")
 
     # ------------------------------------------------------------------------------------------------------ run
 
@@ -232,7 +270,7 @@ class Trainer:
         c = self.config
         last = min(c.steps, stop_at or c.steps)
         begun = self.step
-        metrics = Metrics(self.run_directory, self.step)
+        metrics = Metrics(self.run_directory, self.step) if self.lead else NoMetrics()
         losses: list[float] = []
         spent = tokens = flops = stall = 0.0
         pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
@@ -244,6 +282,7 @@ class Trainer:
                 return
             step, device, host = pending
             pending = None
+            self.watch.phase("waiting for the devices", step + 1)
             values = {name: float(value) for name, value in jax.device_get(device).items()}
             seconds = time.perf_counter() - self._clock
             self._clock = time.perf_counter()
@@ -269,11 +308,15 @@ class Trainer:
             before = self._evaluated(metrics) if c.eval_batches else None
             self._sampled(metrics)
             advance = stack.enter_context(self.console.bar("train", c.steps, self.step))
-            batches = stack.enter_context(contextlib.closing(prefetch(self.train_data, self.step, last)))
+            batches = stack.enter_context(
+                contextlib.closing(prefetch(self.train_data, self.step, last, self.launcher.rows))
+            )
             self._clock = time.perf_counter()
             saved = self.step if self.manager.latest() == self.step else -1
+            self.watch.phase("waiting for the batch", self.step + 1)
             for step, host_batch in batches:
                 profile(step)
+                self.watch.phase("launching", step + 1)
                 stall += self._launch(self.launcher.place(host_batch), step)
                 drain()
                 pending = (step, self._metrics, self._work(host_batch))
@@ -287,25 +330,27 @@ class Trainer:
                     drain()
                 # Asked once, after the devices: a signal that comes later ends the run after the next step, never
                 # unsaved.
-                stopping = self.stop.asked is not None
+                stopping = self._stops()
                 if stopping:
                     drain()
                 if due or stopping:
                     stall += self._checkpoint(final=self.step == last or stopping)
                     saved = self.step
                     self._clock = time.perf_counter()
-                if evaluates and not self.stop.asked:
+                if evaluates and not self._asked:
                     self._evaluated(metrics)
-                if samples and not self.stop.asked:
+                if samples and not self._asked:
                     self._sampled(metrics)
                 if evaluates or samples:
                     self._clock = time.perf_counter()
                 if stopping:
                     break
+                self.watch.phase("waiting for the batch", self.step + 1)
             profile(None)
-            after = self._evaluated(metrics) if c.eval_batches and self.stop.asked is None else None
-            if self.stop.asked is None and self.step > begun:
+            after = self._evaluated(metrics) if c.eval_batches and not self._asked else None
+            if not self._asked and self.step > begun:
                 self._sampled(metrics)
+            self.watch.phase("finishing the last save", setup=True)
             self.manager.wait()
             written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
             metrics.write(self.step, {"stall_seconds": stall, "checkpoint_bytes": written})
@@ -317,6 +362,20 @@ class Trainer:
             flops / spent / peak if peak and spent else None, stall, written,
             lost[-1] if lost else None,
         )  # fmt: skip
+
+    def _stops(self) -> bool:
+        """Whether this step is the last because of a signal: of a process of the job, and the same in all."""
+        if self.stop.asked is not None:
+            self.watch.ask(self.stop.asked)
+        self._stopped = self.watch.stops(self.step)
+        if self._stopped and self.watch.processes.count > 1:
+            self.console.line(f"{self.watch.reason}: all stop after step {self.step}")
+        return self._stopped
+
+    @property
+    def _asked(self) -> bool:
+        """A signal came. With several processes only once all know: what they do next is to be the same."""
+        return self._stopped if self.watch.processes.count > 1 else self.stop.asked is not None
 
     def _launch(self, batches: Any, step: int) -> float:
         """One step; returns seconds waited for a snapshot of what it donates."""
@@ -331,11 +390,13 @@ class Trainer:
 
     def _checkpoint(self, final: bool) -> float:
         arrays = {**self.params, **self.opt_state}
+        self.watch.phase("saving", self.step, setup=True)
         start = time.perf_counter()
         if not self.finite_graph(arrays):
             batch = self.train_data.identity(self.step - 1)
             raise NonFiniteLoss(self._non_finite(f"parameters or optimizer state are not finite after {batch}"))
-        self._save_tokenizer()
+        if self.lead:
+            self._save_tokenizer()
         self._save = self.manager.save(self.step, arrays, self.layout, self._meta(), everywhere=final)
         return time.perf_counter() - start
 
@@ -343,12 +404,13 @@ class Trainer:
         """Mean loss over the first ``eval_batches`` held-out batches, in nats a token."""
         total = count = 0.0
         for i in range(min(self.config.eval_batches, self.heldout_data.steps_per_epoch)):
-            batch = self.launcher.place_microbatch(self.heldout_data.batch(i))
+            self.watch.phase(f"evaluating batch {i + 1}", self.step)
+            batch = self.launcher.place_in_order(self.heldout_data.batch(i, self.launcher.rows_in_order))
             loss, targets = self.evaluate_graph(self.params, batch)
             total, count = total + float(loss), count + float(targets)
         return total / max(count, 1.0)
 
-    def _evaluated(self, metrics: Metrics) -> float:
+    def _evaluated(self, metrics: Metrics | NoMetrics) -> float:
         with self.console.stage(f"held-out loss at step {self.step}") as said:
             loss = self.evaluate()
             if not math.isfinite(loss):
@@ -357,7 +419,7 @@ class Trainer:
         metrics.write(self.step, {"heldout_loss": loss})
         return loss
 
-    def _sampled(self, metrics: Metrics) -> None:
+    def _sampled(self, metrics: Metrics | NoMetrics) -> None:
         if self.samples is None:
             return
         with self.console.stage(f"samples at step {self.step}") as said:
@@ -375,11 +437,16 @@ class Trainer:
 
     def _work(self, host: dict[str, np.ndarray]) -> dict[str, float]:
         """Tokens of a batch (padding not counted), the model's floating-point operations on them, and how even a
-        balanced batch is."""
+        balanced batch is.
+
+        Taken from the rows that this process holds, for all: with several an estimate of the operations, as attention's
+        depend on how long the documents are.
+        """
         contexts = host["positions"][host["segments"] > 0] + 1
         n = len(contexts)
         flops = n * self.model.config.flops_per_token(contexts) if n else 0.0
-        return {"tokens": n, "flops": flops, **{name: float(host[name]) for name in REPORTED if name in host}}
+        even = {name: float(host[name]) for name in REPORTED if name in host}
+        return {"tokens": n / self.launcher.share, "flops": flops / self.launcher.share, **even}
 
     def _peak(self) -> float | None:
         found = target(self.config.target) if self.config.target else detect(self.mesh.devices.flat[0])
@@ -417,7 +484,7 @@ class Trainer:
 
         def at(step: int | None) -> None:
             nonlocal on
-            if not on and step is not None and start <= step < stop:
+            if not on and self.lead and step is not None and start <= step < stop:
                 jax.profiler.start_trace(str(self.run_directory / "profile"))
                 on = True
             elif on and (step is None or step >= stop):

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from checkpoint import Level, Manager, open_checkpoint
+from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
 
 SPEC = Logical("x", (8, 4), np.dtype(np.float32), ("a", "b"))
@@ -23,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 index, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize("127.0.0.1:" + port, 2, index)
 from checkpoint import Level, Manager
-from checkpoint.coordinator import PeerError
+from parallelism.coordinator import PeerError
 from checkpoint.storage import LocalDraft
 from parallelism.layout import Layout, Logical, Stored
 
@@ -103,3 +104,23 @@ def test_a_failure_in_one_process_fails_the_save_in_all_and_commits_nothing(run)
 def test_each_process_reads_only_its_shards(run):
     (first, second), _ = run
     assert (first[1], second[1]) == ("0 1 64", "1 1 64")
+
+
+class Second:
+    """The second of two processes; what the first says is given."""
+
+    index, count = 1, 2
+
+    def __init__(self, first):
+        self.first = first
+
+    def gather(self, channel, value):
+        return [self.first, value]
+
+
+def test_a_process_that_sees_another_directory_than_process_0_is_refused(tmp_path):
+    other = Second({"error": None, "result": "the mark that process 0 left"})
+    with pytest.raises(
+        UserError, match=r"run on host .* is not the directory that process 0 writes: level 'disk' needs"
+    ):
+        Manager([Level("disk", tmp_path / "run")], coordinator=other)

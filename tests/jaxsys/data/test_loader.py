@@ -203,3 +203,11 @@ def test_prefetch_raises_what_the_loader_raises(dataset):
     with pytest.raises(UserError, match="broken at 5"):
         next(prefetch(Broken(), 5, 7))
     assert threads() == []
+
+
+def test_several_runs_of_rows_are_those_of_the_whole_batch(dataset):
+    loader = make(dataset)
+    for step in (0, loader.steps_per_epoch):
+        whole = loader.batch(step)
+        runs = loader.batch(step, [slice(1, 3), slice(6, 8)])
+        assert same(runs, {name: array[[1, 2, 6, 7]] for name, array in whole.items()})

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import functools
 import json
+import socket
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import jax
 
+from parallelism.multihost import store
+
 T = TypeVar("T")
 
-TIMEOUT_SECONDS = 1800
+# A peer may tokenise, or write to a slow disk, for hours; one that is dead is for ``liveness`` to find.
+TIMEOUT_SECONDS = 24 * 3600
 
 
 class PeerError(RuntimeError):
@@ -49,12 +53,7 @@ class JaxCoordinator:
     """Gathers through the coordination service that ``jax.distributed.initialize`` connected to."""
 
     def __init__(self) -> None:
-        from jax._src import distributed  # jax has no public name for its key-value store
-
-        client = distributed.global_state.client
-        if client is None:
-            raise ValueError("jax.distributed is not initialised in a job of several processes")
-        self._client: Any = client
+        self._client: Any = store()
         self.index, self.count = jax.process_index(), jax.process_count()
         self._calls: dict[str, int] = defaultdict(int)
 
@@ -73,12 +72,12 @@ class JaxCoordinator:
 
     @staticmethod
     def _key(channel: str, call: int, index: int) -> str:
-        return f"jaxsys/checkpoint/{channel}/{call}/{index}"
+        return f"jaxsys/gather/{channel}/{call}/{index}"
 
 
 @functools.cache
 def default_coordinator() -> Coordinator:
-    """The coordinator of this process: one for all managers, since keys of the store are used once."""
+    """The coordinator of this process: one for all uses, since keys of the store are used once."""
     return SingleProcess() if jax.process_count() == 1 else JaxCoordinator()
 
 
@@ -100,3 +99,23 @@ def together(coordinator: Coordinator, channel: str, work: Callable[[], T]) -> l
         if outcome["error"] is not None:
             raise PeerError(f"process {index}: {outcome['error']}")
     return [outcome["result"] for outcome in outcomes]
+
+
+def in_turns(coordinator: Coordinator, channel: str, work: Callable[[], T]) -> T:
+    """``work`` in process 0, then in one process of each other host, then in the rest; returns this process's result.
+
+    For what leaves something on a disk that the next can use: it is made once where all share the disk, and once a
+    host where they do not. Fails in all if it fails in one, like ``together``.
+    """
+    hosts = coordinator.gather(channel, socket.gethostname())
+    index = coordinator.index
+    mine = 0 if index == 0 else 1 if hosts.index(hosts[index]) == index else 2
+    results: list[T] = []
+
+    def turn(now: int) -> None:
+        if now == mine:
+            results.append(work())
+
+    for now in range(3):
+        together(coordinator, channel, functools.partial(turn, now))
+    return results[0]

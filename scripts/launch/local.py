@@ -1,0 +1,109 @@
+"""Runs a command as several processes of one job on this machine, each with virtual CPU devices of its own.
+
+    python scripts/launch/local.py --processes 2 --devices 4 -- jaxsys train --config smollm2_finetune
+
+Each line of output begins with the process it is from; a signal goes to all processes; the exit code is that of the
+process that failed first. Once one has failed the others have ``--grace`` seconds to say why they end, then they are
+killed. With ``--devices 0`` the command sees whatever devices the machine has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import BinaryIO
+
+_print = threading.Lock()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2, help="how many processes (2)")
+    parser.add_argument("--devices", type=int, default=4, help="virtual CPU devices of each (4)")
+    parser.add_argument("--grace", type=float, default=90, help="seconds from one's failure to the end of all (90)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- COMMAND ...")
+    args = parser.parse_args(argv)
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        parser.error("no command: give it after --")
+    if args.processes < 1 or args.devices < 0:
+        parser.error(f"--processes {args.processes} --devices {args.devices}: expected at least 1 and 0")
+    return run(command, args.processes, args.devices, args.grace)
+
+
+def run(command: Sequence[str], count: int, devices: int, grace: float) -> int:
+    port = free_port()
+    processes: list[subprocess.Popen] = []
+    # Before the first process is there: none may be left behind.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: [send(process, number) for process in processes])
+    for index in range(count):
+        # A session of its own: Ctrl-C in a terminal would otherwise reach each process twice.
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **variables(index, count, devices, port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        processes.append(process)
+    pumps = [
+        threading.Thread(target=pump, args=(source, target.buffer, f"[{i}] ".encode()), daemon=True)
+        for i, process in enumerate(processes)
+        for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+    ]
+    for thread in pumps:
+        thread.start()
+    first, deadline = 0, float("inf")
+    while running := [process for process in processes if process.poll() is None]:
+        failed = [process.returncode for process in processes if process.returncode]
+        if failed and not first:
+            first, deadline = failed[0], time.monotonic() + grace
+        if time.monotonic() > deadline:
+            for process in running:
+                send(process, signal.SIGKILL)
+        time.sleep(0.05)
+    for thread in pumps:
+        thread.join(timeout=5)
+    first = first or next((process.returncode for process in processes if process.returncode), 0)
+    return 128 - first if first < 0 else first
+
+
+def variables(index: int, count: int, devices: int, port: int) -> dict[str, str]:
+    """What tells a process which it is."""
+    job = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_PROCESS_COUNT": str(count),
+        "JAX_PROCESS_INDEX": str(index),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return job | ({"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} if devices else {})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def send(process: subprocess.Popen, number: int) -> None:
+    if process.poll() is None:
+        process.send_signal(number)
+
+
+def pump(source: BinaryIO, target: BinaryIO, prefix: bytes) -> None:
+    for line in source:
+        with _print:
+            target.write(prefix + line.rstrip(b"\n") + b"\n")
+            target.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""A run as 1 process x 8 devices, 2 x 4, 4 x 2: the same bits, resumed across, stopped and failing together."""
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from tiny_runs import ROOT, state_bytes, write_recipe
+
+from jaxsys.train.metrics import read
+
+spec = importlib.util.spec_from_file_location("local_launch", ROOT / "scripts" / "launch" / "local.py")
+local = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(local)
+
+MESH = "data=2,slices=2,fsdp=2,tensor=2"
+
+
+class Job:
+    """``jaxsys train`` as ``count`` processes of ``devices`` devices each. before: Python to run first in each."""
+
+    def __init__(self, recipe, count, devices, *settings, before=""):
+        port = local.free_port()
+        paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+        code = f"import sys\n{before}\nfrom jaxsys.cli.main import entry\nentry()"
+        words = [word for setting in settings for word in ("--set", setting)]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, "train", "--config", recipe, *words],
+                env={**os.environ, "PYTHONPATH": paths, **local.variables(index, count, devices, port)},
+                cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for index in range(count)
+        ]  # fmt: skip
+
+    def finish(self, *codes):
+        """Standard error of each process; all end with these exit codes, all with 0 if none is given."""
+        try:
+            errors = [process.communicate(timeout=180)[1] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        assert tuple(p.returncode for p in self.processes) == (codes or (0,) * len(self.processes)), errors
+        return ["".join(f"{line}\n" for line in text.splitlines() if "[Gloo]" not in line) for text in errors]
+
+    def wait_for_step(self, run, step):
+        gone = threading.Event()
+        while all(process.poll() is None for process in self.processes):
+            if any(row["step"] >= step and "loss" in row for row in read(run)):
+                return
+            gone.wait(0.05)
+        raise AssertionError([process.communicate()[1] for process in self.processes])
+
+
+def losses(run):
+    return {row["step"]: row["loss"] for row in read(run) if "loss" in row}
+
+
+# ----------------------------------------------------------------------------------------------------- same results
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory, material):
+    """The run directory and each process's messages by layout; 4 x 2 resumes from the middle of 2 x 4."""
+    root = tmp_path_factory.mktemp("layouts")
+    recipe = write_recipe(root / "recipe.py", material)
+    spied = (
+        "from jaxsys.data import Loader\nbatch = Loader.batch\n"
+        "def spy(self, step, rows=slice(None)):\n"
+        "    if isinstance(rows, list): print('rows', self.split, step, rows, file=sys.stderr)\n"
+        "    return batch(self, step, rows)\n"
+        "Loader.batch = spy"
+    )
+    found = {}
+    for count, devices in ((1, 8), (2, 4), (4, 2)):
+        run = root / f"{count}x{devices}"
+        if count == 4:
+            shutil.copytree(root / "2x4", run)
+            for path in (run / "checkpoints").glob("step-*"):
+                if path.name > "step-00000002":
+                    shutil.rmtree(path)
+        settings = (f"run={run}", f"mesh={MESH}", "data.batch_size=8", "accumulate=2", "steps=4")
+        found[count] = run, Job(recipe, count, devices, *settings, before=spied).finish()
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_losses_and_state_are_the_same_bits_for_every_layout_of_processes(layouts, count):
+    (one, _), (other, _) = layouts[1], layouts[count]
+    assert losses(other) == losses(one) and list(losses(one)) == [1, 2, 3, 4]
+    expected = state_bytes(one, 4)
+    assert any(name.startswith("optimizer.nu.") for name in expected)
+    assert state_bytes(other, 4) == expected
+    assert [row["heldout_loss"] for row in read(other) if "heldout_loss" in row][-1:] == [
+        row["heldout_loss"] for row in read(one) if "heldout_loss" in row
+    ][-1:]
+
+
+def test_four_processes_resume_what_two_saved(layouts):
+    run, (lead, *_) = layouts[4]
+    assert f"resume: step 2 from disk, onto mesh {MESH}" in lead
+    assert len(list((run / "checkpoints" / "step-00000004").glob("data-*.bin"))) == 4
+
+
+def test_only_process_0_prints_and_records(layouts):
+    for run, (lead, *others) in layouts.values():
+        assert "train 4/4 loss" in lead and (run / "graphs.json").exists()
+        for text in others:
+            assert [line for line in text.splitlines() if not line.startswith("rows ")] == []
+        rows = [row["step"] for row in read(run) if "loss" in row]
+        assert rows == sorted(set(rows))
+
+
+def test_each_process_makes_only_the_rows_that_its_devices_hold(layouts):
+    """Eight rows in two microbatches over data=2 x fsdp=2: a row a shard, of every microbatch."""
+
+    def rows(text):
+        return {line.partition("[")[2] for line in text.splitlines() if line.startswith("rows train 2 ")}
+
+    assert rows(layouts[1][1][0]) == {"slice(0, 8, None)]"}
+    assert [rows(text) for text in layouts[2][1]] == [
+        {"slice(0, 2, None), slice(4, 6, None)]"},
+        {"slice(2, 4, None), slice(6, 8, None)]"},
+    ]
+    assert [rows(text) for text in layouts[4][1]] == [
+        {f"slice({i}, {i + 1}, None), slice({i + 4}, {i + 5}, None)]"} for i in range(4)
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- ending together
+
+QUICK = ("mesh=fsdp=2", "checkpoint.every=1000000", "eval_batches=0")
+LIMITS = ("liveness.dead=4", "liveness.stuck=5")
+
+
+@pytest.fixture
+def recipe(tmp_path, material):
+    return write_recipe(tmp_path / "recipe.py", material)
+
+
+def test_sigterm_to_one_process_saves_and_stops_all_after_the_same_step(recipe, tmp_path):
+    job = Job(recipe, 2, 1, "steps=100000", *QUICK)
+    job.wait_for_step(tmp_path / "run", 2)
+    job.processes[1].send_signal(signal.SIGTERM)
+    lead, other = job.finish()
+    (saved,) = [int(path.name.split("-")[1]) for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert max(losses(tmp_path / "run")) == saved
+    assert f"SIGTERM (process 1): all stop after step {saved}" in lead and f"resumes from step {saved}" in lead
+    assert "SIGTERM: finishing the step" in other
+
+
+HANG = """
+import jax
+from jaxsys.data import Loader
+from jaxsys.train.trainer import Trainer
+launch = Trainer._launch
+def hang(self, batches, step):
+    while step == 3 and jax.process_index() == 1:
+        pass
+    return launch(self, batches, step)
+Trainer._launch = hang
+"""
+
+
+def test_a_process_that_hangs_in_the_loop_ends_the_run_and_is_named(recipe):
+    lead, other = Job(recipe, 2, 1, *QUICK, *LIMITS, before=HANG).finish(3, 3)
+    for text in (lead, other):
+        assert "process 1 of 2 hangs in launching (step 4): no progress for" in text
+    assert "while others wait in waiting for the devices" in lead and "in hang" in lead
+
+
+LOOP = "while step == 3 and jax.process_index() == 1:\n        pass"
+KILL = HANG.replace(LOOP, "if step == 3 and jax.process_index() == 1:\n        import os; os.kill(os.getpid(), 9)")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_in_the_loop_ends_the_run_and_is_named(recipe):
+    lead, _ = Job(recipe, 2, 1, *QUICK, *LIMITS, before=KILL).finish(3, -9)
+    assert re.search(
+        r"process 1 of 2 is dead or stopped: no sign of life for \d+ s .*it was in [a-z ]+ \(step \d\)", lead
+    )
+    assert "Traceback" not in lead
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_all_with_the_reason(recipe):
+    for text in Job(recipe, 2, 1, *QUICK, "optim.learning_rate=1e38").finish(2, 2):
+        assert "there is no good checkpoint: lower the learning rate" in text
+
+
+def test_samples_are_refused_with_several_processes(recipe):
+    for text in Job(recipe, 2, 1, *QUICK, "sample.prompts=a").finish(2, 2):
+        assert "sample.prompts: found 2 processes, but one alone takes samples: leave them out" in text
