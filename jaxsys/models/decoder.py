@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxsys.kernels.attention import Paged, Rows, attend
 from jaxsys.kernels.embedding import lookup
@@ -24,6 +25,8 @@ from jaxsys.models.rope import rotate, rotations
 from parallelism.sharding import constrain
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+# Names of what a layer may keep for its backward pass, for ``jax.checkpoint`` policies and offload.
+RESIDUAL, MLP_RESIDUAL, QUERY, KEY, VALUE, GATE, UP = "residual", "mlp_residual", "query", "key", "value", "gate", "up"
 FULL = np.iinfo(np.int32).max  # the window of a layer that sees everything
 
 
@@ -65,9 +68,9 @@ class Attention(nnx.Module):
         self.o = Linear((D, H, h), ("embed", "heads", "head_dim"), contract=2, std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, angles, context, carry, *, layer, window):
-        q = constrain(rotate(self.q(x), angles), ("batch", "seq", "act_heads", None))
-        k = constrain(rotate(self.k(x), angles), ("batch", "seq", "act_kv_heads", None))
-        v = constrain(self.v(x), ("batch", "seq", "act_kv_heads", None))
+        q = checkpoint_name(constrain(rotate(self.q(x), angles), ("batch", "seq", "act_heads", None)), QUERY)
+        k = checkpoint_name(constrain(rotate(self.k(x), angles), ("batch", "seq", "act_kv_heads", None)), KEY)
+        v = checkpoint_name(constrain(self.v(x), ("batch", "seq", "act_kv_heads", None)), VALUE)
         y, carry = attend(
             q, k, v, context, carry,
             layer=layer, window=window, scale=self.scale, softcap=self.softcap, dtype=self.q.kernel.dtype,
@@ -86,7 +89,8 @@ class MLP(nnx.Module):
         self.down = Linear((c.d_model, c.d_ff), ("embed", "mlp"), std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
+        gate, up = checkpoint_name(self.gate(x), GATE), checkpoint_name(self.up(x), UP)
+        y = ACTIVATIONS[self.activation](gate) * up
         return self.down(constrain(y, ("batch", "seq", "act_mlp")))
 
 
@@ -103,8 +107,10 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm() if c.post_norms else None
 
     def __call__(self, x, angles, context, carry, *, layer, window):
+        x = checkpoint_name(x, RESIDUAL)
         y, carry = self.attention(self.attention_norm(x), angles, context, carry, layer=layer, window=window)
         x = constrain(x + (self.attention_post_norm or _same)(y), ("batch", "residual", "act_embed"))
+        x = checkpoint_name(x, MLP_RESIDUAL)
         y = self.mlp(self.mlp_norm(x))
         return constrain(x + (self.mlp_post_norm or _same)(y), ("batch", "residual", "act_embed")), carry
 

@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.dispatch import dispatcher
-from jaxsys.graphs import Graphs
+from jaxsys.graphs import Graph, Graphs
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.step import Arrays, Step, groups
-from parallelism import Plan, Rules
+from parallelism import Plan, Rules, placement
 from parallelism.errors import UserError
 
 BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
@@ -57,7 +57,10 @@ class Launcher:
         return [self.place_microbatch({k: v[i] for k, v in whole.items()}) for i in range(A)]
 
     def prepare(self, params: Arrays, state: Arrays) -> None:
-        """Compiles every graph of the step, for arrays like these."""
+        """Compiles every graph of the step, for arrays like these.
+
+        Raises UserError where the programs do not move what the configuration offloads.
+        """
         c, step = self._config, np.int32(0)
         if c.step_form == "split":
             self._compile_split(params, state, step)
@@ -67,6 +70,7 @@ class Launcher:
         self._fused = self._graphs.compile(
             "train_step", self._functions.fused, params, state, step, whole, donate=(0, 1), out_shardings=out
         )
+        self._check_offload([(self._fused, (params, state))])
 
     def _compile_split(self, params: Arrays, state: Arrays, step: Any) -> None:
         f, graphs = self._functions, self._graphs
@@ -87,7 +91,8 @@ class Launcher:
         def update(params: Any, own: Any, shared: Any, grads: Any, scale: Any, step: Any) -> Any:
             return f.update(params, {**own, **shared}, grads, scale, step)
 
-        self._updates = []
+        self._updates: list[Graph] = []
+        programs: list[tuple[Graph, Any]] = [(self._grads, params)]
         for i, keys in enumerate(self._groups):
             group, own, shared = self._group(params, state, keys)
             grads = {k: acc[0][k] for k in keys}
@@ -97,6 +102,21 @@ class Launcher:
                     f"update[{i}]", update, group, own, shared, grads, scale, step, donate=(0, 1), out_shardings=out
                 )
             )
+            programs.append((self._updates[i], (group, own)))
+        self._check_offload(programs)
+
+    def _check_offload(self, programs: Iterable[tuple[Graph, Any]]) -> None:
+        """Each program with its arguments."""
+        placement.check(
+            self._functions.offload,
+            [
+                placement.Program(
+                    graph.name, graph.moves, placement.host_bytes(arguments),
+                    graph.stats.host_argument_bytes, graph.stats.host_temporary_bytes,
+                )
+                for graph, arguments in programs
+            ],
+        )  # fmt: skip
 
     def launch(
         self,

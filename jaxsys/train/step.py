@@ -8,7 +8,7 @@ lazy snapshot, a streamed optimizer and a decode step need such places.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,10 @@ from jaxsys.kernels.attention import Rows, SplitRows
 from jaxsys.kernels.loss import cross_entropy
 from jaxsys.models.state import Model
 from jaxsys.optim import Optimizer
-from parallelism import sequence
-from parallelism.errors import unknown_name
+from jaxsys.train.update import update
+from parallelism import sequence, streaming
+from parallelism.errors import UserError, unknown_name
+from parallelism.placement import Offload
 from parallelism.sharding import constrain
 
 Arrays = dict[str, jax.Array]
@@ -43,8 +45,10 @@ class Step:
 
     compute_dtype: kernels are cast to it for forward and backward; gradients are summed in at least
     float32; updates are in the parameters' dtype.
-    shardings: of the parameters; gradients are kept in them.
+    shardings: of the parameters, in device memory; gradients are kept in them.
     context_method: how attention works where rows are split over the mesh axis ``context``.
+    offload: what of the activations waits in host memory. Parameters and state are wherever the arrays are that come
+    in, and go out to the same memory.
     """
 
     model: Model
@@ -53,21 +57,42 @@ class Step:
     remat: str
     shardings: Mapping[str, NamedSharding]
     context_method: sequence.Method = "ring"
+    offload: Offload = Offload()
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
             raise unknown_name("remat policy", self.remat, REMAT)
+        if self.offload.parameters and self.remat == "none":
+            raise UserError(
+                "offload parameters with remat=none: every layer's parameters would stay on the device for its "
+                f"backward pass: expected remat={', '.join(name for name in REMAT if name != 'none')}"
+            )
 
     def losses(self, params: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Sum of -log p over the targets of one microbatch [B, T], and their number."""
         dtypes = self.model.compute_dtypes(self.compute_dtype)
-        decoder = self.model.bind({key: array.astype(dtypes[key]) for key, array in params.items()})
-        policy = REMAT[self.remat]
-        remat = None if policy is None else lambda f: jax.checkpoint(f, policy=policy)
+        # What lies in host memory is fetched, and cast, by the layer that it belongs to.
+        decoder = self.model.bind(
+            {k: array if streaming.is_streamed(array) else array.astype(dtypes[k]) for k, array in params.items()}
+        )
         batch, context = self._rows(batch)
-        hidden, _ = decoder(batch["tokens"], context, remat=remat)
+        hidden, _ = decoder(batch["tokens"], context, remat=self._layer)
         config = self.model.config
         return cross_entropy(hidden, decoder.head_kernel, batch["targets"], config.vocab_size, config.logit_softcap)
+
+    def _layer(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        """One layer's function on parameters in either memory, keeping for its backward pass what it should."""
+
+        def fetched(state: Any, *rest: Any) -> Any:
+            def fetch(x: Any) -> Any:
+                return streaming.fetch(x).astype(self.compute_dtype) if streaming.is_streamed(x) else x
+
+            return layer(jax.tree.map(fetch, state, is_leaf=lambda x: isinstance(x, streaming.Streamed)), *rest)
+
+        policy, names = REMAT[self.remat], self.offload.activations
+        if names:
+            policy = streaming.offloading(policy or jax.checkpoint_policies.everything_saveable, names)
+        return fetched if policy is None else jax.checkpoint(fetched, policy=policy)
 
     def _rows(self, batch: Batch) -> tuple[Batch, Rows]:
         """The batch in the order in which attention wants it on this mesh, and what attention sees of it."""
@@ -82,11 +107,11 @@ class Step:
     def grads(self, params: Arrays, batch: Batch) -> tuple[Arrays, Arrays]:
         """Sums over one microbatch: gradients, in at least float32 so that more add up, and {"loss", "targets"}."""
 
-        def loss(params):
-            total, count = self.losses(params, batch)
+        def loss(taps):
+            total, count = self.losses(streaming.tapped(params, taps), batch)
             return total, count
 
-        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(streaming.taps(params))
         grads = {key: g.astype(jnp.promote_types(g.dtype, jnp.float32)) for key, g in grads.items()}
         return self._keep(grads), {"loss": total, "targets": count}
 
@@ -111,9 +136,9 @@ class Step:
     def update(
         self, params: Arrays, state: Any, grads: Arrays, scale: jax.Array, step: jax.Array
     ) -> tuple[Arrays, Any]:
-        """One group's new parameters and optimizer state, in the dtypes that they have."""
+        """One group's new parameters and optimizer state, in the dtypes and memories that they have."""
         grads = {key: g.astype(params[key].dtype) for key, g in grads.items()}
-        params, state = self.optimizer.update(params, state, grads, scale, step)
+        params, state = update(self.optimizer, params, state, grads, scale, step)
         return self._keep(params), state
 
     def fused(self, params: Arrays, state: Any, step: jax.Array, batches: Batch) -> tuple[Arrays, Any, Arrays]:
@@ -132,13 +157,24 @@ class Step:
 
     def finite(self, state: Arrays) -> jax.Array:
         """Whether every value of the state is a finite number: a bool scalar."""
-        return jnp.stack([jnp.isfinite(array).all() for array in state.values()]).all()
+
+        def finite(array: jax.Array) -> jax.Array:
+            return jnp.isfinite(array).all()
+
+        stored = {**self.model.layout, **self.optimizer.layout_of_state()[0]}
+        found = [finite(array) for array in state.values() if not streaming.in_host(array)]
+        away = {name: array for name, array in state.items() if streaming.in_host(array)}
+        stacks = [array for name, array in away.items() if stored[name].stacked]
+        found += [lax.map(lambda row: finite(streaming.to_device(row)), stack).all() for stack in stacks]
+        single = [array for name, array in away.items() if not stored[name].stacked]
+        found += streaming.in_turn(lambda array: finite(streaming.to_device(array)), single)
+        return jnp.stack(found).all()
 
     def _keep(self, arrays: Arrays) -> Arrays:
-        """Each array in its parameter's sharding."""
+        """Each array in its parameter's sharding, those in host memory as they are."""
         return {
             key: lax.with_sharding_constraint(array, self.shardings[key])
-            if self.shardings[key].mesh.size > 1
+            if self.shardings[key].mesh.size > 1 and not streaming.in_host(array)
             else array
             for key, array in arrays.items()
         }

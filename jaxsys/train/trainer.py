@@ -42,6 +42,7 @@ from parallelism import (
     MeshSpec,
     create,
     detect,
+    placement,
     plan,
     put,
     refuse_idle_axes,
@@ -107,10 +108,11 @@ class Trainer:
         if uneven := report(self.plan).indivisible:
             self.console.line(f"sharding: {'; '.join(uneven)}")
         self.model = model.with_layout(self.plan.layout)
+        self.offload = placement.Offload.parse(config.offload)
         self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
         self.step_functions = Step(
             self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.plan.shardings,
-            config.context_method,
+            config.context_method, self.offload,
         )  # fmt: skip
         self._data(model_config)
         self.launcher = Launcher(config, self.step_functions, self.plan, self.graphs, self.activation_rules)
@@ -183,11 +185,18 @@ class Trainer:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         opt_layout, like = self.optimizer.layout_of_state()
         opt_shardings = {k: self.plan.shardings[p] if p else replicated for k, p in like.items()}
+        stored = self.plan
+        if self.offload.optimizer:
+            away = placement.offloaded_state(opt_layout, like, self.offload.optimizer)
+            opt_shardings = placement.hosted(opt_shardings, away)
+        if self.offload.parameters:
+            in_host = placement.hosted(self.plan.shardings, self.model.layer_kernels)
+            stored = dataclasses.replace(self.plan, shardings=in_host)
         self.layout = self.plan.layout | opt_layout
         if self.manager.latest() is not None:
             self._check_resume(opt_layout)
             with self.console.stage("resume") as said:
-                restored = self.manager.restore(layout=self.layout, shardings={**self.plan.shardings, **opt_shardings})
+                restored = self.manager.restore(layout=self.layout, shardings={**stored.shardings, **opt_shardings})
                 said.append(
                     f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}"
                 )
@@ -202,7 +211,7 @@ class Trainer:
         self.step = 0
         if pretrained:
             with self.console.stage(f"load {self.config.init_from}") as said:
-                self.params = put(self.plan, pretrained.reader)
+                self.params = put(stored, pretrained.reader)
                 said.append(f"{sum(s.nbytes for s in self.plan.layout.values()) / 1e6:.0f} MB")
         else:
             seed = np.int32(self.config.seed)
@@ -210,7 +219,7 @@ class Trainer:
             def compile_init(fn: Callable, out_shardings: Any) -> Graph:
                 return self.graphs.compile("init", fn, seed, out_shardings=out_shardings)
 
-            self.params = create(self.plan, model.init, compile_init, seed)
+            self.params = create(stored, model.init, compile_init, seed)
         begin = self.graphs.compile("init_optimizer", self.optimizer.init, self.params, out_shardings=opt_shardings)
         self.opt_state = begin(self.params)
 
@@ -254,8 +263,9 @@ class Trainer:
             self.samples: Samples | None = None
             if c.sample.prompts:
                 self.samples = Samples(
-                    c.sample, self.model, self.live, self.graphs, self.tokenizer, c.compute_dtype, c.seed
-                )
+                    c.sample, self.model, self.live, self.graphs, self.tokenizer, c.compute_dtype, c.seed,
+                    self.plan.shardings if self.offload.parameters else None,
+                )  # fmt: skip
                 said.append(f"view for samples {self.samples.view_bytes / 1e6:.0f} MB")
             said.append(f"{len(self.graphs)} graphs")
         self.graphs.freeze()
