@@ -52,6 +52,11 @@ class GraphStats:
     host_argument_bytes: int | None
     host_temporary_bytes: int | None
 
+    @property
+    def host_bytes(self) -> int:
+        """In the host's memory, of arguments and temporaries."""
+        return (self.host_argument_bytes or 0) + (self.host_temporary_bytes or 0)
+
 
 class Graph:
     """A compiled function. Calling it launches it on the dispatcher's thread and returns device arrays.
@@ -67,6 +72,11 @@ class Graph:
     @property
     def name(self) -> str:
         return self.stats.name
+
+    @property
+    def text(self) -> str:
+        """The compiled program, as HLO text: see ``parallelism.hlo``."""
+        return self.compiled.as_text()
 
     @property
     def outputs(self) -> Any:

@@ -74,21 +74,27 @@ def _groups(rest: str, mesh: Mesh) -> list[list[int]]:
         return [[int(n) for n in pair.split(",")] for pair in re.findall(r"{([\d,]+)", pairs[1])]
     if explicit := re.search(r"replica_groups={({[\d,{}]*})}", rest):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"{([\d,]+)}", explicit[1])]
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape, dims = (tuple(int(n) for n in part.split(",")) for part in (iota[1], iota[2]))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose([int(n) for n in iota[3].split(",")])
-        return ids.reshape(shape).tolist()
-    if named := re.search(r"replica_groups=mesh\[(.*?)\]\s*{(.*?)}", rest):
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
+        return _iota(iota[2]).reshape([int(n) for n in iota[1].split(",")]).tolist()
+    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))?\s*{(.*?)}", rest):
         axes = re.findall(r"'(\w+)'=(\d+)", named[1])
-        names = [name for name, _ in axes]
-        ids = np.arange(math.prod(int(n) for _, n in axes)).reshape([int(n) for _, n in axes])
-        chosen = [names.index(name) for name in re.findall(r"'(\w+)'", named[2])]
+        names, sizes = [name for name, _ in axes], [int(n) for _, n in axes]
+        ids = _iota(named[2] or f"[{math.prod(sizes)}]").reshape(sizes)
+        chosen = [names.index(name) for name in re.findall(r"'(\w+)'", named[3])]
         others = [i for i in range(len(names)) if i not in chosen]
         ids = ids.transpose(others + chosen)
         return ids.reshape(-1, math.prod(ids.shape[len(others) :])).tolist()
-    return [list(range(mesh.size))]
+    if "replica_groups={}" in rest or "replica_groups=" not in rest:
+        return [list(range(mesh.size))]
+    raise ValueError(f"replica groups in a form that is not known: {rest}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """Devices as ``[2,8]T(1,0)``: counted up in that shape, then transposed."""
+    shape, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # type: ignore[union-attr]
+    dims = [int(n) for n in shape.split(",")]
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
 def _axes(groups: Iterable[list[int]], mesh: Mesh) -> tuple[str, ...]:

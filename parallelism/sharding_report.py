@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from parallelism.layout import Stored
 from parallelism.rules import Rules
 from parallelism.sharding import Decision, Plan
+from parallelism.text import columns, in_units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +77,12 @@ class Report:
         for (_, shape, dtype, spec), rows in groups.items():
             table.append((_name(rows), "x".join(map(str, shape)) or "scalar", dtype, spec, *_sums(rows)))
         table.append((f"total of {_arrays(len(self.rows))}", "", "", "", *_sums(self.rows)))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for cells in table:
-            aligned = (c.rjust(w) if i >= 4 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-            lines.append("  ".join(aligned).rstrip())
+        lines += columns(table, right=4)
         if padding := sum(row.padding for row in self.rows):
-            lines.append(f"padding: {_bytes(padding)} of the total")
+            lines.append(f"padding: {in_units(padding)} of the total")
 
         if replicated := [row for row in self.rows if row.replicated]:
-            lines += ["", f"replicated on every device: {_arrays(len(replicated))}, {_bytes(_sum(replicated))}"]
+            lines += ["", f"replicated on every device: {_arrays(len(replicated))}, {in_units(_sum(replicated))}"]
             reasons: dict[tuple[str, str], list[Row]] = defaultdict(list)
             for row in replicated:
                 reasons[_numbers_starred(row.array), row.why].append(row)
@@ -154,12 +152,4 @@ def _sum(rows: Sequence[Row]) -> int:
 
 
 def _sums(rows: Sequence[Row]) -> tuple[str, str]:
-    return _bytes(_sum(rows)), _bytes(sum(row.nbytes_per_device for row in rows))
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if n < 1024 or unit == "TiB":
-            break
-        n /= 1024
-    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+    return in_units(_sum(rows)), in_units(sum(row.nbytes_per_device for row in rows))

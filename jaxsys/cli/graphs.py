@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from parallelism.errors import UserError
+from parallelism.text import columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +48,7 @@ class GraphsArgs:
                     "-" if row["flops"] is None else f"{row['flops'] / 1e9:.2f}",
                 )
             )
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        for line in table:
-            cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-            print("  ".join(cells))
+        print(*columns(table, right=1), sep="\n")
         return 0
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+if TYPE_CHECKING:
+    from jaxsys.train.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +27,9 @@ class TrainArgs:
     """START:STOP: write a trace of these steps to the run directory."""
     print_config: bool = False
     """Print the resolved configuration as JSON, and do nothing else."""
-    report: bool = False
-    """Print every array with its sharding and bytes per device before training."""
+    explain: bool = False
+    """Compile the step, print every array with its sharding, what the step sends and what fills a device's memory,
+    and do nothing else."""
 
     def run(self) -> int:
         from jaxsys import configuration
@@ -37,11 +41,11 @@ class TrainArgs:
         if self.print_config:
             print(configuration.dumps(config))
             return 0
+        if self.explain:
+            return self._explain(config)
         from jaxsys.train.trainer import Trainer
 
         with Trainer(config) as trainer:
-            if self.report:
-                print(trainer.report())
             summary = trainer.run()
         line = trainer.console.line
         said = f"loss {summary.losses[-1]:.4f}" if summary.losses else "nothing to do"
@@ -55,4 +59,17 @@ class TrainArgs:
         if summary.save_error is not None:
             line(f"the last checkpoint FAILED: {summary.save_error}; make room, then give the same command again")
             return 1
+        return 0
+
+    @staticmethod
+    def _explain(config: TrainConfig) -> int:
+        from jaxsys.console import Console
+        from jaxsys.graphs import enable_persistent_cache
+        from jaxsys.train.abstract import AbstractRun, starting_model
+        from jaxsys.train.explain import explain, explained
+
+        enable_persistent_cache()
+        run = AbstractRun(config, starting_model(config)[0])
+        with explained(run, Console().line):
+            print(explain(run))
         return 0

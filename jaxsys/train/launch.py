@@ -24,6 +24,8 @@ BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
 class Launcher:
     """Places batches by the activation rules; ``prepare`` first, then ``launch``.
 
+    programs: the graphs of a step, once prepared, and how often each runs in it.
+
     Raises UserError for a microbatch that does not divide over the mesh.
     """
 
@@ -39,11 +41,18 @@ class Launcher:
             )
         self._whole = NamedSharding(plan.mesh, PartitionSpec(None, axes))
         self._micro = NamedSharding(plan.mesh, PartitionSpec(axes))
+        self.programs: list[tuple[Graph, int]] = []
 
     @property
     def microbatch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """What a graph of one microbatch [B, T] is compiled for."""
         return self._abstract(self._rows, self._config.data.seq_len, sharding=self._micro)
+
+    @property
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A whole batch [A, B, T], as the fused step takes it."""
+        c = self._config
+        return self._abstract(c.accumulate, self._rows, c.data.seq_len, sharding=self._whole)
 
     def place_microbatch(self, host: dict[str, np.ndarray]) -> Arrays:
         return {k: jax.device_put(host[k], self._micro) for k in BATCH_ARRAYS}
@@ -56,7 +65,7 @@ class Launcher:
             return {k: jax.device_put(v, self._whole) for k, v in whole.items()}
         return [self.place_microbatch({k: v[i] for k, v in whole.items()}) for i in range(A)]
 
-    def prepare(self, params: Arrays, state: Arrays) -> None:
+    def prepare(self, params: Any, state: Any) -> None:
         """Compiles every graph of the step, for arrays like these.
 
         Raises UserError where the programs do not move what the configuration offloads.
@@ -65,14 +74,14 @@ class Launcher:
         if c.step_form == "split":
             self._compile_split(params, state, step)
             return
-        whole = self._abstract(c.accumulate, self._rows, c.data.seq_len, sharding=self._whole)
         out = (*_shardings((params, state)), None)
         self._fused = self._graphs.compile(
-            "train_step", self._functions.fused, params, state, step, whole, donate=(0, 1), out_shardings=out
+            "train_step", self._functions.fused, params, state, step, self.batch, donate=(0, 1), out_shardings=out
         )
+        self.programs = [(self._fused, 1)]
         self._check_offload([(self._fused, (params, state))])
 
-    def _compile_split(self, params: Arrays, state: Arrays, step: Any) -> None:
+    def _compile_split(self, params: Any, state: Any, step: Any) -> None:
         f, graphs = self._functions, self._graphs
         scalar = NamedSharding(self._plan.mesh, PartitionSpec())
         sums = (self._plan.shardings, {"loss": scalar, "targets": scalar})
@@ -103,6 +112,9 @@ class Launcher:
                 )
             )
             programs.append((self._updates[i], (group, own)))
+        more = self._config.accumulate - 1
+        again = [(self._accumulate, more)] if more else []
+        self.programs = [(self._grads, 1), *again, (self._finish, 1), *((graph, 1) for graph in self._updates)]
         self._check_offload(programs)
 
     def _check_offload(self, programs: Iterable[tuple[Graph, Any]]) -> None:

@@ -12,43 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoint import Level, Manager, SaveHandle
 from checkpoint.storage import committed
 from jaxsys import configuration
 from jaxsys.console import Console
 from jaxsys.data import Loader, build_dataset, documents, prefetch
-from jaxsys.graphs import Graph, Graphs, cache_root, enable_persistent_cache
+from jaxsys.graphs import Graph, cache_root, enable_persistent_cache
 from jaxsys.hub import resolve
 from jaxsys.live import Live
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
-from jaxsys.models.state import build
 from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train import resume
+from jaxsys.train.abstract import AbstractRun, starting_model
 from jaxsys.train.config import TrainConfig
-from jaxsys.train.launch import Launcher
+from jaxsys.train.explain import explained
 from jaxsys.train.metrics import Metrics
 from jaxsys.train.samples import Samples
-from jaxsys.train.step import Step
 from jaxsys.train.stop import Stop
-from parallelism import (
-    ACTIVATIONS,
-    PARAMETERS,
-    MeshSpec,
-    create,
-    detect,
-    placement,
-    plan,
-    put,
-    refuse_idle_axes,
-    sequence,
-    target,
-)
+from parallelism import create, detect, put, target
 from parallelism.errors import UserError
 from parallelism.layout import Layout
 from parallelism.sharding_report import report
@@ -91,36 +76,21 @@ class Trainer:
         if jax.process_count() > 1:
             raise UserError(f"training: found {jax.process_count()} processes, expected one: start a single process")
         enable_persistent_cache()
-        if "float64" in (config.parameter_dtype, config.compute_dtype):
-            jax.config.update("jax_enable_x64", True)
+        model_config, pretrained = starting_model(config)
         self.run_directory = Path(config.run)
-        self.mesh = MeshSpec.parse(config.mesh).build()
-        parameter_rules = PARAMETERS.override(config.parameter_rules)
-        self.activation_rules = ACTIVATIONS.override(config.activation_rules)
-        refuse_idle_axes(self.mesh.shape, parameter_rules, self.activation_rules)
-        self.graphs = Graphs(self.mesh, self.activation_rules)
-        pretrained = self._pretrained()
-        model_config = pretrained.config if pretrained else config.model
-        assert model_config is not None
-        self.tokenizer = self._tokenizer()
-        model = build(model_config, dtype=config.parameter_dtype, storage=config.storage)
-        self.plan = plan(model.layout, self.mesh, parameter_rules, model.units)
+        self.abstract = run = AbstractRun(config, model_config)
+        self.mesh, self.graphs, self.plan, self.layout = run.mesh, run.graphs, run.plan, run.layout
+        self.model, self.step_functions, self.launcher = run.model, run.step, run.launcher
         if uneven := report(self.plan).indivisible:
             self.console.line(f"sharding: {'; '.join(uneven)}")
-        self.model = model.with_layout(self.plan.layout)
-        self.offload = placement.Offload.parse(config.offload)
-        self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
-        self.step_functions = Step(
-            self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.plan.shardings,
-            config.context_method, self.offload,
-        )  # fmt: skip
+        self.tokenizer = self._tokenizer()
         self._data(model_config)
-        self.launcher = Launcher(config, self.step_functions, self.plan, self.graphs, self.activation_rules)
         self.manager = self._open_checkpoints()
         try:
-            self._restore_or_begin(pretrained, model)
-            self.live = Live(self.params, self.graphs)
-            self._compile()
+            with explained(run, self.console.line):
+                self._restore_or_begin(pretrained)
+                self.live = Live(self.params, self.graphs)
+                self._compile()
         except BaseException:
             self.manager.close()
             raise
@@ -129,12 +99,6 @@ class Trainer:
         self._clock = 0.0
 
     # ---------------------------------------------------------------------------------------------------- set-up
-
-    def _pretrained(self) -> Pretrained | None:
-        c = self.config
-        if (c.init_from is None) == (c.model is None):
-            raise UserError("configuration: give either init_from (a pretrained model) or model (to make from scratch)")
-        return Pretrained.open(resolve(c.init_from).path) if c.init_from else None
 
     def _tokenizer(self) -> Tokenizer:
         name = self.config.data.tokenizer or self.config.init_from
@@ -148,12 +112,6 @@ class Trainer:
 
     def _data(self, model: ModelConfig) -> None:
         c = self.config.data
-        if (pieces := self.mesh.shape[sequence.AXIS]) > 1:
-            sequence.balanced_order(c.seq_len, pieces)
-        if c.seq_len > model.max_seq_len:
-            raise UserError(
-                f"data.seq_len {c.seq_len} is over the model's context of {model.max_seq_len}: make it less"
-            )
         if self.tokenizer.vocab_size > model.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {model.vocab_size}: "
@@ -163,10 +121,6 @@ class Trainer:
         with self.console.stage(f"data {c.source}") as said:
             dataset = build_dataset(source, self.tokenizer, cache_root() / "data")
             said.append(f"{dataset.documents} documents, {dataset.tokens:,} tokens")
-        if c.batch_size % self.config.accumulate:
-            raise UserError(
-                f"data.batch_size {c.batch_size} does not divide by accumulate={self.config.accumulate}: change one"
-            )
         self.train_data = Loader(dataset, c.batch_size, c.seq_len, self.config.seed, "train", c.heldout)
         rows = c.batch_size // self.config.accumulate
         if self.config.eval_batches:
@@ -180,23 +134,15 @@ class Trainer:
             self.levels.insert(0, Level("ram", ram, keep=2, every=c.ram_every))
         return Manager(self.levels)
 
-    def _restore_or_begin(self, pretrained: Pretrained | None, model: Any) -> None:
+    def _restore_or_begin(self, pretrained: Pretrained | None) -> None:
         """Parameters, optimizer state and step: from the newest checkpoint, else from the beginning."""
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        opt_layout, like = self.optimizer.layout_of_state()
-        opt_shardings = {k: self.plan.shardings[p] if p else replicated for k, p in like.items()}
-        stored = self.plan
-        if self.offload.optimizer:
-            away = placement.offloaded_state(opt_layout, like, self.offload.optimizer)
-            opt_shardings = placement.hosted(opt_shardings, away)
-        if self.offload.parameters:
-            in_host = placement.hosted(self.plan.shardings, self.model.layer_kernels)
-            stored = dataclasses.replace(self.plan, shardings=in_host)
-        self.layout = self.plan.layout | opt_layout
+        opt_layout, opt_shardings = self.abstract.optimizer_plan.layout, self.abstract.optimizer_plan.shardings
         if self.manager.latest() is not None:
             self._check_resume(opt_layout)
             with self.console.stage("resume") as said:
-                restored = self.manager.restore(layout=self.layout, shardings={**stored.shardings, **opt_shardings})
+                restored = self.manager.restore(
+                    layout=self.layout, shardings={**self.abstract.stored.shardings, **opt_shardings}
+                )
                 said.append(
                     f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}"
                 )
@@ -211,7 +157,7 @@ class Trainer:
         self.step = 0
         if pretrained:
             with self.console.stage(f"load {self.config.init_from}") as said:
-                self.params = put(stored, pretrained.reader)
+                self.params = put(self.abstract.stored, pretrained.reader)
                 said.append(f"{sum(s.nbytes for s in self.plan.layout.values()) / 1e6:.0f} MB")
         else:
             seed = np.int32(self.config.seed)
@@ -219,8 +165,10 @@ class Trainer:
             def compile_init(fn: Callable, out_shardings: Any) -> Graph:
                 return self.graphs.compile("init", fn, seed, out_shardings=out_shardings)
 
-            self.params = create(stored, model.init, compile_init, seed)
-        begin = self.graphs.compile("init_optimizer", self.optimizer.init, self.params, out_shardings=opt_shardings)
+            self.params = create(self.abstract.stored, self.abstract.unpadded.init, compile_init, seed)
+        begin = self.graphs.compile(
+            "init_optimizer", self.abstract.optimizer.init, self.params, out_shardings=opt_shardings
+        )
         self.opt_state = begin(self.params)
 
     def _check_resume(self, opt_layout: Layout) -> None:
@@ -264,7 +212,7 @@ class Trainer:
             if c.sample.prompts:
                 self.samples = Samples(
                     c.sample, self.model, self.live, self.graphs, self.tokenizer, c.compute_dtype, c.seed,
-                    self.plan.shardings if self.offload.parameters else None,
+                    self.plan.shardings if self.step_functions.offload.parameters else None,
                 )  # fmt: skip
                 said.append(f"view for samples {self.samples.view_bytes / 1e6:.0f} MB")
             said.append(f"{len(self.graphs)} graphs")
@@ -272,9 +220,6 @@ class Trainer:
         self.graphs.save(self.run_directory / "graphs.json")
 
     # ------------------------------------------------------------------------------------------------------ run
-
-    def report(self) -> str:
-        return str(report(self.plan))
 
     def run(self, stop_at: int | None = None) -> Summary:
         """Trains from where it stands to the last step, or to ``stop_at``; saves at the end."""
@@ -311,7 +256,8 @@ class Trainer:
                 metrics.write(step + 1, values)
             advance(1, f"loss {values['loss']:.4f} {values['tokens_per_second']:,.0f} tokens/s")
 
-        with self.stop, self._profiler() as profile, contextlib.ExitStack() as stack:
+        watched = explained(self.abstract, self.console.line)
+        with watched, self.stop, self._profiler() as profile, contextlib.ExitStack() as stack:
             stack.callback(metrics.close)
             before = self._evaluated(metrics) if c.eval_batches else None
             self._sampled(metrics)

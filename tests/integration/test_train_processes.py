@@ -117,8 +117,7 @@ def test_the_second_start_of_a_job_compiles_nothing(recipe, run, tmp_path):
 
 
 def test_profile_flag_and_graphs_command(recipe, run):
-    out, _ = finish(train(recipe, "eval_batches=0", flags=("--profile", "1:3", "--report")))
-    assert out.startswith("mesh one device") and "total of" in out
+    finish(train(recipe, "eval_batches=0", flags=("--profile", "1:3")))
     assert list((run / "profile").rglob("*.xplane.pb"))
     out, _ = finish(start("graphs", run))
     assert out.splitlines()[0].split()[0] == "graph" and "train_step" in out

@@ -91,6 +91,7 @@ FORMS = {
     "listed": "replica_groups={{0,2},{1,3},{4,6},{5,7}}",
     "iota": "replica_groups=[4,2]<=[2,2,2]T(0,2,1)",
     "named": "replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b'}",
+    "named, in another order": "replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,2,2]T(0,2,1)) {'c'}",
 }
 
 
@@ -105,6 +106,18 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
 """
     (found,) = collectives(text, MeshSpec.parse(MESH).build())
     assert (found.kind, found.axes, found.nbytes, found.sent) == ("all-reduce", ("fsdp",), 16, 16.0)
+
+
+def test_groups_in_an_unknown_form_are_not_guessed():
+    text = """HloModule m
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=<every second>, to_apply=%add
+}
+"""
+    with pytest.raises(ValueError, match="every second"):
+        collectives(text, MeshSpec.parse(MESH).build())
 
 
 def test_a_loop_without_a_known_count_has_it_in_its_condition():

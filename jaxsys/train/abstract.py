@@ -1,0 +1,129 @@
+"""A training run without arrays and without data: what its state is, where it lies, which programs step it.
+
+The trainer fills it with arrays; ``--explain`` and ahead-of-time compilation for other hardware only read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsys.graphs import Graphs
+from jaxsys.hub import resolve
+from jaxsys.models.config import ModelConfig
+from jaxsys.models.pretrained import Pretrained
+from jaxsys.models.state import build
+from jaxsys.optim import Optimizer
+from jaxsys.train.config import TrainConfig
+from jaxsys.train.launch import Launcher
+from jaxsys.train.step import Step
+from parallelism import (
+    ACTIVATIONS,
+    PARAMETERS,
+    MeshSpec,
+    Plan,
+    placement,
+    plan,
+    refuse_idle_axes,
+    sequence,
+    sharding_context,
+)
+from parallelism.errors import UserError
+
+
+def starting_model(config: TrainConfig) -> tuple[ModelConfig, Pretrained | None]:
+    """The model that a run trains, and the files that it begins with."""
+    if (config.init_from is None) == (config.model is None):
+        raise UserError("configuration: give either init_from (a pretrained model) or model (to make from scratch)")
+    if config.model is not None:
+        return config.model, None
+    pretrained = Pretrained.open(resolve(str(config.init_from)).path)
+    return pretrained.config, pretrained
+
+
+class AbstractRun:
+    """The plan, the step and the graphs of a configuration on a mesh.
+
+    plan: of the parameters as they are computed with, in device memory; stored: where they lie between steps.
+
+    devices: to lay the mesh over, which need not be of this machine (``jax.experimental.topologies``); default: all
+    there are. Nothing is made on them and nothing is compiled before ``prepare``.
+    Raises UserError for a mesh, rules, rows or a batch that do not go together.
+    """
+
+    def __init__(self, config: TrainConfig, model: ModelConfig, devices: Sequence[Any] | None = None):
+        self.config = config
+        if "float64" in (config.parameter_dtype, config.compute_dtype):
+            jax.config.update("jax_enable_x64", True)
+        self.mesh = MeshSpec.parse(config.mesh).build(devices)
+        parameter_rules = PARAMETERS.override(config.parameter_rules)
+        self.activation_rules = ACTIVATIONS.override(config.activation_rules)
+        refuse_idle_axes(self.mesh.shape, parameter_rules, self.activation_rules)
+        self._check_rows(model)
+        self.graphs = Graphs(self.mesh, self.activation_rules)
+        with sharding_context(self.mesh, self.activation_rules):  # how layers are stored depends on the platform
+            self.unpadded = build(model, dtype=config.parameter_dtype, storage=config.storage)
+        self.plan = plan(self.unpadded.layout, self.mesh, parameter_rules, self.unpadded.units)
+        self.model = self.unpadded.with_layout(self.plan.layout)
+        self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
+        self.step = Step(
+            self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.plan.shardings,
+            config.context_method, placement.Offload.parse(config.offload),
+        )  # fmt: skip
+        in_host = self.model.layer_kernels if self.step.offload.parameters else ()
+        self.stored = dataclasses.replace(self.plan, shardings=placement.hosted(self.plan.shardings, in_host))
+        self.optimizer_plan = self._optimizer_plan()
+        self.layout = self.plan.layout | self.optimizer_plan.layout
+        self.launcher = Launcher(config, self.step, self.plan, self.graphs, self.activation_rules)
+
+    @property
+    def params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return _abstract(self.stored)
+
+    @property
+    def opt_state(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return _abstract(self.optimizer_plan)
+
+    def prepare(self) -> None:
+        """Compiles the graphs of the step."""
+        self.launcher.prepare(self.params, self.opt_state)
+
+    def _check_rows(self, model: ModelConfig) -> None:
+        data = self.config.data
+        if (pieces := self.mesh.shape[sequence.AXIS]) > 1:
+            sequence.balanced_order(data.seq_len, pieces)
+        if data.seq_len > model.max_seq_len:
+            raise UserError(
+                f"data.seq_len {data.seq_len} is over the model's context of {model.max_seq_len}: make it less"
+            )
+        if data.batch_size % self.config.accumulate:
+            raise UserError(
+                f"data.batch_size {data.batch_size} does not divide by accumulate={self.config.accumulate}: change one"
+            )
+
+    def _optimizer_plan(self) -> Plan:
+        """Where the optimizer's state lies: with its parameters, and what belongs to none on every device."""
+        layout, like = self.optimizer.layout_of_state()
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        decisions = [
+            dataclasses.replace(decision, array=name)
+            for name, owner in like.items()
+            for decision in self.plan.decisions
+            if decision.array == owner
+        ]
+        shardings = {name: self.plan.shardings[owner] if owner else whole for name, owner in like.items()}
+        if share := self.step.offload.optimizer:
+            shardings = placement.hosted(shardings, placement.offloaded_state(layout, like, share))
+        return Plan(layout, self.mesh, self.plan.rules, shardings, tuple(decisions))
+
+
+def _abstract(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        key: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=plan.shardings[key])
+        for key, stored in plan.layout.items()
+    }

@@ -1,0 +1,124 @@
+"""What a step will do, told before it does it; and what is said when it does not fit."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+from tiny_runs import MODEL, make_config, quiet, write_recipe
+
+from jaxsys.cli.main import main
+from jaxsys.train.abstract import AbstractRun
+from jaxsys.train.explain import OutOfMemory, explain, explained, memory
+from jaxsys.train.trainer import Trainer
+from parallelism.errors import UserError
+
+FULL = jax.errors.JaxRuntimeError(
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    "Used 20.13G of 15.75G hbm. Exceeded hbm capacity by 4.38G."
+)
+
+
+@pytest.fixture(scope="module")
+def config(material, tmp_path_factory):
+    return make_config(tmp_path_factory.mktemp("explain") / "run", material, mesh="fsdp=2,tensor=2")
+
+
+@pytest.fixture(scope="module")
+def explanation(config):
+    return explain(AbstractRun(config, MODEL))
+
+
+def test_every_array_of_the_state_is_reported(config, explanation):
+    run = AbstractRun(config, MODEL)
+    assert {row.array for row in explanation.arrays.rows} == {*run.params, *run.opt_state}
+    row = next(row for row in explanation.arrays.rows if row.array == "optimizer.mu.layers.0.mlp.up.kernel")
+    assert row.spec == "tensor,fsdp" and row.nbytes_per_device == 24 * 16 * 4 // 4
+
+
+def test_classes_of_memory_are_the_shards_and_what_the_compiler_says(config, explanation):
+    run = AbstractRun(config, MODEL)
+
+    def shards(arrays):
+        return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays.values())
+
+    classes = explanation.memory.classes
+    assert classes["parameters"] == classes["gradients"] == shards(run.params)
+    assert classes["optimizer state"] == shards(run.opt_state)
+    assert classes["batch"] == 4 * 4 * 32 * 4 // 2  # four arrays of [1, 4, 32] int32, the rows over fsdp
+    run.prepare()
+    stats = run.launcher.programs[0][0].stats
+    state = classes["parameters"] + classes["optimizer state"] + classes["batch"]
+    assert explanation.memory.total - state == max(stats.temporary_bytes, classes["gradients"])
+    assert 0 < classes["activations"] <= sum(r.nbytes for r in explanation.memory.residuals)
+
+
+def test_collectives_count_every_microbatch_of_the_split_step(config):
+    def sent(accumulate):
+        data = dataclasses.replace(config.data, batch_size=4 * accumulate)
+        changed = dataclasses.replace(config, data=data, accumulate=accumulate, step_form="split")
+        found = explain(AbstractRun(changed, MODEL)).collectives
+        return sum(c.sent for c in found if c.kind == "all-gather")
+
+    first, second, third = (sent(n) for n in (1, 2, 3))
+    assert third - second == second - first > 0
+
+
+def test_the_command_prints_the_page_and_neither_reads_data_nor_makes_a_run(config, material, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.py", material)
+    changes = ["--set", "data.source=nowhere", "--set", "mesh=fsdp=2,tensor=2"]
+    assert main(["train", "--config", recipe, *changes, "--explain"]) == 0
+    out = capsys.readouterr().out
+    for said in ("mesh fsdp=2,tensor=2 (4 devices)", "optimizer.mu.embed.kernel", "replicated on every device",
+                 "collectives of a step", "all-gather", "jaxsys/", "memory of one device", "activations"):  # fmt: skip
+        assert said in out, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_does_not_compile_for_lack_of_memory_ends_in_the_table(config, monkeypatch):
+    run, said = AbstractRun(config, MODEL), []
+    monkeypatch.setattr(run.launcher, "prepare", lambda *_: (_ for _ in ()).throw(FULL))
+    needs = r"needs 20\.1 GiB a device.*remat=full \(now none\); accumulate=2"
+    with pytest.raises(OutOfMemory, match=needs) as error, explained(run, said.append):
+        run.prepare()
+    assert "\n" not in str(error.value)
+    assert said[0].splitlines()[1].startswith("activations and temporaries")
+
+
+def test_a_step_that_runs_out_of_memory_ends_in_the_table_and_other_errors_pass(config, tmp_path, monkeypatch):
+    console = quiet()
+    with Trainer(dataclasses.replace(config, run=str(tmp_path), eval_batches=0), console) as trainer:
+        for error, expected in ((FULL, OutOfMemory), (jax.errors.JaxRuntimeError("INTERNAL: x"), type(FULL))):
+            monkeypatch.setattr(trainer, "_launch", lambda *_, e=error: (_ for _ in ()).throw(e))
+            with pytest.raises(expected):
+                trainer.run()
+    tables = [line for line in console.lines if line.startswith("memory of one device")]
+    assert len(tables) == 1 and "temporaries" in tables[0]
+
+
+def test_rows_of_the_table_are_sorted_by_bytes(explanation):
+    classes = sorted(explanation.memory.classes, key=lambda name: -explanation.memory.classes[name])
+    lines = str(explanation.memory).splitlines()[1 : 1 + len(classes)]
+    assert [line[: len(name)] for line, name in zip(lines, classes, strict=True)] == classes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": "stage=2"}, "mesh stage=2: no rule splits anything"),
+        ({"accumulate": 3}, "does not divide by accumulate=3"),
+        ({"model": None}, "give either init_from"),
+    ],
+)
+def test_what_does_not_go_together_is_told_before_anything_is_compiled(config, changes, message, tmp_path, material):
+    from jaxsys.train.abstract import starting_model
+
+    changed = dataclasses.replace(config, **changes)
+    with pytest.raises(UserError, match=message):
+        AbstractRun(changed, starting_model(changed)[0])
+
+
+def test_memory_of_a_failed_compile_of_which_nothing_is_known_has_no_such_class(config):
+    assert set(memory(AbstractRun(config, MODEL), "RESOURCE_EXHAUSTED: no").classes) == {
+        "parameters", "optimizer state", "batch", "gradients"
+    }  # fmt: skip
