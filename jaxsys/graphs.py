@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsys.dispatch import dispatcher
+from parallelism import placement
 from parallelism.rules import ACTIVATIONS, Rules
 from parallelism.sharding import sharding_context
 
@@ -34,8 +35,8 @@ class LateCompileError(RuntimeError):
 class GraphStats:
     """What one graph costs. Bytes are per device; flops and bytes accessed count a scan's body once.
 
-    cached: the executable came out of the persistent cache. host_bytes: in the memory of the device's host. None where
-    the backend does not say.
+    cached: the executable came out of the persistent cache. host_*: bytes in the host's memory that belong to one
+    device, not in the others. None where the backend does not say, as one with a single memory.
     """
 
     name: str
@@ -46,17 +47,27 @@ class GraphStats:
     output_bytes: int | None
     temporary_bytes: int | None
     aliased_bytes: int | None
-    host_bytes: int | None
     flops: float | None
     bytes_accessed: float | None
+    host_argument_bytes: int | None
+    host_temporary_bytes: int | None
+
+    @property
+    def host_bytes(self) -> int:
+        """In the host's memory, of arguments and temporaries."""
+        return (self.host_argument_bytes or 0) + (self.host_temporary_bytes or 0)
 
 
 class Graph:
-    """A compiled function. Calling it launches it on the dispatcher's thread and returns device arrays."""
+    """A compiled function. Calling it launches it on the dispatcher's thread and returns device arrays.
 
-    def __init__(self, compiled: Any, stats: GraphStats):
+    moves: what it moves between the memories of host and device, as it was traced.
+    """
+
+    def __init__(self, compiled: Any, stats: GraphStats, moves: placement.Moves):
         self.compiled = compiled
         self.stats = stats
+        self.moves = moves
 
     @property
     def name(self) -> str:
@@ -122,17 +133,24 @@ class Graphs:
 
         with _Events() as events:
             start = time.perf_counter()
-            lowered = jax.jit(traced_fn, donate_argnums=tuple(donate), **options).lower(*args)
+            program = jax.jit(traced_fn, donate_argnums=tuple(donate), **options).trace(*args)
+            lowered = program.lower()
             traced = time.perf_counter()
             compiled = lowered.compile(compiler_options)
             done = time.perf_counter()
-        stats = _stats(name, compiled, traced - start, done - traced, events.hits > 0 and events.misses == 0)
-        self._graphs[key] = Graph(compiled, stats)
+        cached = events.hits > 0 and events.misses == 0
+        stats = _stats(name, compiled, traced - start, done - traced, cached, self._one_memory)
+        self._graphs[key] = Graph(compiled, stats, placement.moves(program.jaxpr))
         return self._graphs[key]
 
     def freeze(self) -> None:
         """Warm-up is over: from now on ``compile`` only returns what it has."""
         self._frozen = True
+
+    @property
+    def _one_memory(self) -> bool:
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        return device.platform == "cpu"
 
     def __iter__(self) -> Iterator[Graph]:
         return iter(self._graphs.values())
@@ -192,12 +210,11 @@ def _abstract(leaf: Any) -> tuple:
     return (np.shape(leaf), str(dtype), getattr(leaf, "sharding", None))
 
 
-def _stats(name: str, compiled: Any, trace: float, seconds: float, cached: bool) -> GraphStats:
+def _stats(name: str, compiled: Any, trace: float, seconds: float, cached: bool, one_memory: bool) -> GraphStats:
     memory = compiled.memory_analysis()
     cost: dict[str, float] = {}
     with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):
         cost = compiled.cost_analysis() or {}
-    host = None if memory is None else memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     return GraphStats(
         name,
         trace,
@@ -207,9 +224,10 @@ def _stats(name: str, compiled: Any, trace: float, seconds: float, cached: bool)
         getattr(memory, "output_size_in_bytes", None),
         getattr(memory, "temp_size_in_bytes", None),
         getattr(memory, "alias_size_in_bytes", None),
-        host,
         cost.get("flops"),
         cost.get("bytes accessed"),
+        None if one_memory else getattr(memory, "host_argument_size_in_bytes", None),
+        None if one_memory else getattr(memory, "host_temp_size_in_bytes", None),
     )
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graph, Graphs
+from parallelism.streaming import to_device
 
 Params = Mapping[str, jax.Array]
 
@@ -96,7 +97,7 @@ class Live:
             raise ValueError(f"view {name!r} exists with another dtype or sharding: give this one another name")
 
         def cast(params: Params) -> dict[str, jax.Array]:
-            return {key: array.astype(want[key][0]) for key, array in params.items()}
+            return {key: array.astype(want[key][0]) for key, array in to_device(params).items()}
 
         out = {key: sharding for key, (_, sharding) in want.items()}
         graph = self._graphs.compile(f"view[{name}]", cast, dict(params), out_shardings=out)

@@ -4,7 +4,7 @@ Needs no accelerator: the step is compiled ahead of time for a named topology, w
 ``jax[cuda12-local]`` for GPUs. Prints a Markdown table. Exit code 1 if a step does not fit its devices, if something is
 replicated that a rule would split, or if gradients are all-reduced over ``fsdp`` where they could be reduce-scattered.
 
-    python scripts/aot_report.py [--effort EFFORT] [--explain] [NAME ...]
+    python scripts/aot_report.py [--effort EFFORT] [--offload OFFLOAD] [--explain] [NAME ...]
 """
 
 from __future__ import annotations
@@ -176,6 +176,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", choices=[[], *RECIPES], metavar="NAME", help=", ".join(RECIPES))
     parser.add_argument("--effort", type=float, default=-1.0, help="the compiler's, -1 (default, fastest) to 1")
     parser.add_argument("--explain", action="store_true", help="print all of each step, on stderr")
+    parser.add_argument("--offload", default="", help="what lies in host memory, see docs/offload.md")
     args = parser.parse_args()
     jax.config.update("jax_exec_time_optimization_effort", args.effort)
 
@@ -185,11 +186,13 @@ def main() -> int:
     print("|".join(("", *HEAD, "")), "|".join(("", *("---",) * len(HEAD), "")), sep="\n", flush=True)
     faults = []
     for name in args.names or RECIPES:
-        result = compile_recipe(RECIPES[name], say)
+        recipe = RECIPES[name]
+        recipe = dataclasses.replace(recipe, changes={**recipe.changes, "offload": args.offload})
+        result = compile_recipe(recipe, say)
         if args.explain:
             say(str(result.explanation))
         faults += [f"{name}: {fault}" for fault in result.faults()]
-        print("|".join(("", *result.row(name, RECIPES[name]), "")), flush=True)
+        print("|".join(("", *result.row(name, recipe), "")), flush=True)
     for fault in faults:
         say(fault)
     return 1 if faults else 0

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from parallelism import sequence
 from parallelism.sharding import platform
@@ -21,6 +22,7 @@ from parallelism.sharding import platform
 # Rows of at least so many tokens are gone through in chunks of queries, each with the keys up to its end: 5/8 of all
 # pairs instead of all. Short rows are not worth the longer program.
 CHUNKED_FROM, QUERY_CHUNKS = 256, 4
+ATTENTION = "attention"  # the name of attention's output over whole rows
 NEVER = -1e30  # a masked score: finite, so that a row with no key at all gives zeros and not NaN
 
 
@@ -167,6 +169,13 @@ def _split_rows(q, k, v, context, *, window, scale, softcap, dtype):
     return o.reshape(B, T, H, h).astype(q.dtype)
 
 
+def _named_forward(q, k, v, seen, scale, softcap):
+    """Forward of a gradient: what only attention itself can make again has a name for ``jax.checkpoint`` policies."""
+    o, (*inputs, _, normaliser) = _masked_forward(q, k, v, seen, scale, softcap)
+    o, normaliser = checkpoint_name(o, ATTENTION), checkpoint_name(normaliser, ATTENTION)
+    return o, (*inputs, o, normaliser)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _masked(q, k, v, seen, scale, softcap):
     """q [B, Q, K, G, h], k and v [B, S, K, h], seen [B, 1, 1, Q, S]: [B, Q, K, G, h] in at least float32."""
@@ -218,7 +227,7 @@ def _masked_gradients(q, k, v, seen, normaliser, delta, g, scale, softcap):
     return dq, dk, dv
 
 
-_masked.defvjp(_masked_forward, _masked_backward)
+_masked.defvjp(_named_forward, _masked_backward)
 
 
 def _cap(scores, softcap):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxsys.kernels.attention import Paged, Rows, attend
 from jaxsys.kernels.embedding import lookup
@@ -26,6 +27,8 @@ from jaxsys.models.mlp import MLP, Linear, gathered
 from jaxsys.models.rope import rotate, rotations
 from parallelism.sharding import constrain
 
+# Names of what a layer may keep for its backward pass, for ``jax.checkpoint`` policies and offload; see mlp.py too.
+RESIDUAL, MLP_RESIDUAL, QUERY, KEY, VALUE = "residual", "mlp_residual", "query", "key", "value"
 FULL = np.iinfo(np.int32).max  # the window of a layer that sees everything
 
 
@@ -65,6 +68,7 @@ class Attention(nnx.Module):
         k = constrain(self.k(x), ("batch", "seq", "act_kv_heads", None))
         q, k = rotate((self.q_norm or _same)(q), angles), rotate((self.k_norm or _same)(k), angles)
         v = constrain(self.v(x), ("batch", "seq", "act_kv_heads", None))
+        q, k, v = (checkpoint_name(x, name) for x, name in ((q, QUERY), (k, KEY), (v, VALUE)))
         y, carry = attend(
             q, k, v, context, carry,
             layer=layer, window=window, scale=self.scale, softcap=self.softcap, dtype=self.q.kernel.dtype,
@@ -96,8 +100,10 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm() if c.post_norms else None
 
     def __call__(self, x, angles, context, carry, *, layer, window):
+        x = checkpoint_name(x, RESIDUAL)
         y, carry = self.attention(self.attention_norm(x), angles, context, carry, layer=layer, window=window)
         x = constrain(x + (self.attention_post_norm or _same)(y), ("batch", "residual", "act_embed"))
+        x = checkpoint_name(x, MLP_RESIDUAL)
         y, sums = self.mlp_norm(x), None
         if self.mlp is not None:
             y = self.mlp(y)

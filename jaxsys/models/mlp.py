@@ -5,11 +5,13 @@ from __future__ import annotations
 import jax
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxsys.kernels.matmul import linear
 from jaxsys.models.config import ModelConfig
 from parallelism.sharding import constrain
 
+GATE, UP = "gate", "up"  # names of what a layer may keep, see decoder.py
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
@@ -38,6 +40,7 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = gathered(x)
         gate, up = (constrain(linear(x), ("batch", "seq", "act_mlp")) for linear in (self.gate, self.up))
+        gate, up = checkpoint_name(gate, GATE), checkpoint_name(up, UP)
         return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 

@@ -21,6 +21,7 @@ from jaxsys.models.config import ModelConfig
 from jaxsys.models.decoder import Decoder
 from jaxsys.models.layers import default_storage
 from parallelism.layout import Layout, Logical, Stored
+from parallelism.placement import is_matrix
 
 _STACK = re.compile(r"\b(\d+)-(\d+)\b")
 
@@ -53,6 +54,11 @@ class Model:
         """What each parameter is cast to where the model computes in ``dtype``: norms and routers stay as they are."""
         kept = {"norm", "router"}
         return {k: s.dtype if kept & set(s.axes) else jnp.dtype(dtype) for k, s in self.layout.items()}
+
+    @property
+    def layer_kernels(self) -> list[str]:
+        """Keys of the matrices of the layers: what a layer function gets as they are stored, and may fetch."""
+        return [key for key, stored in self.layout.items() if key.startswith("layers.") and is_matrix(stored)]
 
     @property
     def dtype(self) -> np.dtype:

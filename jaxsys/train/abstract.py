@@ -22,7 +22,17 @@ from jaxsys.optim import Optimizer
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.launch import Launcher
 from jaxsys.train.step import Step
-from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, Plan, plan, refuse_idle_axes, sequence, sharding_context
+from parallelism import (
+    ACTIVATIONS,
+    PARAMETERS,
+    MeshSpec,
+    Plan,
+    placement,
+    plan,
+    refuse_idle_axes,
+    sequence,
+    sharding_context,
+)
 from parallelism.errors import UserError
 from parallelism.zero import state_shardings
 
@@ -39,6 +49,8 @@ def starting_model(config: TrainConfig) -> tuple[ModelConfig, Pretrained | None]
 
 class AbstractRun:
     """The plan, the step and the graphs of a configuration on a mesh.
+
+    plan: of the parameters as they are computed with, in device memory; stored: where they lie between steps.
 
     devices: to lay the mesh over, which need not be of this machine (``jax.experimental.topologies``); default: all
     there are. Nothing is made on them and nothing is compiled before ``prepare``.
@@ -68,15 +80,17 @@ class AbstractRun:
         )
         self.step = Step(
             self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.shardings,
-            config.context_method,
+            config.context_method, offload=placement.Offload.parse(config.offload),
         )  # fmt: skip
+        in_host = self.model.layer_kernels if self.step.offload.parameters else ()
+        self.stored = dataclasses.replace(self.plan, shardings=placement.hosted(self.plan.shardings, in_host))
         self.optimizer_plan = self._optimizer_plan()
         self.layout = self.plan.layout | self.optimizer_plan.layout
         self.launcher = Launcher(config, self.step, self.plan, self.graphs, self.activation_rules)
 
     @property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return _abstract(self.plan)
+        return _abstract(self.stored)
 
     @property
     def opt_state(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -115,6 +129,8 @@ class AbstractRun:
             if decision.array == owner
         ]
         shardings = {name: self.shardings.optimizer[owner] if owner else whole for name, owner in like.items()}
+        if share := self.step.offload.optimizer:
+            shardings = placement.hosted(shardings, placement.offloaded_state(layout, like, share))
         return Plan(layout, self.mesh, self.plan.rules, shardings, tuple(decisions))
 
 

@@ -11,6 +11,7 @@ from jaxsys.optim import OptimConfig
 from parallelism import sequence, target
 from parallelism.errors import UserError
 from parallelism.liveness import Limits
+from parallelism.placement import Offload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ class TrainConfig:
     mesh: ``data=2,fsdp=-1,tensor=4``. parameter_rules, activation_rules: changes to the sharding rules;
     gradient_rules, optimizer_rules: what is different for gradients and optimizer state (ZeRO-1 and 2).
     accumulate: microbatches a step. step_form: one graph, or grads and update groups. remat: what layers keep.
+    offload: what lives in host memory, such as ``optimizer=0.5,parameters,activations=residual``; see docs/offload.md.
     context_method: how attention works on a mesh with context > 1, see ``parallelism.sequence``.
     eval_every: steps between evaluations on held-out text (0: only before and after), of ``eval_batches`` batches.
     sample: prompts to continue along the way, from the live weights.
@@ -114,6 +116,7 @@ class TrainConfig:
     step_form: Literal["fused", "split"] = "fused"
     update_groups: int = 4
     remat: str = "none"
+    offload: str = ""
     context_method: sequence.Method = "ring"
     parameter_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     compute_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
@@ -130,6 +133,7 @@ class TrainConfig:
         expect_at_least(self, 1, "steps", "accumulate", "update_groups", "log_every")
         expect_at_least(self, 0, "seed", "eval_every", "eval_batches")
         expect(self, "less than 2**31", lambda seed: seed < 2**31, "seed")
+        Offload.parse(self.offload)
         if self.target is not None:
             target(self.target)
         start, _ = self.profile_steps

@@ -19,6 +19,7 @@ from jaxsys.train.abstract import AbstractRun
 from parallelism import detect, target
 from parallelism.collectives import Collective, collectives
 from parallelism.errors import UserError
+from parallelism.placement import host_bytes
 from parallelism.residuals import Residual, residuals
 from parallelism.sharding_report import Report, report
 from parallelism.text import columns, in_units
@@ -113,8 +114,8 @@ def step_collectives(run: AbstractRun) -> list[Collective]:
 def memory(run: AbstractRun, failure: str | None = None) -> Memory:
     """What fills a device. failure: the compiler's words where the step could not be compiled."""
     classes = {
-        "parameters": sum(map(_shard_bytes, run.params.values())),
-        "optimizer state": sum(map(_shard_bytes, run.opt_state.values())),
+        "parameters": sum(map(_shard_bytes, run.params.values())) - host_bytes(run.params),
+        "optimizer state": sum(map(_shard_bytes, run.opt_state.values())) - host_bytes(run.opt_state),
         "batch": sum(map(_shard_bytes, run.launcher.batch.values())),
         "gradients": sum(_gradient_bytes(a, run.shardings.gradients[key]) for key, a in run.params.items()),
     }
@@ -132,7 +133,7 @@ def memory(run: AbstractRun, failure: str | None = None) -> Memory:
         temporary -= classes["gradients"]
     classes["activations"] = min(sum(r.nbytes for r in kept), max(temporary, 0))
     classes["temporaries"] = max(temporary - classes["activations"], 0)
-    return Memory(classes, max(graph.stats.host_bytes or 0 for graph in programs), capacity, tuple(kept))
+    return Memory(classes, max(graph.stats.host_bytes for graph in programs), capacity, tuple(kept))
 
 
 @contextlib.contextmanager

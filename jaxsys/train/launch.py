@@ -16,7 +16,7 @@ from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graph, Graphs
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.step import Arrays, Step, groups
-from parallelism import Plan, Rules, balance, sequence
+from parallelism import Plan, Rules, balance, placement, sequence
 from parallelism.errors import UserError
 
 BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
@@ -109,7 +109,10 @@ class Launcher:
         return jax.make_array_from_callback((*held.shape[:-2], rows, held.shape[-1]), sharding, part)
 
     def prepare(self, params: Any, state: Any) -> None:
-        """Compiles every graph of the step, for arrays like these."""
+        """Compiles every graph of the step, for arrays like these.
+
+        Raises UserError where the programs do not move what the configuration offloads.
+        """
         c, step = self._config, np.int32(0)
         if c.step_form == "split":
             self._compile_split(params, state, step)
@@ -122,6 +125,7 @@ class Launcher:
             for split, f in self._steps.items()
         }
         self.programs = [(self._fused[self._largest], 1)]
+        self._check_offload((graph, (params, state)) for graph in self._fused.values())
 
     def _compile_split(self, params: Any, state: Any, step: Any) -> None:
         f, graphs = self._functions, self._graphs
@@ -155,7 +159,8 @@ class Launcher:
         def update(params: Any, own: Any, shared: Any, grads: Any, scale: Any, step: Any) -> Any:
             return f.update(params, {**own, **shared}, grads, scale, step)
 
-        self._updates = []
+        self._updates: list[Graph] = []
+        programs: list[tuple[Graph, Any]] = [(self._grads[self._largest], params)]
         for i, keys in enumerate(self._groups):
             group, own, shared = self._group(params, state, keys)
             grads = {k: acc[0][k] for k in keys}
@@ -165,6 +170,7 @@ class Launcher:
                     f"update[{i}]", update, group, own, shared, grads, scale, step, donate=(0, 1), out_shardings=out
                 )
             )
+            programs.append((self._updates[i], (group, own)))
         more, once = self._config.accumulate - 1, [self._grads, *([self._count] if whole else [])]
         again = [self._accumulate, *([self._count_more] if whole else [])] if more else []
         self.programs = [
@@ -172,6 +178,20 @@ class Launcher:
             *((graphs[self._largest], more) for graphs in again),
             *((graph, 1) for graph in (self._finish, *self._updates)),
         ]
+        self._check_offload(programs)
+
+    def _check_offload(self, programs: Iterable[tuple[Graph, Any]]) -> None:
+        """Each program with its arguments."""
+        placement.check(
+            self._functions.offload,
+            [
+                placement.Program(
+                    graph.name, graph.moves, placement.host_bytes(arguments),
+                    graph.stats.host_argument_bytes, graph.stats.host_temporary_bytes,
+                )
+                for graph, arguments in programs
+            ],
+        )  # fmt: skip
 
     def launch(
         self,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from jax.sharding import NamedSharding
 
 from jaxsys.graphs import Graphs
 from jaxsys.live import Live
@@ -22,8 +25,9 @@ VIEW = "compute"
 class Samples:
     """Continuations of a run's prompts by whatever weights are live.
 
-    Where training computes in another dtype than that of its masters, a view of them in that dtype is served: the one
-    copy there is, refreshed when weights moved. Compiles its graphs in the constructor.
+    Where training computes in another dtype than that of its masters, or keeps them in host memory (then shardings say
+    where the device has them), a view of them is served: the one copy there is, refreshed when weights moved. Compiles
+    its graphs in the constructor.
     Raises UserError for prompts that the model's context cannot hold and for settings that are not valid.
     """
 
@@ -36,9 +40,10 @@ class Samples:
         tokenizer: Tokenizer,
         compute_dtype: Any,
         seed: int,
+        shardings: Mapping[str, NamedSharding] | None = None,
     ):
         self._sampling = Sampling(config.max_tokens, config.temperature, seed=seed, stop=tokenizer.eos_ids)
-        self._live, self._view = live, live.view(VIEW, model.compute_dtypes(compute_dtype))
+        self._live, self._view = live, live.view(VIEW, model.compute_dtypes(compute_dtype), shardings)
         encode = tokenizer.encode_message if config.chat else tokenizer.encode
         prompts = [encode(prompt) for prompt in config.prompts]
         longest = max(len(prompt) for prompt in prompts) + config.max_tokens

@@ -8,7 +8,7 @@ lazy snapshot, a streamed optimizer and a decode step need such places.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,10 @@ from jaxsys.kernels.loss import cross_entropy
 from jaxsys.models.experts import RouterSums, balance_loss, router_metrics, z_loss
 from jaxsys.models.state import Model
 from jaxsys.optim import Optimizer
-from parallelism import sequence
-from parallelism.errors import unknown_name
+from jaxsys.train.update import update
+from parallelism import sequence, streaming
+from parallelism.errors import UserError, unknown_name
+from parallelism.placement import Offload
 from parallelism.sharding import constrain
 from parallelism.zero import Shardings, StateShardings
 
@@ -46,8 +48,11 @@ class Step:
 
     compute_dtype: kernels are cast to it for forward and backward; gradients are summed in at least
     float32; updates are in the parameters' dtype.
+    shardings: where gradients are kept and which part of a parameter each device updates; in device memory.
     context_method: how attention works where rows are split over the mesh axis ``context``.
     split: size of the split region of batches that ``parallelism.balance`` arranged; None where rows are in order.
+    offload: what of the activations waits in host memory. Parameters and state are wherever the arrays are that come
+    in, and go out to the same memory.
     """
 
     model: Model
@@ -57,10 +62,16 @@ class Step:
     shardings: StateShardings
     context_method: sequence.Method = "ring"
     split: int | None = None
+    offload: Offload = Offload()
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
             raise unknown_name("remat policy", self.remat, REMAT)
+        if self.offload.parameters and self.remat == "none":
+            raise UserError(
+                "offload parameters with remat=none: every layer's parameters would stay on the device for its "
+                f"backward pass: expected remat={', '.join(name for name in REMAT if name != 'none')}"
+            )
 
     @property
     def auxiliary(self) -> bool:
@@ -76,14 +87,29 @@ class Step:
 
     def _forward(self, params: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array, RouterSums | None]:
         dtypes = self.model.compute_dtypes(self.compute_dtype)
-        decoder = self.model.bind({key: array.astype(dtypes[key]) for key, array in params.items()})
-        policy = REMAT[self.remat]
-        remat = None if policy is None else lambda f: jax.checkpoint(f, policy=policy)
+        # What lies in host memory is fetched, and cast, by the layer that it belongs to.
+        decoder = self.model.bind(
+            {k: array if streaming.is_streamed(array) else array.astype(dtypes[k]) for k, array in params.items()}
+        )
         batch, context = self._rows(batch)
-        hidden, _, router = decoder(batch["tokens"], context, remat=remat)
+        hidden, _, router = decoder(batch["tokens"], context, remat=self._layer)
         c = self.model.config
         loss = cross_entropy(hidden, decoder.head_kernel, batch["targets"], c.vocab_size, c.logit_softcap)
         return *loss, router
+
+    def _layer(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        """One layer's function on parameters in either memory, keeping for its backward pass what it should."""
+
+        def fetched(state: Any, *rest: Any) -> Any:
+            def fetch(x: Any) -> Any:
+                return streaming.fetch(x).astype(self.compute_dtype) if streaming.is_streamed(x) else x
+
+            return layer(jax.tree.map(fetch, state, is_leaf=lambda x: isinstance(x, streaming.Streamed)), *rest)
+
+        policy, names = REMAT[self.remat], self.offload.activations
+        if names:
+            policy = streaming.offloading(policy or jax.checkpoint_policies.everything_saveable, names)
+        return fetched if policy is None else jax.checkpoint(fetched, policy=policy)
 
     def _rows(self, batch: Batch) -> tuple[Batch, Rows]:
         """The batch in the order in which attention wants it on this mesh, and what attention sees of it."""
@@ -124,8 +150,8 @@ class Step:
         whole: the counts of the whole batch where it is more than this microbatch.
         """
 
-        def objective(params):
-            loss, targets, router = self._forward(params, batch)
+        def objective(taps):
+            loss, targets, router = self._forward(streaming.tapped(params, taps), batch)
             if router is None:
                 return loss, {"loss": loss, "targets": targets}
             tokens = (batch["segments"] > 0).sum().astype(loss.dtype)
@@ -134,7 +160,7 @@ class Step:
                 "loss": loss, "targets": targets, "tokens": tokens, "router": router,
             }  # fmt: skip
 
-        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(streaming.taps(params))
         grads = {key: g.astype(jnp.promote_types(g.dtype, jnp.float32)) for key, g in grads.items()}
         return _lay(grads, self.shardings.gradients), sums
 
@@ -174,11 +200,11 @@ class Step:
     def update(
         self, params: Arrays, state: Any, grads: Arrays, scale: jax.Array, step: jax.Array
     ) -> tuple[Arrays, Any]:
-        """One group's new parameters and optimizer state, in the dtypes that they have."""
+        """One group's new parameters and optimizer state, in the dtypes and memories that they have."""
         # Each device updates what it has the state of.
         grads = _lay({key: g.astype(params[key].dtype) for key, g in grads.items()}, self.shardings.optimizer)
         params = _lay(params, self.shardings.optimizer)
-        params, state = self.optimizer.update(params, state, grads, scale, step)
+        params, state = update(self.optimizer, params, state, grads, scale, step)
         return _lay(params, self.shardings.parameters), state
 
     def fused(self, params: Arrays, state: Any, step: jax.Array, batches: Batch) -> tuple[Arrays, Any, Arrays]:
@@ -202,13 +228,26 @@ class Step:
 
     def finite(self, state: Arrays) -> jax.Array:
         """Whether every value of the state is a finite number: a bool scalar."""
-        return jnp.stack([jnp.isfinite(array).all() for array in state.values()]).all()
+
+        def finite(array: jax.Array) -> jax.Array:
+            return jnp.isfinite(array).all()
+
+        stored = {**self.model.layout, **self.optimizer.layout_of_state()[0]}
+        found = [finite(array) for array in state.values() if not streaming.in_host(array)]
+        away = {name: array for name, array in state.items() if streaming.in_host(array)}
+        stacks = [array for name, array in away.items() if stored[name].stacked]
+        found += [lax.map(lambda row: finite(streaming.to_device(row)), stack).all() for stack in stacks]
+        single = [array for name, array in away.items() if not stored[name].stacked]
+        found += streaming.in_turn(lambda array: finite(streaming.to_device(array)), single)
+        return jnp.stack(found).all()
 
 
 def _lay(arrays: Arrays, shardings: Shardings) -> Arrays:
-    """Each array in the sharding of its key."""
+    """Each array in the sharding of its key, those in host memory as they are."""
     return {
-        key: lax.with_sharding_constraint(array, shardings[key]) if shardings[key].mesh.size > 1 else array
+        key: lax.with_sharding_constraint(array, shardings[key])
+        if shardings[key].mesh.size > 1 and not streaming.in_host(array)
+        else array
         for key, array in arrays.items()
     }
 

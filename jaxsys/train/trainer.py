@@ -184,7 +184,9 @@ class Trainer:
         if self.manager.latest() is not None:
             self._check_resume(opt_layout)
             with self.console.stage("resume") as said:
-                restored = self.manager.restore(layout=self.layout, shardings={**self.plan.shardings, **opt_shardings})
+                restored = self.manager.restore(
+                    layout=self.layout, shardings={**self.abstract.stored.shardings, **opt_shardings}
+                )
                 said.append(
                     f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}"
                 )
@@ -199,7 +201,7 @@ class Trainer:
         self.step = 0
         if pretrained:
             with self.console.stage(f"load {self.config.init_from}") as said:
-                self.params = put(self.plan, pretrained.reader)
+                self.params = put(self.abstract.stored, pretrained.reader)
                 said.append(f"{sum(s.nbytes for s in self.plan.layout.values()) / 1e6:.0f} MB")
         else:
             seed = np.int32(self.config.seed)
@@ -207,7 +209,7 @@ class Trainer:
             def compile_init(fn: Callable, out_shardings: Any) -> Graph:
                 return self.graphs.compile("init", fn, seed, out_shardings=out_shardings)
 
-            self.params = create(self.plan, self.abstract.unpadded.init, compile_init, seed)
+            self.params = create(self.abstract.stored, self.abstract.unpadded.init, compile_init, seed)
         begin = self.graphs.compile(
             "init_optimizer", self.abstract.optimizer.init, self.params, out_shardings=opt_shardings
         )
@@ -255,8 +257,9 @@ class Trainer:
             self.samples: Samples | None = None
             if c.sample.prompts:
                 self.samples = Samples(
-                    c.sample, self.model, self.live, self.graphs, self.tokenizer, c.compute_dtype, c.seed
-                )
+                    c.sample, self.model, self.live, self.graphs, self.tokenizer, c.compute_dtype, c.seed,
+                    self.plan.shardings if self.step_functions.offload.parameters else None,
+                )  # fmt: skip
                 said.append(f"view for samples {self.samples.view_bytes / 1e6:.0f} MB")
             said.append(f"{len(self.graphs)} graphs")
         self.graphs.freeze()
