@@ -115,9 +115,12 @@ def _set(cls: type, values: dict[str, Any], path: list[str], text: str, where: s
         _set(inner_cls, inner, path[1:], text, f"{where}{name}.")
         return
     value, classes = _parse(hints[name], text), _dataclasses(hints[name])
-    if classes and value is not None:  # chosen by name, with the defaults of its own keys
+    if classes and value is not None and len(_members(hints[name])) > 1:  # by name, with the defaults of its own keys
         _choose(classes, value, where + name)
         values[name] = {"kind": value} if len(classes) > 1 else {}
+    elif classes and value is not None:
+        own = ", ".join(f"{where}{name}.{key}" for key in _fields(classes[0]))
+        raise UserError(f"configuration key {where + name!r}: found {text!r}, expected one of its own keys: {own}")
     else:
         values[name] = to_dict(_value(hints[name], value, where + name))
 

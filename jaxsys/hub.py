@@ -52,6 +52,8 @@ def resolve(name_or_path: str | os.PathLike[str]) -> ModelSource:
         path = path / "checkpoints"  # a run's directory
     if path.exists():
         return ModelSource(path, _kind(path))
+    if path.suffix in (".gguf", ".safetensors"):
+        raise UserError(f"model {text!r}: no such file; check the spelling")
     if text.lower() in PACKAGED:
         return ModelSource(_packaged(text.lower()), "gguf")
     if isinstance(name_or_path, str) and _HUB_ID.fullmatch(text):
@@ -73,7 +75,8 @@ def _kind(path: Path) -> Kind:
             magic = file.read(4)
         if magic == b"GGUF":
             return "gguf"
-        raise UserError(f"{path}: not a GGUF file: it starts with {magic!r}; give a GGUF file or a model directory")
+        found = f"it starts with {magic!r}" if magic else "it is empty"
+        raise UserError(f"{path}: not a GGUF file: {found}; give a GGUF file or a model directory")
     if is_native(path):
         return "native"
     if (path / "config.json").is_file():

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from parallelism.hlo import Program
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Collective:
     kind: of ``KINDS``. axes: the mesh axes that its groups run over, in mesh order. count: how often it runs.
     nbytes: operands of one run, on one device. sent: bytes that one device sends in all runs, if the algorithm is
     the best there is: (g - 1) times the operands for an all-gather over g devices, (g - 1) / g for a reduce-scatter or
-    all-to-all, both for an all-reduce, once for a permute.
+    all-to-all, both for an all-reduce, once for a permute. Of a ragged all-to-all, whose sizes are data, all rows that
+    it could send.
     asynchronous: started and awaited apart. source: where it comes from.
     """
 
@@ -51,7 +52,9 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
         if size == 1 or not groups:
             continue
         inside = program.computations[computation]
-        nbytes = sum(inside[operand].nbytes for operand in each.operands if operand in inside)
+        # A ragged exchange's other operands are where to write, and sizes.
+        operands = each.operands[:1] if kind == "ragged-all-to-all" else each.operands
+        nbytes = sum(inside[operand].nbytes for operand in operands if operand in inside)
         if kind == "all-reduce" and "all-reduce-scatter" in computation:  # how the TPU compiler writes it
             kind = "reduce-scatter"
         part = (size - 1) / size
@@ -60,6 +63,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             "all-reduce": 2 * part,
             "reduce-scatter": part,
             "all-to-all": part,
+            "ragged-all-to-all": part,
             "collective-permute": 1.0,
         }[kind]
         started = each.opcode.endswith("-start") or "async_collective_name" in each.rest

@@ -29,7 +29,7 @@ from jax.experimental import topologies
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from jaxsys.models.config import Llama3Scaling, ModelConfig
+from jaxsys.models.config import Experts, Llama3Scaling, ModelConfig
 from jaxsys.train import DataConfig, TrainConfig
 from jaxsys.train.abstract import AbstractRun
 from jaxsys.train.explain import Explanation, explain, explained
@@ -41,6 +41,10 @@ LLAMA_70B = ModelConfig(**LLAMA, d_model=8192, n_layers=80, n_heads=64, head_dim
 LLAMA_1B = ModelConfig(
     **LLAMA, d_model=2048, n_layers=16, n_heads=32, head_dim=64, d_ff=8192, max_seq_len=131_072, tie_embeddings=True,
     rope_scaling=Llama3Scaling(factor=32.0),
+)  # fmt: skip
+MIXTRAL = ModelConfig(
+    "mixtral", vocab_size=32_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, d_ff=14_336,
+    max_seq_len=32_768, rope_theta=1e6, experts=Experts(8, 2, 14_336, balance_loss=0.02),
 )  # fmt: skip
 LONG = dataclasses.replace(LLAMA_8B, max_seq_len=131_072, rope_scaling=Llama3Scaling())
 
@@ -70,6 +74,7 @@ RECIPES = {
     "llama-3-8b": Recipe(LLAMA_8B, "v5p:4x4x4", "data=2,fsdp=32", (128, 8192)),
     "llama-3-70b": Recipe(LLAMA_70B, "v5p:8x8x8", "fsdp=128,tensor=4", (256, 8192)),
     "llama-3.2-1b": Recipe(LLAMA_1B, "v5e:4x4", "data=2,fsdp=8", (32, 4096)),
+    "mixtral-8x7b": Recipe(MIXTRAL, "v5p:4x4x4", "data=2,fsdp=4,expert=8", (64, 4096)),
     "llama-3.1-8b-128k": Recipe(LONG, "v5p:4x4x4", "fsdp=4,context=16", (4, 131_072)),
     "llama-3.2-1b-h100": Recipe(LLAMA_1B, "h100:2x8", "fsdp=16", (64, 4096)),
 }

@@ -11,7 +11,7 @@ from jaxsys.models.config import Experts, ModelConfig
 from jaxsys.models.state import build
 from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.train.step import Step
-from parallelism import PARAMETERS, MeshSpec, plan, put, to_host
+from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, plan, put, to_host
 from parallelism.zero import state_shardings
 
 # Nine query and three key/value heads divide over no tensor axis, a vocabulary of 67 over none but itself.
@@ -30,6 +30,12 @@ EXPERTS = dataclasses.replace(
     experts=Experts(8, 3, 10, shared_width=6, scale=1.5, dense_layers=(0,), balance_loss=0.5, z_loss=0.1),
 )  # fmt: skip
 MODELS = {"llama": LLAMA, "gemma2": GEMMA2}
+ZERO = {
+    1: {"rules": "embed=none", "gradient_rules": "embed=none", "optimizer_rules": "embed=fsdp"},
+    2: {"rules": "embed=none", "gradient_rules": "embed=fsdp", "optimizer_rules": "embed=fsdp"},
+    3: {},
+}
+"""Rules of each level, for ``Setup``."""
 
 
 @contextlib.contextmanager
@@ -71,7 +77,7 @@ class Setup:
 
     def __init__(
         self, config, mesh="", *, dtype="float32", storage="listed", rules="", remat="none", optim=None, compute=None,
-        steps=10, seed=0, method="ring", gradient_rules="", optimizer_rules="",
+        steps=10, seed=0, method="ring", gradient_rules="", optimizer_rules="", activation_rules="",
     ):  # fmt: skip
         self.mesh = MeshSpec.parse(mesh).build()
         model = build(config, dtype=dtype, storage=storage)
@@ -87,7 +93,7 @@ class Setup:
             model.with_layout(self.plan.layout), self.optimizer, jax.numpy.dtype(compute or dtype), remat,
             self.shardings, method,
         )  # fmt: skip
-        self.graphs = Graphs(self.mesh)
+        self.graphs = Graphs(self.mesh, ACTIVATIONS.override(activation_rules))
 
     def place(self, batch, microbatches=None):
         """[B, T] over the data axes, or with ``microbatches`` [A, B/A, T]."""

@@ -134,6 +134,8 @@ class Engine:
             raise UserError("prompt: found no token, expected at least one: give a longer text")
         if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
             raise UserError(f"prompt: token {wrong[0]} is not in the vocabulary, expected 0 to {vocabulary - 1}")
+        if wrong := [token for token in sampling.stop if token >= vocabulary]:
+            raise UserError(f"stop token {wrong[0]} is not in the vocabulary, expected 0 to {vocabulary - 1}")
         room, wanted = self.max_context - len(tokens), min(sampling.max_tokens, 1)
         if room < wanted:
             raise UserError(

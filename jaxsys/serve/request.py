@@ -43,9 +43,7 @@ class Sampling:
         if self.seed is not None:
             whole("sampling: seed", self.seed, 0, 2**32 - 1)
         _real("temperature", self.temperature, 0.0, math.inf)
-        _real("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
-            raise UserError("sampling: top_p=0 keeps no token, expected more than 0 and at most 1: use temperature=0")
+        _real("top_p", self.top_p, math.ulp(0.0), 1.0)
         for token in token_ids("sampling: stop", self.stop):
             whole("sampling: stop token", token, 0, 2**31 - 1)
 
@@ -76,8 +74,9 @@ def token_ids(name: str, value: object, expected: str = "a list of token ids") -
 def _real(name: str, value: object, low: float, high: float) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not low <= float(value) <= high or not math.isfinite(value):  # type: ignore[arg-type]
+        least = "more than 0" if low == math.ulp(0.0) else f"at least {low:g}"
         most = "" if high == math.inf else f" and at most {high:g}"
-        raise UserError(f"sampling: {name}={value!r}, expected a number of at least {low:g}{most}")
+        raise UserError(f"sampling: {name}={value!r}, expected a number of {least}{most}")
 
 
 @dataclasses.dataclass(eq=False)

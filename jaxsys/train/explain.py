@@ -160,6 +160,8 @@ def advice(run: AbstractRun, found: Memory) -> list[str]:
     shards = math.prod(shape[axis] for axis in run.activation_rules["batch"].mesh_axes)
     rows = c.data.batch_size // c.accumulate // shards
     less_state = [f"more devices on the mesh axis fsdp (fsdp={shape['fsdp']}) or tensor (tensor={shape['tensor']})"]
+    if not run.step.offload.optimizer:
+        less_state.append("offload=optimizer (its state in host memory)")
     less_work = []
     if c.remat != "full":
         less_work.append(f"remat=full (now {c.remat})")
@@ -169,6 +171,8 @@ def advice(run: AbstractRun, found: Memory) -> list[str]:
         less_work.append(
             f"a shorter data.seq_len (now {c.data.seq_len}), or context={2 * shape['context']} in the mesh"
         )
+    if not run.step.offload.activations:
+        less_work.append("offload=activations=residual (one activation a layer in host memory)")
     return less_state + less_work if state > found.total / 2 else less_work + less_state
 
 

@@ -207,23 +207,26 @@ class Step:
         params, state = update(self.optimizer, params, state, grads, scale, step)
         return _lay(params, self.shardings.parameters), state
 
-    def fused(self, params: Arrays, state: Any, step: jax.Array, batches: Batch) -> tuple[Arrays, Any, Arrays]:
-        """A whole step over A microbatches [A, B, T]: new parameters, optimizer state, metrics."""
+    def sums(self, params: Arrays, batches: Batch) -> tuple[Arrays, Sums]:
+        """What ``grads`` gives, of all A microbatches [A, B, T] together."""
         first, others = ({name: value[part] for name, value in batches.items()} for part in (0, slice(1, None)))
-        several = batches["tokens"].shape[0] > 1
+        if batches["tokens"].shape[0] == 1:
+            return self.grads(params, first)
         whole = None
-        if several and self.auxiliary:
+        if self.auxiliary:
             counts = self.counts(params, first)
             whole, _ = lax.scan(lambda sums, batch: (self.count_more(sums, params, batch), None), counts, others)
-        sums = self.grads(params, first, whole)
-        if several:
 
-            def more(sums, batch):
-                return self.accumulate(sums, params, batch, whole), None
+        def more(sums, batch):
+            return self.accumulate(sums, params, batch, whole), None
 
-            sums, _ = lax.scan(more, sums, others)
-        scale, metrics = self.finish(sums, step)
-        params, state = self.update(params, state, sums[0], scale, step)
+        return lax.scan(more, self.grads(params, first, whole), others)[0]
+
+    def fused(self, params: Arrays, state: Any, step: jax.Array, batches: Batch) -> tuple[Arrays, Any, Arrays]:
+        """A whole step over A microbatches [A, B, T]: new parameters, optimizer state, metrics."""
+        grads, totals = self.sums(params, batches)
+        scale, metrics = self.finish((grads, totals), step)
+        params, state = self.update(params, state, grads, scale, step)
         return params, state, metrics
 
     def finite(self, state: Arrays) -> jax.Array:

@@ -19,7 +19,9 @@ def recipe(tmp_path, material):
 
 
 def files(directory):
-    return {str(p): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix != ".pyc"}
+    """What is in it, but for what a run that is refused writes too: who holds the lock."""
+    paths = (p for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix != ".pyc" and p.name != ".lock")
+    return {str(p): p.read_bytes() for p in paths}
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def refused(tmp_path, capsys):
 
 
 SETTINGS = {
-    "a missing model file": (["model=none", "init_from=/no/model.gguf"], ["/no/model.gguf", "no such path"]),
+    "a missing model file": (["model=none", "init_from=/no/model.gguf"], ["/no/model.gguf", "no such file"]),
     "neither model nor init_from": (["model=none"], ["init_from", "model"]),
     "both model and init_from": (["init_from=smollm2-135m-instruct"], ["init_from", "model"]),
     "a mesh larger than the devices": (["mesh=fsdp=64"], ["'fsdp=64'", "needs 64 devices", "found 8"]),

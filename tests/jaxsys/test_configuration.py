@@ -154,6 +154,7 @@ def test_the_configuration_that_is_overridden_stays():
         ("inner.sizes=1,2,3,4,5", ["inner", "at most four sizes"]),
         ("optional.label=x", ["optional is None", "optional.label"]),
         ("run.x=1", ["run.x", "'here'"]),
+        ("inner=other", ["'inner'", "'other'", "inner.sizes"]),
         ("count", ["'count'", "KEY=VALUE"]),
     ],
 )

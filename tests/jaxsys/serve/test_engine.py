@@ -279,6 +279,7 @@ def test_a_mesh_makes_the_tokens_of_one_device_with_its_pool_split_by_heads(mesh
         ([], GREEDY, "no token"),
         ([1, 97], GREEDY, "token 97 is not in the vocabulary, expected 0 to 96"),
         ([-1], GREEDY, "token -1"),
+        ([1], Sampling(1, stop=(97,)), "stop token 97 is not in the vocabulary, expected 0 to 96"),
         ([1] * 96, GREEDY, "prompt of 96 tokens, expected at most 95 in a context of 96"),
         ([1] * 97, Sampling(0), "prompt of 97 tokens, expected at most 96"),
         ([1.9], GREEDY, "found 1.9 among its tokens, expected whole numbers"),

@@ -46,21 +46,14 @@ def test_loss_and_every_gradient_equal_one_device(mesh, model, storage, dtype):
     assert_near(found, expected, TOLERANCE[dtype])
 
 
-CONTEXT = {
-    ("context=4", "ring", "llama", "listed", "float64"),
-    ("context=2,tensor=2", "all_gather", "gemma2", "stacked", "float64"),
-    ("data=2,context=2,tensor=2", "token_ring", "gemma2", "listed", "float32"),
-    ("fsdp=2,context=4", "all_to_all", "llama", "stacked", "float64"),
-}
+CONTEXT = ("context=4", "context=2,tensor=2", "data=2,context=2,tensor=2", "fsdp=2,context=4")
 
 
-def context_cases():
-    meshes = sorted({case[0] for case in CONTEXT})
-    for case in itertools.product(meshes, METHODS, MODELS, ("listed", "stacked"), TOLERANCE):
-        yield pytest.param(*case, marks=() if case in CONTEXT else pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("mesh", "method", "model", "storage", "dtype"), context_cases())
+@pytest.mark.slow  # its pairs are in test_step_covering.py
+@pytest.mark.parametrize(
+    ("mesh", "method", "model", "storage", "dtype"),
+    itertools.product(CONTEXT, METHODS, MODELS, ("listed", "stacked"), TOLERANCE),
+)
 def test_rows_split_over_context_give_the_loss_and_gradients_of_one_device(mesh, method, model, storage, dtype):
     expected, totals = on_one_device(model, dtype)
     with x64(dtype == "float64"):

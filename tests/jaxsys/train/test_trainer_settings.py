@@ -103,10 +103,16 @@ def test_the_work_of_a_batch_leaves_padding_out():
         "segments": np.array([[1, 1, 2, 0], [1, 0, 0, 0]], np.int32),
         "positions": np.array([[0, 1, 0, 0], [0, 0, 0, 0]], np.int32),
     }
-    work = Trainer._work(SimpleNamespace(model=SimpleNamespace(config=MODEL)), host)
-    assert work == {"tokens": 4, "flops": 4 * MODEL.flops_per_token(np.array([1, 2, 1, 1]))}
+
+    def work(host, share):
+        launcher = SimpleNamespace(share=share)
+        return Trainer._work(SimpleNamespace(model=SimpleNamespace(config=MODEL), launcher=launcher), host)
+
+    flops = 4 * MODEL.flops_per_token(np.array([1, 2, 1, 1]))
+    assert work(host, 1.0) == {"tokens": 4, "flops": flops}
+    assert work(host, 0.5) == {"tokens": 8, "flops": 2 * flops}  # another process has the other half
     nothing = {name: np.zeros_like(array) for name, array in host.items()}
-    assert Trainer._work(SimpleNamespace(model=SimpleNamespace(config=MODEL)), nothing) == {"tokens": 0, "flops": 0.0}
+    assert work(nothing, 1.0) == {"tokens": 0, "flops": 0.0}
 
 
 def test_what_does_not_divide_is_said_in_one_line(tmp_path, material):
@@ -118,9 +124,9 @@ def test_what_does_not_divide_is_said_in_one_line(tmp_path, material):
     assert "kv_heads=3 does not divide over tensor=2: padded to 4 (in 2 arrays)" in line and "vocab=257" in line
 
 
-def test_several_processes_are_refused(tmp_path, material, monkeypatch):
+def test_several_processes_without_a_watch_of_them_are_refused(tmp_path, material, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="found 2 processes, expected one"):
+    with pytest.raises(UserError, match="JAX has 2 processes, the trainer was told of 1"):
         Trainer(make_config(tmp_path / "run", material), quiet())
 
 

@@ -4,16 +4,11 @@ import functools
 
 import numpy as np
 import pytest
-from tiny_models import LLAMA, Setup, assert_near, packed_batch, x64
+from tiny_models import LLAMA, ZERO, Setup, assert_near, packed_batch, x64
 
 from parallelism.collectives import collectives, summary
 from parallelism.errors import UserError
 
-LEVELS = {
-    1: {"rules": "embed=none", "gradient_rules": "embed=none", "optimizer_rules": "embed=fsdp"},
-    2: {"rules": "embed=none", "gradient_rules": "embed=fsdp", "optimizer_rules": "embed=fsdp"},
-    3: {},
-}
 MESH = "fsdp=4,tensor=2"
 
 
@@ -21,7 +16,7 @@ MESH = "fsdp=4,tensor=2"
 def stepped(level, mesh=MESH):
     """Parameters and optimizer state after one fused step of two microbatches, the setup, the compiled text."""
     with x64():
-        setup = Setup(LLAMA, mesh, dtype="float64", **LEVELS[level])
+        setup = Setup(LLAMA, mesh, dtype="float64", **ZERO[level])
         state_shardings = {
             name: setup.shardings.optimizer[owner] if owner else None
             for name, owner in setup.optimizer.layout_of_state()[1].items()
@@ -36,7 +31,7 @@ def stepped(level, mesh=MESH):
         return setup, {**params, **state}, setup.host({**params, **state}, layout), graph.compiled.as_text()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ZERO)
 def test_every_level_takes_the_step_of_one_device(level):
     _, _, expected, _ = stepped(3, "")
     _, _, found, _ = stepped(level)
@@ -50,7 +45,7 @@ def held(arrays):
 
 def test_each_level_splits_one_thing_more():
     parameters, gradients, optimizer = {}, {}, {}
-    for level in LEVELS:
+    for level in ZERO:
         setup, arrays, _, _ = stepped(level)
         wide = [k for k, stored in setup.plan.layout.items() if "embed" in stored.axes]
         with x64():
