@@ -1,12 +1,13 @@
 """The formulas of docs/parallelism.md, "Bytes a step sends", against what compiled steps send.
 
-On CPU: what is written by hand (context parallelism) or a plain sum (data). What the TPU's compiler makes of the other
-axes is held in tests/integration/test_aot.py.
+On CPU; what the TPU's compiler makes of ``fsdp`` is held in tests/integration/test_aot.py.
 """
+
+import dataclasses
 
 import pytest
 
-from jaxsys.models.config import ModelConfig
+from jaxsys.models.config import Experts, ModelConfig
 from jaxsys.train import DataConfig, TrainConfig
 from jaxsys.train.abstract import AbstractRun
 from jaxsys.train.explain import step_collectives
@@ -19,12 +20,12 @@ MODEL = ModelConfig(
 ROWS, LENGTH, F32 = 4, 64, 4
 
 
-def collectives_of(mesh, **changes):
+def collectives_of(mesh, model=MODEL, **changes):
     config = TrainConfig(
-        run="traffic", model=MODEL, mesh=mesh, data=DataConfig(batch_size=ROWS, seq_len=LENGTH), storage="stacked",
+        run="traffic", model=model, mesh=mesh, data=DataConfig(batch_size=ROWS, seq_len=LENGTH), storage="stacked",
         compute_dtype="float32", **changes,
     )  # fmt: skip
-    run = AbstractRun(config, MODEL)
+    run = AbstractRun(config, model)
     run.prepare()
     return run, step_collectives(run)
 
@@ -58,3 +59,33 @@ def test_data_parallelism_all_reduces_every_gradient_once_a_microbatch(accumulat
     parameters = sum(stored.nbytes for stored in run.plan.layout.values())
     sent = sum(c.sent for c in found if (c.kind, c.axes) == ("all-reduce", ("data",)))
     assert sent == pytest.approx(accumulate * 2 * (1 / 2) * parameters, rel=1e-3)  # and a few scalars
+
+
+def test_fsdp_gathers_kernels_twice_and_sums_their_gradients():
+    n = 4
+    run, found = collectives_of(f"fsdp={n}")
+    tables = {key: stored.nbytes for key, stored in run.plan.layout.items() if "vocab" in stored.axes}
+    layers = sum(stored.nbytes for key, stored in run.plan.layout.items() if key.startswith("layers"))
+    kernels = sum(s.nbytes for key, s in run.plan.layout.items() if key.startswith("layers") and "embed" in s.axes)
+    sent = {}
+    for each in found:
+        assert each.axes == ("fsdp",)
+        sent[each.kind] = sent.get(each.kind, 0) + each.sent
+    part = (n - 1) / n
+    assert sent["all-gather"] == part * (2 * kernels + tables["embed.kernel"] + 2 * tables["head.kernel"])
+    assert sent["reduce-scatter"] == part * sum(tables.values())
+    assert sent["all-reduce"] == pytest.approx(2 * part * layers, rel=2e-3)  # and the last norm, and scalars
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_experts_exchange_slots_for_the_worst_case_there_and_back(remat):
+    n, E, k = 4, 8, 3
+    model = dataclasses.replace(MODEL, windows=(), experts=Experts(E, k, 16))
+    _, found = collectives_of(f"expert={n}", model, remat=remat)
+    tokens = ROWS * LENGTH // n
+    rows = (n - 1) * F32 * model.d_model * min(k, E // n) * tokens
+    counts = (n - 1) * F32 * E // n
+    passes = 2 if remat == "none" else 3  # forward and backward; forward again
+    again = 1 if remat == "none" else 2
+    sent = sum(c.sent for c in found if c.kind == "all-to-all")
+    assert sent == model.n_layers * (passes * 2 * rows + again * counts)
