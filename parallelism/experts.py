@@ -83,6 +83,13 @@ def apply(
     if context is None or context.mesh.size == 1:
         return work(*arguments, dict(kernels), split=_Split())
     tokens = spec_of(x.shape, ("batch", "residual", "act_embed"))
+    ordered = (n := context.mesh.shape[sequence.AXIS]) == 1 or sequence.AXIS in axes_of(PartitionSpec(tokens[1]))
+    if capacity_factor is not None and not ordered:
+        raise UserError(
+            f"experts with a capacity on {sequence.AXIS}={n}: rows of {x.shape[1]} tokens are not split over it "
+            f"between blocks (activation rule residual={context.rules['residual']}), so which tokens come first is lost: "
+            "make the length divide, or leave capacity_factor out"
+        )
     specs = {name: spec_of(kernel.shape, axes[name]) for name, kernel in kernels.items()}
     split = _split(dict(context.mesh.shape), tokens, specs, axes)
     each = PartitionSpec(*tokens[:2])

@@ -48,8 +48,6 @@ class TrainArgs:
         if self.print_config:
             print(configuration.dumps(config))
             return 0
-        if self.explain:
-            return self._explain(config)
         from jaxsys.train.trainer import Trainer
         from parallelism.liveness import Watch
         from parallelism.multihost import detect, start
@@ -57,6 +55,8 @@ class TrainArgs:
         limits = config.liveness
         # JAX's own time-out says nothing, so it comes last.
         processes = start(detect(self.coordinator, self.processes, self.process), 100 + 3 * limits.dead)
+        if self.explain:
+            return self._explain(config, processes.index == 0)
         with Watch(processes, limits) as watch, Trainer(config, watch=watch) as trainer:
             summary = trainer.run()
         line = trainer.console.line
@@ -74,7 +74,7 @@ class TrainArgs:
         return 0
 
     @staticmethod
-    def _explain(config: TrainConfig) -> int:
+    def _explain(config: TrainConfig, lead: bool) -> int:
         from jaxsys.console import Console
         from jaxsys.graphs import enable_persistent_cache
         from jaxsys.train.abstract import AbstractRun, starting_model
@@ -82,6 +82,8 @@ class TrainArgs:
 
         enable_persistent_cache()
         run = AbstractRun(config, starting_model(config)[0])
-        with explained(run, Console().line):
-            print(explain(run))
+        with explained(run, Console(shown=lead).line):
+            found = explain(run)
+        if lead:
+            print(found)
         return 0

@@ -164,11 +164,12 @@ class ModelConfig:
 
     @property
     def inference(self) -> ModelConfig:
-        """Without what only training reads: what files of a model can say."""
+        """Without what only training reads, and a ``d_ff`` that no layer has: what files of a model can say."""
         if self.experts is None:
             return self
         plain = dataclasses.replace(self.experts, capacity_factor=None, balance_loss=0.0, z_loss=0.0)
-        return dataclasses.replace(self, experts=plain)
+        dense = any(self.experts_of(layer) is None for layer in range(self.n_layers))
+        return dataclasses.replace(self, experts=plain, d_ff=self.d_ff if dense else plain.width)
 
     def matmul_parameters(self) -> int:
         """Parameters that multiply every token: all kernels (of a layer's experts as many as a token goes to) and the

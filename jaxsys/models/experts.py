@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 
 from jaxsys.kernels.grouped import grouped_linear
+from jaxsys.kernels.matmul import linear
 from jaxsys.models.config import Experts, ModelConfig
 from jaxsys.models.mlp import ACTIVATIONS, MLP, Linear
 from parallelism import experts
@@ -52,7 +53,7 @@ class MixtureOfExperts(nnx.Module):
         """x [B, T, D], used [B, T] bool: [B, T, D], and the sums. drop: whether the capacity holds."""
         e = self.settings
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = self.router(x.astype(wide))
+        logits = linear(x.astype(wide), self.router.kernel[...].astype(wide))
         routes, probability = route(logits, used, e)
         kernels = {"gate": self.gate.kernel[...], "up": self.up.kernel[...], "down": self.down.kernel[...]}
         axes = {

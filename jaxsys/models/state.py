@@ -23,6 +23,8 @@ from jaxsys.models.layers import default_storage
 from parallelism.layout import Layout, Logical, Stored
 from parallelism.placement import is_matrix
 
+KEPT = {"norm", "router"}  # axes of arrays that compute in the dtype they are stored in
+
 _STACK = re.compile(r"\b(\d+)-(\d+)\b")
 
 
@@ -52,13 +54,14 @@ class Model:
 
     def compute_dtypes(self, dtype: Any) -> dict[str, np.dtype]:
         """What each parameter is cast to where the model computes in ``dtype``: norms and routers stay as they are."""
-        kept = {"norm", "router"}
-        return {k: s.dtype if kept & set(s.axes) else jnp.dtype(dtype) for k, s in self.layout.items()}
+        return {k: s.dtype if KEPT & set(s.axes) else jnp.dtype(dtype) for k, s in self.layout.items()}
 
     @property
     def layer_kernels(self) -> list[str]:
-        """Keys of the matrices of the layers: what a layer function gets as they are stored, and may fetch."""
-        return [key for key, stored in self.layout.items() if key.startswith("layers.") and is_matrix(stored)]
+        """Keys of the matrices of the layers that are cast to compute with: what a layer function gets as they are
+        stored, and may fetch."""
+        matrices = (key for key, stored in self.layout.items() if is_matrix(stored) and not KEPT & set(stored.axes))
+        return [key for key in matrices if key.startswith("layers.")]
 
     @property
     def dtype(self) -> np.dtype:

@@ -27,6 +27,7 @@ from parallelism import (
     PARAMETERS,
     MeshSpec,
     Plan,
+    Rules,
     placement,
     plan,
     refuse_idle_axes,
@@ -74,8 +75,8 @@ class AbstractRun:
         self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
         self.shardings = state_shardings(
             self.plan,
-            parameter_rules.override(config.gradient_rules),
-            parameter_rules.override(config.optimizer_rules),
+            Rules("gradient", parameter_rules, parameter_rules.paddable).override(config.gradient_rules),
+            Rules("optimizer", parameter_rules, parameter_rules.paddable).override(config.optimizer_rules),
             self.unpadded.units,
         )
         self.step = Step(
@@ -108,10 +109,11 @@ class AbstractRun:
             raise UserError(
                 f"data.seq_len {data.seq_len} is over the model's context of {model.max_seq_len}: make it less"
             )
-        if data.split_shares and model.experts is not None and model.experts.capacity_factor is not None:
+        factor = None if model.experts is None else model.experts.capacity_factor
+        if data.split_shares and factor is not None:
             raise UserError(
-                f"data.split_shares {data.split_shares} and experts.capacity_factor {model.experts.capacity_factor}: a "
-                "capacity counts a row's tokens in order, which balanced batches give up: use one of them"
+                f"data.split_shares {data.split_shares} and model.experts.capacity_factor {factor}: a capacity counts "
+                "a row's tokens in order, which balanced batches give up: use one of them"
             )
         if data.batch_size % self.config.accumulate:
             raise UserError(

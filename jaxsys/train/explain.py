@@ -119,12 +119,13 @@ def memory(run: AbstractRun, failure: str | None = None) -> Memory:
         "batch": sum(map(_shard_bytes, run.launcher.batch.values())),
         "gradients": sum(_gradient_bytes(a, run.shardings.gradients[key]) for key, a in run.params.items()),
     }
+    host = host_bytes(run.params) + host_bytes(run.opt_state)
     hardware = target(run.config.target) if run.config.target else detect(run.mesh.devices.flat[0])
     capacity = hardware.memory_bytes if hardware else None
     if failure is not None:
         if used := _needed(failure):
             classes["activations and temporaries"] = max(used - sum(classes.values()), 0)
-        return Memory(classes, 0, capacity)
+        return Memory(classes, host, capacity)
     programs = [graph for graph, _ in run.launcher.programs]
     most = max(programs, key=lambda graph: graph.stats.temporary_bytes or 0)
     kept = residuals(programs[0].text)
@@ -133,7 +134,8 @@ def memory(run: AbstractRun, failure: str | None = None) -> Memory:
         temporary -= classes["gradients"]
     classes["activations"] = min(sum(r.nbytes for r in kept), max(temporary, 0))
     classes["temporaries"] = max(temporary - classes["activations"], 0)
-    return Memory(classes, max(graph.stats.host_bytes for graph in programs), capacity, tuple(kept))
+    host += max(graph.stats.host_temporary_bytes or 0 for graph in programs)
+    return Memory(classes, host, capacity, tuple(kept))
 
 
 @contextlib.contextmanager

@@ -77,8 +77,9 @@ class Step:
     def auxiliary(self) -> bool:
         """Whether the gradient is of more than the cross-entropy: of losses of the router, which are means over a whole
         batch, so that what ``counts`` counts of it must be known before its first microbatch."""
-        experts = self.model.config.experts
-        return experts is not None and bool(experts.balance_loss or experts.z_loss)
+        c = self.model.config
+        routed = (c.experts_of(layer) for layer in range(c.n_layers))
+        return any(e is not None and bool(e.balance_loss or e.z_loss) for e in routed)
 
     def losses(self, params: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Sum of -log p over the targets of one microbatch [B, T], and their number."""

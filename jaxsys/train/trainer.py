@@ -181,7 +181,8 @@ class Trainer:
         """Parameters, optimizer state and step: from the newest checkpoint, else from the beginning."""
         opt_layout, opt_shardings = self.abstract.optimizer_plan.layout, self.abstract.optimizer_plan.shardings
         self.watch.phase("making or restoring the state", setup=True)
-        if self.manager.latest() is not None:
+        # A shared file system may show one process what another does not see yet: all go by what process 0 sees.
+        if default_coordinator().gather("resume", str(self.manager.latest()))[0] != "None":
             self._check_resume(opt_layout)
             with self.console.stage("resume") as said:
                 restored = self.manager.restore(
@@ -449,7 +450,10 @@ class Trainer:
         n = len(contexts)
         flops = n * self.model.config.flops_per_token(contexts) if n else 0.0
         even = {name: float(host[name]) for name in REPORTED if name in host}
-        return {"tokens": n / self.launcher.share, "flops": flops / self.launcher.share, **even}
+        tokens = n / self.launcher.share
+        if even:  # the devices of other processes may hold more or fewer
+            tokens = round((1 - even["padding"]) * self.config.data.batch_size * self.config.data.seq_len)
+        return {"tokens": tokens, "flops": flops / self.launcher.share, **even}
 
     def _peak(self) -> float | None:
         found = target(self.config.target) if self.config.target else detect(self.mesh.devices.flat[0])

@@ -34,22 +34,29 @@ def update(
     def alone(group: tuple[tuple[Arrays, Arrays], Arrays]) -> tuple[Arrays, Arrays]:
         return streaming.like_before(one(*streaming.to_device(group)), group[0])
 
-    layers: dict[int, list[str]] = {}
+    spans: dict[str, list[str]] = {}
     single: list[str] = []
     here: list[str] = []
     away = {key for key in params if any(map(streaming.in_host, jax.tree.leaves(part([key])[0])))}
-    depths = {params[key].shape[0] for key in away if optimizer.layout[key].stacked}
+    leaving = {_span(key) for key in away if optimizer.layout[key].stacked}
     for key in params:
-        if optimizer.layout[key].stacked and (depth := params[key].shape[0]) in depths:
-            layers.setdefault(depth, []).append(key)
+        if optimizer.layout[key].stacked and (span := _span(key)) in leaving:
+            spans.setdefault(span, []).append(key)
         else:
             (single if key in away else here).append(key)
     results = [one(*part(here))]
-    results += [streaming.over_rows(one, *part(keys)) for keys in layers.values()]
-    results += streaming.in_turn(alone, [part([key]) for key in single])
+    deep = [keys for keys in spans.values() if params[keys[0]].shape[0] > 1]
+    flat = [keys for keys in spans.values() if params[keys[0]].shape[0] == 1]
+    results += [streaming.over_rows(one, *part(keys)) for keys in deep]
+    results += streaming.in_turn(alone, [part(keys) for keys in [*flat, *([key] for key in single)]])
     new_params: dict[str, Any] = {}
     new_state = optimizer.update({}, shared, {}, scale, step)[1]
     for some_params, some_state in results:
         new_params |= some_params
         new_state |= some_state
     return {key: new_params[key] for key in params}, {name: new_state[name] for name in state}
+
+
+def _span(key: str) -> str:
+    """The stack of layers that an array belongs to: ``layers.0-29`` of ``layers.0-29.mlp.up.kernel``."""
+    return ".".join(key.split(".")[:2])

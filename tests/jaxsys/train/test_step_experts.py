@@ -151,3 +151,28 @@ def test_bfloat16_compute_on_a_mesh_keeps_gradients_near_those_of_float32():
     for name, want in expected.items():
         cosine = (found[name] * want).sum() / np.linalg.norm(found[name]) / np.linalg.norm(want)
         assert cosine > 0.99, name
+
+
+def test_a_capacity_is_refused_where_the_order_of_a_rows_tokens_is_lost():
+    setup = Setup(model("capacity"), "context=2", activation_rules="residual=tensor")
+    with pytest.raises(UserError, match="context=2: rows of 16 tokens are not split over it"):
+        setup.grads(packed_batch())
+
+
+def test_routers_and_norms_are_not_what_a_layer_fetches_and_casts():
+    for storage in ("listed", "stacked"):
+        kernels = Setup(EXPERTS, storage=storage).step.model.layer_kernels
+        assert kernels and not [key for key in kernels if "router" in key or "norm" in key]
+
+
+def test_losses_of_a_router_that_no_layer_has_count_nothing():
+    routed = dataclasses.replace(EXPERTS.experts, dense_layers=(0, 1))
+    setup = Setup(dataclasses.replace(EXPERTS, experts=routed))
+    assert not setup.step.auxiliary
+
+
+def test_a_width_that_no_layer_has_is_no_part_of_what_files_say():
+    routed = dataclasses.replace(EXPERTS.experts, dense_layers=())
+    every = dataclasses.replace(EXPERTS, experts=routed)
+    assert every.inference == dataclasses.replace(every, d_ff=every.d_ff + 8).inference
+    assert EXPERTS.inference != dataclasses.replace(EXPERTS, d_ff=EXPERTS.d_ff + 8).inference
