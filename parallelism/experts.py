@@ -87,8 +87,8 @@ def apply(
     if capacity_factor is not None and not ordered:
         raise UserError(
             f"experts with a capacity on {sequence.AXIS}={n}: rows of {x.shape[1]} tokens are not split over it "
-            f"between blocks (activation rule residual={context.rules['residual']}), so which tokens come first is lost: "
-            "make the length divide, or leave capacity_factor out"
+            f"between blocks (activation rule residual={context.rules['residual']}), so which come first is lost: make "
+            "the length divide, or leave capacity_factor out"
         )
     specs = {name: spec_of(kernel.shape, axes[name]) for name, kernel in kernels.items()}
     split = _split(dict(context.mesh.shape), tokens, specs, axes)
