@@ -273,6 +273,13 @@ def start(processes: Processes, heartbeat_seconds: float = 100.0) -> Processes:
     return processes
 
 
+def job() -> tuple[int, int]:
+    """Index of this process and number of processes, as ``start`` connected them; asks no device."""
+    from jax._src import distributed  # jax.process_index makes the devices
+
+    return distributed.global_state.process_id, distributed.global_state.num_processes
+
+
 def store() -> Any:
     """The client of the job's key-value store, which ``start`` connected."""
     from jax._src import distributed  # jax has no public name for it
