@@ -204,7 +204,9 @@ class Trainer:
             seed = np.int32(self.config.seed)
 
             def compile_init(fn: Callable, out_shardings: Any) -> Graph:
-                return self.graphs.compile("init", fn, seed, out_shardings=out_shardings)
+                graph = self.graphs.compile("init", fn, seed, out_shardings=out_shardings)
+                self._meet()
+                return graph
 
             self.params = create(self.abstract.stored, self.abstract.unpadded.init, compile_init, seed)
         begin = self.graphs.compile(
@@ -259,9 +261,15 @@ class Trainer:
                 )  # fmt: skip
                 said.append(f"view for samples {self.samples.view_bytes / 1e6:.0f} MB")
             said.append(f"{len(self.graphs)} graphs")
+            self._meet()
         self.graphs.freeze()
         if self.lead:
             self.graphs.save(self.run_directory / "graphs.json")
+
+    def _meet(self) -> None:
+        """Waits until all processes have compiled what they have here: one that launches long before the others runs
+        into the time-out of the first collective (of Gloo, on CPU, 30 s)."""
+        agree(default_coordinator(), {"names of programs": ", ".join(graph.name for graph in self.graphs)})
 
     # ------------------------------------------------------------------------------------------------------ run
 
