@@ -223,7 +223,7 @@ class Watch:
         else:
             text = " ".join(str(error).split())[:500]
             self._report.symptom = isinstance(error, (jax.errors.JaxRuntimeError, PeerError))
-            self._report.ended = f"{type(error).__name__}: {text}"
+            self._report.ended = f"{type(error).__name__}: {text}".removesuffix(": ")
             if self._report.symptom:
                 self._wait(self.limits.dead + 4 * self._interval)  # the verdict on the other ends this process
                 self._report.symptom = False

@@ -42,11 +42,9 @@ def roll_call(coordinator: str, count: int, index: int, seconds: float) -> None:
     if index == 0:
         lead = threading.Thread(target=_Lead(count, _listen(coordinator), seconds).run, name="roll call", daemon=True)
         lead.start()
-    try:
-        error = _answer(coordinator, f"process {index} of {count}", hello, seconds)
-    finally:
-        if lead is not None:
-            lead.join()  # JAX is to find the port free, and those that come late an answer
+    error = _answer(coordinator, f"process {index} of {count}", hello, seconds)
+    if lead is not None:
+        lead.join()  # JAX is to find the port free, and those that come late an answer
     if error:
         raise UserError(error)
 
