@@ -188,6 +188,22 @@ def test_a_process_that_is_killed_in_the_loop_ends_the_run_and_is_named(recipe):
     assert "Traceback" not in lead
 
 
+SLOW = """
+import jax, time
+from jaxsys.train.launch import Launcher
+prepare = Launcher.prepare
+def slow(self, *args):
+    time.sleep(40 * jax.process_index())
+    return prepare(self, *args)
+Launcher.prepare = slow
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_longer_than_collectives_wait_is_waited_for(recipe):
+    Job(recipe, 2, 1, "mesh=fsdp=2", "steps=1", before=SLOW).finish(0, 0)
+
+
 DIFFER = """
 import jax
 from jaxsys.train.trainer import Trainer
