@@ -15,6 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from parallelism.launches import Launches
+
 Result = TypeVar("Result")
 
 
@@ -22,10 +24,11 @@ class Dispatcher:
     """A first-in first-out queue of launches, worked off by one daemon thread.
 
     With several processes each must submit the same work in the same order; a training loop that is a
-    function of its configuration does.
+    function of its configuration does. launches: what was launched, for ``parallelism.liveness`` to compare.
     """
 
     def __init__(self) -> None:
+        self.launches = Launches()
         self._closed = False
         self._lock = threading.Lock()  # between a submission and the end of the queue
         self._queue: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
@@ -50,6 +53,14 @@ class Dispatcher:
         if self.current():
             return work(*args)
         return self.submit(work, *args).result()
+
+    def launch(self, name: str, program: Callable[..., Result], *args: Any) -> Result:
+        """Runs a program on the launching thread and returns its result, as ``call`` does. name: for ``launches``."""
+        return self.call(self._launch, name, program, *args)
+
+    def _launch(self, name: str, program: Callable[..., Result], *args: Any) -> Result:
+        self.launches.add(name)
+        return program(*args)
 
     def current(self) -> bool:
         return threading.current_thread() is self._thread

@@ -88,7 +88,7 @@ class Graph:
         )
 
     def __call__(self, *args: Any) -> Any:
-        return dispatcher().call(self.compiled, *args)
+        return dispatcher().launch(self.name, self.compiled, *args)
 
 
 class Graphs:

@@ -13,9 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-import jax
-
-from parallelism.multihost import store
+from parallelism.multihost import job, store
 
 T = TypeVar("T")
 
@@ -54,7 +52,7 @@ class JaxCoordinator:
 
     def __init__(self) -> None:
         self._client: Any = store()
-        self.index, self.count = jax.process_index(), jax.process_count()
+        self.index, self.count = job()
         self._calls: dict[str, int] = defaultdict(int)
 
     def gather(self, channel: str, value: Any) -> list[Any]:
@@ -78,7 +76,7 @@ class JaxCoordinator:
 @functools.cache
 def default_coordinator() -> Coordinator:
     """The coordinator of this process: one for all uses, since keys of the store are used once."""
-    return SingleProcess() if jax.process_count() == 1 else JaxCoordinator()
+    return SingleProcess() if job()[1] == 1 else JaxCoordinator()
 
 
 def together(coordinator: Coordinator, channel: str, work: Callable[[], T]) -> list[T]:

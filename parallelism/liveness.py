@@ -4,7 +4,8 @@ A collective waits for all, so one process that is gone or loops stops the other
 thread that writes a report to the job's key-value store once an interval: what the main thread is doing, how long it
 has been, whether a signal asked to stop. Process 0 reads them all, judges, and writes a verdict that the others
 read: go on, stop all at the same step, or end and why. Whoever hangs is the one that is furthest behind: all run
-through the same phases in the same order. Nothing here launches a device program or compares clocks of two hosts.
+through the same phases in the same order. One that launches something else than process 0 (``launches``) ends the job
+too. Nothing here launches a device program or compares clocks of two hosts.
 
 What makes sure that the thing itself cannot hang: a thread that only looks at its own clock ends a process that hears
 nothing from process 0, the interpreter's watchdog ends one whose threads cannot run at all, and where JAX aborts this
@@ -31,6 +32,7 @@ import jax
 
 from parallelism.coordinator import PeerError
 from parallelism.errors import UserError
+from parallelism.launches import Launches, Window
 from parallelism.multihost import Processes, store
 
 EXIT_CODE = 3
@@ -67,6 +69,7 @@ class Report:
     idle, limit: seconds since it last made progress, and what is allowed; stacks: of its threads, once idle is over it.
     asked: the signal that it got. passed: the last step after which it went on, once it knows of a signal.
     ended: "done", or why not; symptom: it failed in a way in which the death of another shows.
+    launched: how many programs. differs: what it launched where process 0 launched something else.
     """
 
     beat: int = 0
@@ -80,6 +83,8 @@ class Report:
     passed: int | None = None
     ended: str = ""
     symptom: bool = False
+    launched: int = 0
+    differs: str = ""
 
     @property
     def where(self) -> str:
@@ -91,7 +96,8 @@ class Verdict:
     """What process 0 says to all.
 
     where: what it does itself. asked: who got which signal, once somebody did. stop_at: the step after which all stop.
-    end: why the job ends now. finished: all are done.
+    end: why the job ends now. finished: all are done. launches: what process 0 launched, about where the one stands
+    that has launched least.
     """
 
     beat: int = 0
@@ -100,6 +106,7 @@ class Verdict:
     stop_at: int | None = None
     end: str = ""
     finished: bool = False
+    launches: Window = (1, ())
 
 
 def judge(reports: Sequence[Report], silent: Sequence[float], limits: Limits) -> str:
@@ -107,6 +114,9 @@ def judge(reports: Sequence[Report], silent: Sequence[float], limits: Limits) ->
     for i, report in enumerate(reports):
         if report.ended not in ("", "done") and not report.symptom:
             return f"process {i} of {len(reports)} failed in {report.where}: {report.ended}"
+    for i, report in enumerate(reports):
+        if report.differs:
+            return f"process {i} of {len(reports)} {report.differs}: all must launch the same programs in one order"
     for i, (report, seconds) in enumerate(zip(reports, silent, strict=True)):
         if seconds > limits.dead and report.ended != "done":
             return (
@@ -136,8 +146,9 @@ def stop_step(reports: Sequence[Report]) -> int | None:
 class Watch:
     """The liveness of this process, as a context manager around all that a job does together.
 
-    ``phase`` and ``tick`` say that the main thread makes progress; ``stops`` says, the same in all processes, whether
-    to stop after a step. For one process no thread is started: nobody waits for it.
+    ``phase`` and ``tick`` say that the main thread makes progress; ``launches`` is what this process has launched, to
+    be the same in all; ``stops`` says, the same in all processes, whether to stop after a step. For one process no
+    thread is started: nobody waits for it.
 
     On leaving without an error it waits until all have left. With one, the others hear of it and end; if it may
     come of another's death, the context first waits until that is known. A process that is ended prints why on stderr
@@ -146,6 +157,7 @@ class Watch:
 
     def __init__(self, processes: Processes, limits: Limits):
         self.processes, self.limits = processes, limits
+        self.launches = Launches()
         self.asked: str | None = None
         self._report = Report(limit=limits.setup)
         self._verdict = Verdict()
@@ -211,7 +223,7 @@ class Watch:
         else:
             text = " ".join(str(error).split())[:500]
             self._report.symptom = isinstance(error, (jax.errors.JaxRuntimeError, PeerError))
-            self._report.ended = f"{type(error).__name__}: {text}"
+            self._report.ended = f"{type(error).__name__}: {text}".removesuffix(": ")
             if self._report.symptom:
                 self._wait(self.limits.dead + 4 * self._interval)  # the verdict on the other ends this process
                 self._report.symptom = False
@@ -263,6 +275,8 @@ class Watch:
         report.idle = time.monotonic() - self._progress
         report.stacks = _stacks() if report.idle > report.limit else ""
         report.asked = self.asked or ""
+        report.launched = self.launches.count
+        report.differs = report.differs or self.launches.difference(self._verdict.launches)
 
     def _decide(self, reports: Sequence[Report], silent: Sequence[float]) -> Verdict:
         """Process 0's verdict from all reports."""
@@ -272,6 +286,7 @@ class Watch:
             verdict.asked = f"{asked[0][1]} (process {asked[0][0]})" if asked else ""
         if verdict.stop_at is None:
             verdict.stop_at = stop_step(reports)
+        verdict.launches = self.launches.window(min(report.launched for report in reports))
         verdict.end = judge(reports, silent, self.limits)
         verdict.finished = all(report.ended == "done" for report in reports)
         return verdict

@@ -13,11 +13,9 @@ process. ``JAX_COORDINATOR_PORT`` changes the port where a scheduler gives only 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
-import socket
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +23,7 @@ from typing import Any
 import jax
 
 from parallelism.errors import UserError
+from parallelism.rollcall import roll_call
 
 PORT = 8476
 """Where process 0 listens if nobody says otherwise and nothing tells jobs of one machine apart."""
@@ -244,7 +243,7 @@ def start(processes: Processes, heartbeat_seconds: float = 100.0) -> Processes:
     Call it before anything asks JAX for its devices. Blocks until all are there, at most five minutes.
     heartbeat_seconds: how long a process may be silent before JAX itself aborts the others without saying who it was;
     longer than the limit of ``liveness``, which does say.
-    Raises UserError if the coordinator's port is taken or the others do not come.
+    Raises UserError as ``rollcall`` does: the coordinator's port is taken, others do not come, or are of another job.
     """
     if processes.coordinator is None and not processes.by_jax:
         return processes
@@ -253,8 +252,7 @@ def start(processes: Processes, heartbeat_seconds: float = 100.0) -> Processes:
     options: dict[str, Any] = {}
     if not processes.by_jax:
         assert processes.coordinator is not None
-        if processes.index == 0:
-            _check_port_is_free(processes.coordinator)
+        roll_call(processes.coordinator, processes.count, processes.index, CONNECT_SECONDS)
         options = {
             "coordinator_address": processes.coordinator,
             "num_processes": processes.count,
@@ -262,16 +260,9 @@ def start(processes: Processes, heartbeat_seconds: float = 100.0) -> Processes:
             "local_device_ids": processes.devices,
             "cluster_detection_method": "deactivate",
         }
-    try:
-        jax.distributed.initialize(
-            **options, initialization_timeout=CONNECT_SECONDS, heartbeat_timeout_seconds=int(heartbeat_seconds)
-        )
-    except jax.errors.JaxRuntimeError as error:
-        what = str(error).splitlines()[0]
-        raise UserError(
-            f"{processes}: the job did not come together in {CONNECT_SECONDS} s ({what}): check that all processes "
-            "were started and that they reach the coordinator's host and port"
-        ) from error
+    jax.distributed.initialize(
+        **options, initialization_timeout=CONNECT_SECONDS, heartbeat_timeout_seconds=int(heartbeat_seconds)
+    )
     if processes.by_jax:
         from jax._src import distributed  # jax has no public name for the address
 
@@ -282,17 +273,11 @@ def start(processes: Processes, heartbeat_seconds: float = 100.0) -> Processes:
     return processes
 
 
-def _check_port_is_free(coordinator: str) -> None:
-    """The coordinator's server shares a port with another job's without a word."""
-    port = int(coordinator.rpartition(":")[2])
-    with contextlib.closing(socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET)) as probe:
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise UserError(
-                f"processes: port {port} of this machine, where process 0 of {coordinator} is to listen, cannot be "
-                f"used ({error.strerror}): give another with --coordinator or JAX_COORDINATOR_PORT"
-            ) from error
+def job() -> tuple[int, int]:
+    """Index of this process and number of processes, as ``start`` connected them; asks no device."""
+    from jax._src import distributed  # jax.process_index makes the devices
+
+    return distributed.global_state.process_id, distributed.global_state.num_processes
 
 
 def store() -> Any:

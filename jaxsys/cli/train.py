@@ -56,7 +56,8 @@ class TrainArgs:
         # JAX's own time-out says nothing, so it comes last.
         processes = start(detect(self.coordinator, self.processes, self.process), 100 + 3 * limits.dead)
         if self.explain:
-            return self._explain(config, processes.index == 0)
+            with Watch(processes, limits):
+                return self._explain(config, processes.index == 0)
         with Watch(processes, limits) as watch, Trainer(config, watch=watch) as trainer:
             summary = trainer.run()
         line = trainer.console.line

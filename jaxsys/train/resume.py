@@ -46,14 +46,15 @@ def refuse_optimizer(run: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What the configuration was and is, by key, where it is not the same."""
-    there, here = dict(_flat(before.get("config", {}))), dict(_flat(now["config"]))
+    there, here = dict(flat(before.get("config", {}))), dict(flat(now["config"]))
     return {key: (there[key], here[key]) for key in here if key in there and there[key] != here[key]}
 
 
-def _flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """A configuration's values by dotted key."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{where}{key}.")
+            yield from flat(value, f"{where}{key}.")
         else:
             yield where + key, value
 

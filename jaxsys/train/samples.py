@@ -27,7 +27,8 @@ class Samples:
 
     Where training computes in another dtype than that of its masters, or keeps them in host memory (then shardings say
     where the device has them), a view of them is served: the one copy there is, refreshed when weights moved. Compiles
-    its graphs in the constructor.
+    its graphs in the constructor. Every process of a job takes the same samples together: which tokens come is a
+    function of prompts, weights and seed.
     Raises UserError for prompts that the model's context cannot hold and for settings that are not valid.
     """
 

@@ -21,6 +21,7 @@ from jaxsys import configuration
 from jaxsys.console import Console
 from jaxsys.data import BalancedLoader, Dataset, Loader, build_dataset, documents, prefetch
 from jaxsys.data.balanced import REPORTED
+from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graph, cache_root, enable_persistent_cache
 from jaxsys.hub import resolve
 from jaxsys.live import Live
@@ -30,6 +31,7 @@ from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train import resume
 from jaxsys.train.abstract import AbstractRun, starting_model
+from jaxsys.train.agreement import agree, facts, model_files
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.explain import explained
 from jaxsys.train.launch import batch_grid
@@ -41,7 +43,7 @@ from parallelism.coordinator import default_coordinator, in_turns, together
 from parallelism.errors import UserError
 from parallelism.layout import Layout
 from parallelism.liveness import Watch
-from parallelism.multihost import Processes
+from parallelism.multihost import Processes, job
 from parallelism.sharding_report import report
 
 
@@ -82,15 +84,17 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, console: Console | None = None, watch: Watch | None = None):
         self.watch = watch or Watch(Processes(), config.liveness)
-        if (found := jax.process_count()) != (expected := self.watch.processes.count):
+        if (found := job()[1]) != (expected := self.watch.processes.count):
             raise UserError(
                 f"training: JAX has {found} processes, the trainer was told of {expected}: give it a watch of what "
                 "parallelism.multihost.start returned"
             )
-        if config.sample.prompts and found > 1:
-            raise UserError(f"sample.prompts: found {found} processes, but one alone takes samples: leave them out")
+        self.watch.launches = dispatcher().launches
         self.lead = self.watch.processes.index == 0
         self.config, self.console = config, console or Console(shown=self.lead)
+        self.watch.phase("comparing with the other processes", setup=True)
+        if found > 1:
+            agree(default_coordinator(), {**facts(config), **model_files(config)})
         self.watch.phase("reading the model", setup=True)
         enable_persistent_cache()
         model_config, pretrained = starting_model(config)
@@ -143,7 +147,7 @@ class Trainer:
 
         with self.console.stage(f"data {c.source}") as said:
             dataset = in_turns(default_coordinator(), "data", dataset_of)
-            self._agree("the data", dataset.fingerprint)
+            agree(default_coordinator(), {f"{c.source}: the data (digest)": dataset.fingerprint})
             said.append(f"{dataset.documents} documents, {dataset.tokens:,} tokens")
         grid = batch_grid(self.config, self.mesh, self.abstract.activation_rules)
         order = dataset, c.batch_size, c.seq_len, self.config.seed
@@ -160,7 +164,7 @@ class Trainer:
         c = self.config.checkpoint
         self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every)]
         if c.ram:
-            self._agree("the host, which checkpoints in its memory need (checkpoint.ram)", socket.gethostname())
+            agree(default_coordinator(), {"checkpoint.ram, which needs one host": socket.gethostname()})
             ram = together(default_coordinator(), "ram", self._ram_directory)[0]
             self.levels.insert(0, Level("ram", ram, keep=2, every=c.ram_every))
         return Manager(self.levels)
@@ -168,14 +172,6 @@ class Trainer:
     def _ram_directory(self) -> str:
         """Of this run; process 0 says it for all, so that one alone writes the run's mark."""
         return str(resume.own_directory(self.config.checkpoint.ram or "", self.run_directory)) if self.lead else ""
-
-    def _agree(self, what: str, value: str) -> None:
-        """Raises UserError unless ``value`` is the same in all processes."""
-        values = default_coordinator().gather("agree", value)
-        if others := [i for i, each in enumerate(values) if each != values[0]]:
-            raise UserError(
-                f"{what}: process {others[0]} has {values[others[0]]}, process 0 has {values[0]}: expected the same"
-            )
 
     def _restore_or_begin(self, pretrained: Pretrained | None) -> None:
         """Parameters, optimizer state and step: from the newest checkpoint, else from the beginning."""
@@ -208,7 +204,9 @@ class Trainer:
             seed = np.int32(self.config.seed)
 
             def compile_init(fn: Callable, out_shardings: Any) -> Graph:
-                return self.graphs.compile("init", fn, seed, out_shardings=out_shardings)
+                graph = self.graphs.compile("init", fn, seed, out_shardings=out_shardings)
+                self._meet()
+                return graph
 
             self.params = create(self.abstract.stored, self.abstract.unpadded.init, compile_init, seed)
         begin = self.graphs.compile(
@@ -263,9 +261,15 @@ class Trainer:
                 )  # fmt: skip
                 said.append(f"view for samples {self.samples.view_bytes / 1e6:.0f} MB")
             said.append(f"{len(self.graphs)} graphs")
+            self._meet()
         self.graphs.freeze()
         if self.lead:
             self.graphs.save(self.run_directory / "graphs.json")
+
+    def _meet(self) -> None:
+        """Waits until all processes have compiled what they have here: one that launches long before the others runs
+        into the time-out of the first collective (of Gloo, on CPU, 30 s)."""
+        agree(default_coordinator(), {"names of programs": ", ".join(graph.name for graph in self.graphs)})
 
     # ------------------------------------------------------------------------------------------------------ run
 
@@ -426,6 +430,7 @@ class Trainer:
     def _sampled(self, metrics: Metrics | NoMetrics) -> None:
         if self.samples is None:
             return
+        self.watch.phase("sampling", self.step)
         with self.console.stage(f"samples at step {self.step}") as said:
             taken = self.samples.take()
             said.append(f"weights of version {self.live.version}")

@@ -4,12 +4,14 @@
 
 Each line of output begins with the process it is from; a signal goes to all processes; the exit code is that of the
 process that failed first. Once one has failed the others have ``--grace`` seconds to say why they end, then they are
-killed. With ``--devices 0`` the command sees whatever devices the machine has.
+killed, as they are (on Linux) when this script is. With ``--devices 0`` the command sees whatever devices the machine
+has.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
@@ -17,10 +19,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import BinaryIO
 
 _print = threading.Lock()
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_c = ctypes.CDLL(None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +57,7 @@ def run(command: Sequence[str], count: int, devices: int, grace: float) -> int:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         processes.append(process)
     pumps = [
@@ -62,18 +68,44 @@ def run(command: Sequence[str], count: int, devices: int, grace: float) -> int:
     for thread in pumps:
         thread.start()
     first, deadline = 0, float("inf")
-    while running := [process for process in processes if process.poll() is None]:
-        failed = [process.returncode for process in processes if process.returncode]
+    killed: set[int] = set()
+    while True:
+        running = {i: process for i, process in enumerate(processes) if process.poll() is None}
+        failed = {i: process.returncode for i, process in enumerate(processes) if process.returncode}
         if failed and not first:
-            first, deadline = failed[0], time.monotonic() + grace
-        if time.monotonic() > deadline:
-            for process in running:
+            index, first = next(iter(failed.items()))
+            deadline = time.monotonic() + grace
+            others = f"; process {named(running)} gets {grace:g} s to end" if running else ""
+            say(f"process {index} {how_it_ended(first)}{others}")
+        if not running:
+            break
+        if time.monotonic() > deadline and running.keys() - killed:
+            say(f"process {named(running.keys() - killed)} did not end: killed")
+            for process in running.values():
                 send(process, signal.SIGKILL)
+            killed |= running.keys()
         time.sleep(0.05)
     for thread in pumps:
         thread.join(timeout=5)
-    first = first or next((process.returncode for process in processes if process.returncode), 0)
     return 128 - first if first < 0 else first
+
+
+def named(indices: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(indices)))
+
+
+def how_it_ended(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def say(text: str) -> None:
+    with _print:
+        print(f"local.py: {text}", file=sys.stderr, flush=True)
+
+
+def die_with_parent() -> None:
+    """In a new process, before its program: the kernel kills it when this script is gone, however that ended."""
+    _c.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def variables(index: int, count: int, devices: int, port: int) -> dict[str, str]:

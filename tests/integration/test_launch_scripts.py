@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -46,14 +47,39 @@ def test_each_process_is_told_which_it_is_and_its_lines_say_so():
 
 def test_the_exit_code_is_of_the_first_that_failed_and_no_process_stays():
     process = launch(WHO + "import sys, time; sys.exit(7) if index else time.sleep(1000)", "--grace", "0.2")
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 7
+    assert err.splitlines() == [
+        "local.py: process 1 ended with exit code 7; process 0 gets 0.2 s to end",
+        "local.py: process 0 did not end: killed",
+    ]
 
 
 def test_a_killed_process_is_told_as_a_shell_does():
     process = launch(WHO + "os.kill(os.getpid(), 9) if index else None")
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
+    assert "local.py: process 1 was ended by SIGKILL" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels have no signal for it")
+def test_no_process_outlives_the_launcher_however_that_ends():
+    process = launch(WHO + "import time; print(os.getpid(), flush=True); time.sleep(1000)")
+    pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+    process.kill()
+    process.communicate(timeout=60)  # the pipes close when the last process that holds them is gone
+
+    def runs(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    for _ in range(200):
+        if not any(map(runs, pids)):
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError(pids)
 
 
 def test_signals_go_to_all_processes():

@@ -12,6 +12,7 @@ import threading
 import pytest
 from tiny_runs import ROOT, state_bytes, write_recipe
 
+from checkpoint import open_checkpoint
 from jaxsys.train.metrics import read
 
 spec = importlib.util.spec_from_file_location("local_launch", ROOT / "scripts" / "launch" / "local.py")
@@ -187,12 +188,74 @@ def test_a_process_that_is_killed_in_the_loop_ends_the_run_and_is_named(recipe):
     assert "Traceback" not in lead
 
 
+SLOW = """
+import jax, time
+from jaxsys.train.launch import Launcher
+prepare = Launcher.prepare
+def slow(self, *args):
+    time.sleep(40 * jax.process_index())
+    return prepare(self, *args)
+Launcher.prepare = slow
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_longer_than_collectives_wait_is_waited_for(recipe):
+    Job(recipe, 2, 1, "mesh=fsdp=2", "steps=1", before=SLOW).finish(0, 0)
+
+
+DIFFER = """
+import jax
+from jaxsys.train.trainer import Trainer
+launch = Trainer._launch
+def differ(self, batches, step):
+    if step == 3 and jax.process_index() == 1:
+        self.finite_graph({**self.params, **self.opt_state})
+    return launch(self, batches, step)
+Trainer._launch = differ
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_launches_another_program_ends_the_run_and_is_named_with_both(recipe):
+    for text in Job(recipe, 2, 1, *QUICK, "steps=100000", before=DIFFER).finish(3, 3):
+        assert "process 1 of 2 launches finite where process 0 launches train_step (launch 6): all must launch" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["_compile", "_checkpoint"])
+def test_a_process_that_is_killed_while_it_compiles_or_saves_is_named_and_checkpoints_stay_whole(
+    recipe, tmp_path, where
+):
+    kill = f"""
+import jax
+from jaxsys.train.trainer import Trainer
+method = Trainer.{where}
+def killed(self, *args, **kwargs):
+    if jax.process_index() == 1 and getattr(self, "step", 0) != 2:
+        import os; os.kill(os.getpid(), 9)
+    return method(self, *args, **kwargs)
+Trainer.{where} = killed
+"""
+    before = kill if where == "_checkpoint" else kill.replace(' and getattr(self, "step", 0) != 2', "")
+    lead, _ = Job(recipe, 2, 1, "mesh=fsdp=2", "eval_batches=0", *LIMITS, before=before).finish(3, -9)
+    assert re.search(r"process 1 of 2 is dead or stopped: no sign of life for \d+ s .*it was in ", lead)
+    kept = list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert [path.name for path in kept] == (["step-00000002"] if where == "_checkpoint" else [])
+    assert all(open_checkpoint(path).verify().ok for path in kept)
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_all_with_the_reason(recipe):
     for text in Job(recipe, 2, 1, *QUICK, "optim.learning_rate=1e38").finish(2, 2):
         assert "there is no good checkpoint: lower the learning rate" in text
 
 
-def test_samples_are_refused_with_several_processes(recipe):
-    for text in Job(recipe, 2, 1, *QUICK, "sample.prompts=a").finish(2, 2):
-        assert "sample.prompts: found 2 processes, but one alone takes samples: leave them out" in text
+CHANGED = "import os\nif os.environ['JAX_PROCESS_INDEX'] == '1':\n    sys.argv += ['--set', 'optim.learning_rate=1']"
+
+
+def test_processes_whose_configurations_differ_are_told_before_they_compile(recipe):
+    for text in Job(recipe, 2, 1, *QUICK, before=CHANGED).finish(2, 2):
+        assert text.startswith(
+            "jaxsys: configuration key optim.learning_rate: process 1 has 1.0, process 0 has 0.003: expected the same"
+        )

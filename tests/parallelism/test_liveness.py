@@ -53,6 +53,12 @@ def test_a_failure_ends_the_job_and_a_symptom_waits_for_its_cause():
     assert "process 1 of 2 is dead" in judge([symptom, WELL], [0, 6], LIMITS)
 
 
+def test_a_process_that_launches_something_else_ends_the_job_before_it_is_found_to_hang():
+    assert judge([WELL, report(differs="launches a where process 0 launches b", idle=50)], [0, 9], LIMITS) == (
+        "process 1 of 2 launches a where process 0 launches b: all must launch the same programs in one order"
+    )
+
+
 def test_all_stop_after_the_first_step_that_none_has_passed():
     assert stop_step([report(passed=4), report()]) is None
     assert stop_step([report(passed=4), report(passed=5)]) == 6

@@ -33,6 +33,9 @@ with Watch(processes, Limits(dead=5, stuck=5, setup=60)) as watch:
                 raise ValueError("bad weather")
             elif what == "ask":
                 watch.ask("SIGTERM")
+            elif what == "differ":
+                watch.launches.add("evaluate")
+        watch.launches.add("train_step")
         watch.phase("gather", step)
         default_coordinator().gather("x", step)
         if watch.stops(step):
@@ -40,7 +43,7 @@ with Watch(processes, Limits(dead=5, stuck=5, setup=60)) as watch:
             break
         time.sleep(0.02)
 """
-JOBS = [("kill", 0), ("pause", 1), ("loop", 1), ("hold", 1), ("fail", 1), ("ask", 1)]
+JOBS = [("kill", 0), ("pause", 1), ("loop", 1), ("hold", 1), ("fail", 1), ("ask", 1), ("differ", 1)]
 MORE = [("kill", 1), ("pause", 0), ("loop", 0)]  # -m slow
 
 
@@ -126,6 +129,12 @@ def test_a_failure_in_one_process_ends_the_others_with_its_reason(jobs):
     (code, _, err), (own, _, trace) = jobs["fail", 1]
     assert code == 3 and "process 1 of 2 failed in batch (step 20): ValueError: bad weather" in err
     assert own != 0 and "bad weather" in trace
+
+
+def test_a_process_that_launches_something_else_is_named_with_both_programs(jobs):
+    for code, _, err in jobs["differ", 1]:
+        assert code == 3
+        assert "process 1 of 2 launches evaluate where process 0 launches train_step (launch 20): all must" in err
 
 
 def test_a_signal_in_one_process_stops_all_after_the_same_step(jobs):
