@@ -30,9 +30,10 @@ EXPERTS = dataclasses.replace(
     experts=Experts(8, 3, 10, shared_width=6, scale=1.5, dense_layers=(0,), balance_loss=0.5, z_loss=0.1),
 )  # fmt: skip
 MODELS = {"llama": LLAMA, "gemma2": GEMMA2}
+WHOLE, SPLIT = "embed=none,expert_embed=none", "embed=fsdp+expert,expert_embed=fsdp"
 ZERO = {
-    1: {"rules": "embed=none", "gradient_rules": "embed=none", "optimizer_rules": "embed=fsdp"},
-    2: {"rules": "embed=none", "gradient_rules": "embed=fsdp", "optimizer_rules": "embed=fsdp"},
+    1: {"rules": WHOLE, "gradient_rules": WHOLE, "optimizer_rules": SPLIT},
+    2: {"rules": WHOLE, "gradient_rules": SPLIT, "optimizer_rules": SPLIT},
     3: {},
 }
 """Rules of each level, for ``Setup``."""
