@@ -43,9 +43,9 @@ def starting_model(config: TrainConfig) -> tuple[ModelConfig, Pretrained | None]
     if (config.init_from is None) == (config.model is None):
         raise UserError("configuration: give either init_from (a pretrained model) or model (to make from scratch)")
     if config.model is not None:
-        return config.model, None
+        return config.experts.applied(config.model), None
     pretrained = Pretrained.open(resolve(str(config.init_from)).path)
-    return pretrained.config, pretrained
+    return config.experts.applied(pretrained.config), pretrained
 
 
 class AbstractRun:
@@ -112,8 +112,8 @@ class AbstractRun:
         factor = None if model.experts is None else model.experts.capacity_factor
         if data.split_shares and factor is not None:
             raise UserError(
-                f"data.split_shares {data.split_shares} and model.experts.capacity_factor {factor}: a capacity counts "
-                "a row's tokens in order, which balanced batches give up: use one of them"
+                f"data.split_shares {data.split_shares} and experts.capacity_factor {factor}: a capacity counts a "
+                "row's tokens in order, which balanced batches give up: use one of them"
             )
         if data.batch_size % self.config.accumulate:
             raise UserError(
