@@ -12,7 +12,7 @@ from jaxsys.models.state import build
 from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.train.step import Step
 from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, plan, put, to_host
-from parallelism.zero import state_shardings
+from parallelism.zero import state_plans
 
 # Nine query and three key/value heads divide over no tensor axis, a vocabulary of 67 over none but itself.
 LLAMA = ModelConfig(
@@ -84,9 +84,9 @@ class Setup:
         model = build(config, dtype=dtype, storage=storage)
         table = PARAMETERS.override(rules)
         self.plan = plan(model.layout, self.mesh, table, model.units)
-        self.shardings = state_shardings(
+        self.shardings = state_plans(
             self.plan, table.override(gradient_rules), table.override(optimizer_rules), model.units
-        )
+        ).shardings
         arrays = host_arrays(config, dtype, seed)
         self.params = put(self.plan, lambda logical, box: arrays[logical.name][box])
         self.optimizer = Optimizer(optim or OptimConfig(), self.plan.layout, steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from jaxsys.configuration import expect, expect_at_least, expect_positive, expect_text
 from jaxsys.models.config import ModelConfig
@@ -57,7 +57,7 @@ class ExpertsConfig:
         expect_at_least(self, 0, "balance_loss", "z_loss")
 
     @property
-    def given(self) -> dict[str, float]:
+    def given(self) -> dict[str, Any]:
         """What is not left at what the model says."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
