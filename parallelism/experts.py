@@ -31,7 +31,8 @@ from parallelism.manual import axes_of, on_devices
 from parallelism.sharding import current, platform, spec_of
 
 EXPERTS, WIDTH = "act_experts", "act_expert_embed"
-"""Logical axes of a kernel: its experts, and the dimension that is gathered before use. Others stay split."""
+"""Logical axes of a kernel: its experts, and the dimension that is read whole and whose gradient is scattered. Others
+stay split."""
 
 Axes = tuple[str, ...]
 Compute = Callable[[jax.Array, jax.Array | None, dict[str, jax.Array]], jax.Array]
@@ -77,11 +78,10 @@ def apply(
         axes=axes,
         capacity_factor=capacity_factor,
         number=next(iter(kernels.values())).shape[0],
-        dtypes={name: kernel.dtype for name, kernel in kernels.items()},
     )
     arguments = (x, routes.expert, routes.weight, routes.used)
     if context is None or context.mesh.size == 1:
-        return work(*arguments, dict(kernels), split=_Split())
+        return work(*arguments, dict(kernels), dict(kernels), split=_Split())
     tokens = spec_of(x.shape, ("batch", "residual", "act_embed"))
     ordered = (n := context.mesh.shape[sequence.AXIS]) == 1 or sequence.AXIS in axes_of(PartitionSpec(tokens[1]))
     if capacity_factor is not None and not ordered:
@@ -93,9 +93,16 @@ def apply(
     specs = {name: spec_of(kernel.shape, axes[name]) for name, kernel in kernels.items()}
     split = _split(dict(context.mesh.shape), tokens, specs, axes)
     each = PartitionSpec(*tokens[:2])
-    run = on_devices(partial(work, split=split), (tokens, each, each, each, specs), (tokens, PartitionSpec()))
-    # Gradients of kernels are summed over devices in the dtype that crosses the border: at least float32.
-    return run(*arguments, {name: kernel.astype(_wide(kernel.dtype)) for name, kernel in kernels.items()})
+    whole = {
+        name: PartitionSpec(*(None if axis == WIDTH else entry for axis, entry in zip(axes[name], spec, strict=True)))
+        for name, spec in specs.items()
+    }
+    run = on_devices(partial(work, split=split), (tokens, each, each, each, whole, specs), (tokens, PartitionSpec()))
+    # Kernels are read with their WIDTH whole, which gathers those that are split and costs nothing where parameters are
+    # whole (ZeRO-1 and 2). Their gradients leave scattered all the same, through pieces of which nothing else is read,
+    # summed over devices in the dtype that crosses the border: at least float32.
+    read = {name: lax.stop_gradient(kernel) for name, kernel in kernels.items()}
+    return run(*arguments, read, {name: kernel.astype(_wide(kernel.dtype)) for name, kernel in kernels.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,14 +150,18 @@ def _split(
     return _Split(rows, within, mesh[sequence.AXIS] if sequence.AXIS in row else 1, owners, senders, width, parts)
 
 
-def _on_device(x, expert, weight, used, kernels, *, compute, axes, capacity_factor, number, dtypes, split: _Split):
-    """One device's tokens [b, t], after those that it shares with others are gathered."""
+def _on_device(x, expert, weight, used, kernels, pieces, *, compute, axes, capacity_factor, number, split: _Split):
+    """One device's tokens [b, t], after those that it shares with others are gathered.
+
+    pieces: the parts of the kernels that this device gets the gradients of.
+    """
     if split.within:
         x, expert, weight, used = (
             lax.all_gather(a, split.within, axis=1, tiled=True) for a in (x, expert, weight, used)
         )
     for name, over in split.width.items():
-        kernels = {**kernels, name: _fetched(kernels[name], over, axes[name].index(WIDTH) if over else 0, dtypes[name])}
+        dimension = axes[name].index(WIDTH) if over else 0
+        kernels = {**kernels, name: _whole(pieces[name], kernels[name], over, dimension)}
     (b, t, D), k, n = x.shape, expert.shape[-1], split.senders
     own = next(iter(kernels.values())).shape[0]
     if split.owners and n == 1:
@@ -337,23 +348,22 @@ def _reversed(sizes, axes: Axes):
     return there, receive, starts, send
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _fetched(kernel, axes: Axes, dimension: int, dtype: Any):
-    """A kernel in ``dtype``, gathered over mesh axes; its gradient is scattered again, summed in the kernel's dtype."""
-    kernel = kernel.astype(dtype)
-    return lax.all_gather(kernel, axes, axis=dimension, tiled=True) if axes else kernel
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _whole(piece, kernel, axes: Axes, dimension: int):
+    """The kernel; its gradient is the piece's, scattered over mesh axes and summed in the piece's dtype."""
+    return kernel
 
 
-def _fetched_forward(kernel, axes, dimension, dtype):
-    return _fetched(kernel, axes, dimension, dtype), None
+def _whole_forward(piece, kernel, axes, dimension):
+    return kernel, None
 
 
-def _fetched_backward(axes, dimension, dtype, _, g):
+def _whole_backward(axes, dimension, _, g):
     g = g.astype(_wide(g.dtype))
-    return (lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True) if axes else g,)
+    return (lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True) if axes else g), None
 
 
-_fetched.defvjp(_fetched_forward, _fetched_backward)
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def _wide(dtype: Any) -> Any:

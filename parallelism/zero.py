@@ -27,14 +27,27 @@ class StateShardings:
     optimizer: Shardings
 
 
-def state_shardings(
+@dataclasses.dataclass(frozen=True)
+class StatePlans:
+    """The plans of parameters, gradients and optimizer state, all of the parameters' layout."""
+
+    parameters: Plan
+    gradients: Plan
+    optimizer: Plan
+
+    @property
+    def shardings(self) -> StateShardings:
+        return StateShardings(self.parameters.shardings, self.gradients.shardings, self.optimizer.shardings)
+
+
+def state_plans(
     parameters: Plan, gradients: Rules, optimizer: Rules, units: Mapping[str, int] | None = None
-) -> StateShardings:
-    """The shardings of all three from the plan of the parameters and the rules of the others; units: as for ``plan``.
+) -> StatePlans:
+    """All three from the plan of the parameters and the rules of the others; units: as for ``plan``.
 
     Raises UserError where the rules pad an array differently: the three have one shape.
     """
-    found = {}
+    found = []
     for what, rules in (("gradient", gradients), ("optimizer", optimizer)):
         other = plan(parameters.layout, parameters.mesh, rules, units)
         for key, stored in parameters.layout.items():
@@ -43,5 +56,5 @@ def state_shardings(
                     f"{key}: the parameter rules store it as {stored.shape}, the {what} rules as "
                     f"{other.layout[key].shape}: change only axes that need no padding (such as embed)"
                 )
-        found[what] = other.shardings
-    return StateShardings(parameters.shardings, found["gradient"], found["optimizer"])
+        found.append(other)
+    return StatePlans(parameters, *found)

@@ -12,7 +12,7 @@ from jaxsys.models.state import build
 from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.train.step import Step
 from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, plan, put, to_host
-from parallelism.zero import state_shardings
+from parallelism.zero import state_plans
 
 # Nine query and three key/value heads divide over no tensor axis, a vocabulary of 67 over none but itself.
 LLAMA = ModelConfig(
@@ -30,9 +30,10 @@ EXPERTS = dataclasses.replace(
     experts=Experts(8, 3, 10, shared_width=6, scale=1.5, dense_layers=(0,), balance_loss=0.5, z_loss=0.1),
 )  # fmt: skip
 MODELS = {"llama": LLAMA, "gemma2": GEMMA2}
+WHOLE, SPLIT = "embed=none,expert_embed=none", "embed=fsdp+expert,expert_embed=fsdp"
 ZERO = {
-    1: {"rules": "embed=none", "gradient_rules": "embed=none", "optimizer_rules": "embed=fsdp"},
-    2: {"rules": "embed=none", "gradient_rules": "embed=fsdp", "optimizer_rules": "embed=fsdp"},
+    1: {"rules": WHOLE, "gradient_rules": WHOLE, "optimizer_rules": SPLIT},
+    2: {"rules": WHOLE, "gradient_rules": SPLIT, "optimizer_rules": SPLIT},
     3: {},
 }
 """Rules of each level, for ``Setup``."""
@@ -83,9 +84,9 @@ class Setup:
         model = build(config, dtype=dtype, storage=storage)
         table = PARAMETERS.override(rules)
         self.plan = plan(model.layout, self.mesh, table, model.units)
-        self.shardings = state_shardings(
+        self.shardings = state_plans(
             self.plan, table.override(gradient_rules), table.override(optimizer_rules), model.units
-        )
+        ).shardings
         arrays = host_arrays(config, dtype, seed)
         self.params = put(self.plan, lambda logical, box: arrays[logical.name][box])
         self.optimizer = Optimizer(optim or OptimConfig(), self.plan.layout, steps)

@@ -60,12 +60,12 @@ def make_config(run: Path, material: Path, **changes) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
-def write_model(directory: Path, material: Path, seed: int = 0) -> dict[str, np.ndarray]:
+def write_model(directory: Path, material: Path, seed: int = 0, model: ModelConfig = MODEL) -> dict[str, np.ndarray]:
     """A model as a Hugging Face directory; returns its arrays."""
     rng = np.random.default_rng(seed)
-    logical = build(MODEL, storage="listed").layout.logical
+    logical = build(model, storage="listed").layout.logical
     arrays = {name: rng.standard_normal(a.shape).astype(np.float32) for name, a in logical.items()}
-    export_hf(directory, MODEL, arrays.items(), dtype="float32", token_ids={})
+    export_hf(directory, model, arrays.items(), dtype="float32", token_ids={})
     for path in (material / "tokenizer").iterdir():
         shutil.copy(path, directory)
     return arrays

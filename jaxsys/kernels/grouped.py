@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsys.kernels.matmul import weight_gradient
+from jaxsys.kernels.matmul import transposed
 from parallelism.sharding import platform
 
-# Rows of a block on CPU: multiples of 16, so that a row's result does not depend on its place in one; few enough that
-# even shares fill two, and no more than full speed needs.
-MIN_BLOCK, MAX_BLOCK = 16, 256
+# Rows of a block on CPU: multiples of 16, so that a row's result does not depend on its place in one, and no more than
+# full speed needs. Blocks of two sizes waste fewer rows, but a row's result then depends on how many its expert has: so
+# only for shares above those of the program that computes bitwise the same whatever else is in a batch (64 rows).
+MIN_BLOCK, MAX_BLOCK, MIXED_BLOCKS = 16, 256, 128
 
 
 def grouped_linear(rows: jax.Array, kernel: jax.Array, sizes: jax.Array | None) -> jax.Array:
@@ -58,21 +59,21 @@ def _product(a, kernel, sizes, over: int):
     if platform() != "cpu":
         numbers = lax.RaggedDotDimensionNumbers((((1,), (over,)), ((), ())), [0], [0])
         return lax.ragged_dot_general(a, kernel, sizes, numbers, preferred_element_type=wide)
-    block = _block(a.shape[0], kernel.shape[0])
+    (R, _), (E, X) = a.shape, (kernel.shape[0], kernel.shape[3 - over])
+    blocks = _block_sizes(R, E)
+    a = _at_least(a, blocks[-1])
 
     def one_expert(e, start, stop, out):
-        w = kernel[e]
+        w = _rows(kernel, e, 1)[0]
 
-        def one_block(at, out):
-            y = lax.dot_general(_rows(a, at, block), w, (((1,), (over - 1,)), ((), ())), preferred_element_type=wide)
-            # What lies after the expert's rows is another's, who comes later, or nobody's.
-            return lax.dynamic_update_slice_in_dim(out, jnp.where(_within(at, stop, block), y, 0), at, 0)
+        def one_block(here, block, inside, out):
+            y = lax.dot_general(_rows(a, here, block), w, (((1,), (over - 1,)), ((), ())), preferred_element_type=wide)
+            y = y if inside is None else jnp.where(inside, y, _rows(out, here, block))
+            return lax.dynamic_update_slice_in_dim(out, y, here, 0)
 
-        return _blocks(one_block, start, stop, block, out)
+        return _blocks(one_block, start, stop, a.shape[0], blocks, out)
 
-    R, X = a.shape[0], kernel.shape[3 - over]
-    a = jnp.pad(a, ((0, block), (0, 0)))
-    return _experts(one_expert, sizes, jnp.zeros((R + block, X), wide))[:R]
+    return _experts(one_expert, sizes, jnp.zeros((a.shape[0], X), wide))[:R]
 
 
 def _kernel_gradient(g, a, sizes):
@@ -81,24 +82,41 @@ def _kernel_gradient(g, a, sizes):
     if platform() != "cpu":
         numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
         return lax.ragged_dot_general(g, a, sizes, numbers, preferred_element_type=wide)
-    E, F, D = sizes.shape[0], g.shape[1], a.shape[1]
-    block = _block(g.shape[0], E)
-    g, a = (jnp.pad(x, ((0, block), (0, 0))) for x in (g, a))
+    (R, F), D, E = g.shape, a.shape[1], sizes.shape[0]
+    blocks = _block_sizes(R, E)
+    g, a = (_at_least(x, blocks[-1]) for x in (g, a))
+    # The narrower operand is transposed in memory, see ``weight_gradient``; the sum is turned once, at its end.
+    narrow = F <= D
+    left, right = (g, a) if narrow else (a, g)
 
     def one_expert(e, start, stop, out):
-        def one_block(at, total):
-            own = jnp.where(_within(at, stop, block), _rows(g, at, block), 0)
-            return total + weight_gradient(own, _rows(a, at, block))
+        def one_block(here, block, inside, total):
+            own, turned = _rows(right, here, block), transposed(_rows(left, here, block))
+            own = own if inside is None else jnp.where(inside, own, 0)
+            return total + lax.dot_general(turned, own, (((1,), (0,)), ((), ())), preferred_element_type=wide)
 
-        return out.at[e].set(_blocks(one_block, start, stop, block, jnp.zeros((F, D), wide)))
+        total = jnp.zeros((left.shape[1], right.shape[1]), wide)
+        total = _blocks(one_block, start, stop, a.shape[0], blocks, total)
+        return lax.dynamic_update_slice_in_dim(out, (total if narrow else total.T)[None], e, 0)
 
     return _experts(one_expert, sizes, jnp.zeros((E, F, D), wide))
 
 
-def _block(rows: int, experts: int) -> int:
-    """A power of two, about half of an even share."""
-    share = rows // (2 * experts)
-    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << share.bit_length() - 1 if share else 0))
+def _block_sizes(rows: int, experts: int) -> tuple[int, int]:
+    """Rows of the blocks that an expert's rows are cut into, and of those that take what is left over: powers of two.
+
+    Of one size, about half an even share, where that is few rows, as where a model serves.
+    """
+    share = rows // experts
+    if share < MIXED_BLOCKS:
+        block = max(MIN_BLOCK, 1 << (share // 2).bit_length() >> 1)
+        return block, block
+    large = min(MAX_BLOCK, 1 << share.bit_length() - 1)
+    return large, large // 4
+
+
+def _at_least(x, rows: int):
+    return jnp.pad(x, ((0, max(rows - x.shape[0], 0)), (0, 0)))
 
 
 def _experts(one, sizes, out):
@@ -114,15 +132,29 @@ def _experts(one, sizes, out):
     return lax.fori_loop(0, count, body, out)
 
 
-def _blocks(one, start, stop, block, out):
-    """``out`` after ``one(at, out)`` for each block of rows from ``start`` to ``stop``."""
-    state = lax.while_loop(lambda s: s[0] < stop, lambda s: (s[0] + block, one(*s)), (start, out))
-    return state[1]
+def _blocks(one, start, stop, length: int, sizes: tuple[int, int], out):
+    """``out`` after ``one(here, size, inside, out)`` for blocks of rows that together have those from ``start`` to
+    ``stop``. inside: which of a block's are of them, bool [size, 1]; None where all are."""
+    large, small = sizes
+    state = lax.while_loop(
+        lambda s: s[0] + large <= stop, lambda s: (s[0] + large, one(s[0], large, None, s[1])), (start, out)
+    )
+
+    def rest(s):
+        at, out = s
+        here = jnp.minimum(at, length - small)
+        row = here + lax.broadcasted_iota(here.dtype, (small, 1), 0)
+        return at + small, one(here, small, (row >= at) & (row < stop), out)
+
+    return lax.while_loop(lambda s: s[0] < stop, rest, state)[1]
 
 
-def _rows(x, at, block):
-    return lax.dynamic_slice_in_dim(x, at, block, 0)
+def _rows(x, at, count):
+    """``count`` of x from ``at`` on, along the first dimension.
 
-
-def _within(at, stop, block):
-    return (at + lax.broadcasted_iota(at.dtype, (block, 1), 0)) < stop
+    As integers: XLA:CPU makes a float32 copy of all of a bfloat16 array that is sliced at a place it does not know.
+    """
+    if x.dtype != jnp.bfloat16:
+        return lax.dynamic_slice_in_dim(x, at, count, 0)
+    bits = lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, jnp.uint16), at, count, 0)
+    return lax.bitcast_convert_type(bits, jnp.bfloat16)

@@ -1,5 +1,5 @@
 """Training: configuration, recipes, step, trainer."""
 
-from jaxsys.train.config import CheckpointConfig, DataConfig, SampleConfig, TrainConfig
+from jaxsys.train.config import CheckpointConfig, DataConfig, ExpertsConfig, SampleConfig, TrainConfig
 
-__all__ = ["CheckpointConfig", "DataConfig", "SampleConfig", "TrainConfig"]
+__all__ = ["CheckpointConfig", "DataConfig", "ExpertsConfig", "SampleConfig", "TrainConfig"]

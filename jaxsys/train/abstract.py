@@ -35,7 +35,8 @@ from parallelism import (
     sharding_context,
 )
 from parallelism.errors import UserError
-from parallelism.zero import state_shardings
+from parallelism.sharding_report import report
+from parallelism.zero import state_plans
 
 
 def starting_model(config: TrainConfig) -> tuple[ModelConfig, Pretrained | None]:
@@ -43,9 +44,9 @@ def starting_model(config: TrainConfig) -> tuple[ModelConfig, Pretrained | None]
     if (config.init_from is None) == (config.model is None):
         raise UserError("configuration: give either init_from (a pretrained model) or model (to make from scratch)")
     if config.model is not None:
-        return config.model, None
+        return config.experts.applied(config.model), None
     pretrained = Pretrained.open(resolve(str(config.init_from)).path)
-    return pretrained.config, pretrained
+    return config.experts.applied(pretrained.config), pretrained
 
 
 class AbstractRun:
@@ -73,12 +74,13 @@ class AbstractRun:
         self.plan = plan(self.unpadded.layout, self.mesh, parameter_rules, self.unpadded.units)
         self.model = self.unpadded.with_layout(self.plan.layout)
         self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
-        self.shardings = state_shardings(
+        self.plans = state_plans(
             self.plan,
             Rules("gradient", parameter_rules, parameter_rules.paddable).override(config.gradient_rules),
             Rules("optimizer", parameter_rules, parameter_rules.paddable).override(config.optimizer_rules),
             self.unpadded.units,
         )
+        self.shardings = self.plans.shardings
         self.step = Step(
             self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.shardings,
             config.context_method, offload=placement.Offload.parse(config.offload),
@@ -101,6 +103,21 @@ class AbstractRun:
         """Compiles the graphs of the step."""
         self.launcher.prepare(self.params, self.opt_state)
 
+    def indivisible(self) -> dict[str, list[str]]:
+        """What was done with dimensions that do not divide: of parameters, and of gradients and optimizer state where
+        it is not the same."""
+        lines = {
+            name: report(plan).indivisible
+            for name, plan in (
+                ("parameters", self.plans.parameters),
+                ("gradients", self.plans.gradients),
+                ("optimizer state", self.plans.optimizer),
+            )
+        }
+        said = lines["parameters"]
+        others = {name: [line for line in found if line not in said] for name, found in lines.items()}
+        return {name: found for name, found in {**others, "parameters": said}.items() if found}
+
     def _check_rows(self, model: ModelConfig) -> None:
         data = self.config.data
         if (pieces := self.mesh.shape[sequence.AXIS]) > 1:
@@ -112,8 +129,8 @@ class AbstractRun:
         factor = None if model.experts is None else model.experts.capacity_factor
         if data.split_shares and factor is not None:
             raise UserError(
-                f"data.split_shares {data.split_shares} and model.experts.capacity_factor {factor}: a capacity counts "
-                "a row's tokens in order, which balanced batches give up: use one of them"
+                f"data.split_shares {data.split_shares} and experts.capacity_factor {factor}: a capacity counts a "
+                "row's tokens in order, which balanced batches give up: use one of them"
             )
         if data.batch_size % self.config.accumulate:
             raise UserError(
@@ -127,13 +144,13 @@ class AbstractRun:
         decisions = [
             dataclasses.replace(decision, array=name)
             for name, owner in like.items()
-            for decision in self.plan.decisions
+            for decision in self.plans.optimizer.decisions
             if decision.array == owner
         ]
         shardings = {name: self.shardings.optimizer[owner] if owner else whole for name, owner in like.items()}
         if share := self.step.offload.optimizer:
             shardings = placement.hosted(shardings, placement.offloaded_state(layout, like, share))
-        return Plan(layout, self.mesh, self.plan.rules, shardings, tuple(decisions))
+        return Plan(layout, self.mesh, self.plans.optimizer.rules, shardings, tuple(decisions))
 
 
 def _abstract(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from jaxsys.configuration import expect, expect_at_least, expect_text
+from jaxsys.configuration import expect, expect_at_least, expect_positive, expect_text
 from jaxsys.models.config import ModelConfig
 from jaxsys.optim import OptimConfig
 from parallelism import sequence, target
@@ -40,6 +40,37 @@ class DataConfig:
         expect_at_least(self, 1, "limit")
         expect_text(self, "source", "tokenizer")
         expect(self, "at least 0 and below 1", lambda share: 0 <= share < 1, "heldout")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """What training does with the experts of a model, in place of what ``model.experts`` or the files of ``init_from``
+    say (see ``jaxsys.models.config.Experts``); None leaves it at that. A run may go on with others.
+    """
+
+    capacity_factor: float | None = None
+    balance_loss: float | None = None
+    z_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        expect_positive(self, "capacity_factor")
+        expect_at_least(self, 0, "balance_loss", "z_loss")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is not left at what the model says."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def applied(self, model: ModelConfig) -> ModelConfig:
+        """The model as it is trained. Raises UserError where it has no experts that this could be of."""
+        if not self.given:
+            return model
+        if model.experts is None:
+            name, value = next(iter(self.given.items()))
+            raise UserError(
+                f"experts.{name}={value}: the model ({model.family}) has no experts: leave it out, or train another"
+            )
+        return dataclasses.replace(model, experts=dataclasses.replace(model.experts, **self.given))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +117,7 @@ class TrainConfig:
 
     run: directory of its checkpoints, metrics and graphs. Started again with the same directory it resumes.
     init_from: a pretrained model to begin with; otherwise ``model`` says what to make from scratch.
+    experts: what is trained otherwise than the model's experts say.
     mesh: ``data=2,fsdp=-1,tensor=4``. parameter_rules, activation_rules: changes to the sharding rules;
     gradient_rules, optimizer_rules: what is different for gradients and optimizer state (ZeRO-1 and 2).
     accumulate: microbatches a step. step_form: one graph, or grads and update groups. remat: what layers keep.
@@ -101,6 +133,7 @@ class TrainConfig:
     run: str
     init_from: str | None = None
     model: ModelConfig | None = None
+    experts: ExpertsConfig = ExpertsConfig()
     mesh: str = ""
     parameter_rules: str = ""
     activation_rules: str = ""

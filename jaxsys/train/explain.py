@@ -92,14 +92,12 @@ def explain(run: AbstractRun) -> Explanation:
 
 def state_report(run: AbstractRun) -> Report:
     """The report of parameters and optimizer state."""
-    plan, other = run.plan, run.optimizer_plan
-    whole = dataclasses.replace(
-        plan,
-        layout=run.layout,
-        shardings={**plan.shardings, **other.shardings},
-        decisions=(*plan.decisions, *other.decisions),
+    of_parameters, of_optimizer = report(run.plan), report(run.optimizer_plan)
+    return Report(
+        of_parameters.mesh,
+        (*of_parameters.rows, *of_optimizer.rows),
+        (*of_parameters.decisions, *of_optimizer.decisions),
     )
-    return report(whole)
 
 
 def step_collectives(run: AbstractRun) -> list[Collective]:

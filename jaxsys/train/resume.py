@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import uuid
 from collections.abc import Iterator, Mapping
@@ -11,17 +12,19 @@ from typing import Any
 
 import xxhash
 
+from jaxsys.train.config import ExpertsConfig
 from parallelism.errors import UserError
 
 # What a checkpoint's meta must have the same, and the configuration's keys that only the beginning of a run reads.
 PARTS = ("model", "rng", "data")
 BEGINNING = ("init_from", "parameter_dtype")
+TRAINING = tuple(field.name for field in dataclasses.fields(ExpertsConfig))
 
 
 def refuse(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises UserError where the metas of a checkpoint and of this start are of runs that cannot be one."""
     for part in (*PARTS, "config"):
-        there, here = before.get(part, {}), now[part]
+        there, here = (_lasting(part, meta.get(part, {})) for meta in (before, now))
         keys = BEGINNING if part == "config" else here
         if changed := [key for key in keys if there.get(key) != here[key]]:
             raise UserError(
@@ -29,6 +32,13 @@ def refuse(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None
                 + ", ".join(f"{key}={there.get(key)!r} there, {here[key]!r} now" for key in changed)
                 + "; resume with the same, or give another run directory"
             )
+
+
+def _lasting(part: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A part of a meta without what only training reads of a model, which may be another from here on."""
+    if part != "model" or not values.get("experts"):
+        return values
+    return {**values, "experts": {k: v for k, v in values["experts"].items() if k not in TRAINING}}
 
 
 def refuse_optimizer(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -45,8 +55,10 @@ def refuse_optimizer(run: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What the configuration was and is, by key, where it is not the same."""
-    there, here = dict(flat(before.get("config", {}))), dict(flat(now["config"]))
+    """What the configuration was and is, by key, where it is not the same; of the model what it comes to."""
+    there, here = (
+        dict(flat({**meta.get("config", {}), "model": meta.get("model"), "experts": None})) for meta in (before, now)
+    )
     return {key: (there[key], here[key]) for key in here if key in there and there[key] != here[key]}
 
 

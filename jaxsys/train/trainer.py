@@ -44,7 +44,6 @@ from parallelism.errors import UserError
 from parallelism.layout import Layout
 from parallelism.liveness import Watch
 from parallelism.multihost import Processes, job
-from parallelism.sharding_report import report
 
 
 class NonFiniteLoss(UserError):
@@ -102,8 +101,8 @@ class Trainer:
         self.abstract = run = AbstractRun(config, model_config)
         self.mesh, self.graphs, self.plan, self.layout = run.mesh, run.graphs, run.plan, run.layout
         self.model, self.step_functions, self.launcher = run.model, run.step, run.launcher
-        if uneven := report(self.plan).indivisible:
-            self.console.line(f"sharding: {'; '.join(uneven)}")
+        for what, uneven in run.indivisible().items():
+            self.console.line(f"sharding of {what}: {'; '.join(uneven)}")
         self.tokenizer = self._tokenizer()
         self._data(model_config)
         self.watch.phase("opening the checkpoints", setup=True)

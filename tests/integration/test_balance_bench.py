@@ -29,6 +29,21 @@ def test_every_seed_is_even_and_no_document_is_cut(bench, distribution, mesh):
     assert max(each.padding for each in found) < 0.02
 
 
+@pytest.mark.parametrize("rows", [8, 16])
+def test_of_small_batches_every_one_is_even_that_any_plan_could_make_even(bench, rows):
+    for mesh in MESHES:
+        for distribution in DISTRIBUTIONS:
+            grid = bench.grid_of(mesh, rows)
+            best = [bench.limits(bench.draw(distribution, grid, seed), grid) for seed in range(bench.SEEDS)]
+            found = [each for each, _ in bench.plans(distribution, mesh, rows)]
+            for each, (imbalance, split) in zip(found, best, strict=True):
+                assert (each.imbalance <= 1.05) == (imbalance <= 1.05) and each.cut == 0
+                assert each.imbalance >= imbalance - 1e-3
+                assert imbalance > 1.05 or each.split >= split * grid.room - grid.pieces
+            if rows == 16 and mesh == MESHES[0]:
+                assert max(each.split for each in found) <= grid.room / 3
+
+
 @pytest.mark.parametrize("mesh", [MESHES[0], pytest.param(MESHES[1], marks=pytest.mark.slow)])
 def test_compiled_attention_sends_at_most_a_third_for_every_seed(bench, mesh):
     most = max(each.split for distribution in DISTRIBUTIONS for each, _ in bench.plans(distribution, mesh))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny_models import x64
 
-from jaxsys.kernels.grouped import _block, grouped_linear
+from jaxsys.kernels import grouped
+from jaxsys.kernels.grouped import _block_sizes, grouped_linear
 
 R, E, D, F = 75, 5, 12, 7
 SIZES = {
@@ -86,9 +87,30 @@ def test_equally_many_rows_of_each_expert_are_a_batched_product():
     )
 
 
-@pytest.mark.parametrize(("rows", "experts", "block"), [(8, 8, 16), (512, 8, 32), (4096, 8, 256), (1 << 20, 8, 256)])
-def test_blocks_are_powers_of_two_of_about_half_a_share(rows, experts, block):
-    assert _block(rows, experts) == block
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_blocks_of_two_sizes_give_the_same(monkeypatch, sizes):
+    monkeypatch.setattr(grouped, "_block_sizes", lambda rows, experts: (32, 16))
+    rows, kernel, g = material()
+    with x64():
+        found = jax.jit(lambda *of: product_and_gradients.__wrapped__(*of))(rows, kernel, np.array(sizes, np.int32), g)
+    expected = (by_hand(rows, kernel, sizes), *gradients_by_hand(rows, kernel, g, sizes))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "blocks"),
+    [(8, 8, (16, 16)), (512, 8, (32, 32)), (1024, 8, (128, 32)), (4096, 8, (256, 64)), (1 << 20, 8, (256, 64))],
+)
+def test_blocks_are_powers_of_two_of_one_size_where_an_even_share_is_few_rows(rows, experts, blocks):
+    assert _block_sizes(rows, experts) == blocks
+
+
+def test_a_rows_result_does_not_depend_on_how_many_its_expert_has_where_blocks_are_of_one_size():
+    rows, kernel, _ = (a.astype(np.float32) for a in material())
+    alone = jax.jit(grouped_linear)(np.roll(rows, -3, 0), kernel, np.array((1, 0, 0, 0, 0), np.int32))[0]
+    among = jax.jit(grouped_linear)(rows, kernel, np.array((40, 35, 0, 0, 0), np.int32))[3]
+    np.testing.assert_array_equal(alone, among)
 
 
 def test_the_work_on_cpu_is_that_of_the_rows_and_not_of_all_experts():
@@ -99,4 +121,4 @@ def test_the_work_on_cpu_is_that_of_the_rows_and_not_of_all_experts():
         .lower(rows.astype(np.float32), kernel.astype(np.float32), np.zeros(E, np.int32))
         .as_text()
     )
-    assert f"tensor<{_block(R, E)}x{D}xf32>" in text and f"tensor<{R}x{E}x" not in text
+    assert f"tensor<{_block_sizes(R, E)[0]}x{D}xf32>" in text and f"tensor<{R}x{E}x" not in text

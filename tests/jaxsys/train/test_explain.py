@@ -9,7 +9,7 @@ from tiny_runs import MODEL, make_config, quiet, write_recipe
 
 from jaxsys.cli.main import main
 from jaxsys.train.abstract import AbstractRun
-from jaxsys.train.explain import OutOfMemory, explain, explained, memory
+from jaxsys.train.explain import OutOfMemory, explain, explained, memory, state_report
 from jaxsys.train.trainer import Trainer
 from parallelism.errors import UserError
 
@@ -34,6 +34,17 @@ def test_every_array_of_the_state_is_reported(config, explanation):
     assert {row.array for row in explanation.arrays.rows} == {*run.params, *run.opt_state}
     row = next(row for row in explanation.arrays.rows if row.array == "optimizer.mu.layers.0.mlp.up.kernel")
     assert row.spec == "tensor,fsdp" and row.nbytes_per_device == 24 * 16 * 4 // 4
+
+
+def test_optimizer_state_is_reported_by_its_own_rules(config):
+    data = dataclasses.replace(config.data, batch_size=3)
+    rules = {"parameter_rules": "embed=none", "optimizer_rules": "embed=fsdp:replicate"}
+    run = AbstractRun(dataclasses.replace(config, data=data, mesh="fsdp=3", **rules), MODEL)
+    rows = {row.array: row for row in state_report(run).rows}
+    uneven = "embed=16 does not divide over fsdp=3: kept whole"
+    assert rows["layers.0.mlp.up.kernel"].why == "mlp goes over tensor, of size 1"
+    assert rows["optimizer.mu.layers.0.mlp.up.kernel"].why == uneven
+    assert run.indivisible() == {"optimizer state": [f"{uneven} (in 8 arrays)"]}
 
 
 def test_classes_of_memory_are_the_shards_and_what_the_compiler_says(config, explanation):

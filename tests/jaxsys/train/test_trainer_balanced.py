@@ -80,6 +80,21 @@ def test_a_share_that_leaves_odd_pieces_is_refused(tmp_path, material):
         Trainer(config(tmp_path / "run", material, shares=(0.3,)), quiet())
 
 
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        ("data=2,context=2", {"batch_size": 3}, r"a microbatch of 3 rows .* does not divide over the 2 shards"),
+        ("context=2", {"seq_len": 30}, r"rows of 30 tokens on context=2: the length must be a multiple of 8"),
+        ("context=2", {"split_shares": (0.3,)}, r"a split share of 0\.3 of the .* is 19\.2 tokens"),
+    ],
+)
+def test_a_batch_that_cannot_be_arranged_is_refused_before_text_is_read(tmp_path, material, mesh, changes, message):
+    run = make_config(tmp_path / "run", material, mesh=mesh)
+    data = dataclasses.replace(run.data, **{"source": "nowhere", "split_shares": (0, 0.5), **changes})
+    with pytest.raises(UserError, match=message):
+        Trainer(dataclasses.replace(run, data=data), quiet())
+
+
 def test_shares_are_from_0_to_1():
     with pytest.raises(UserError, match=r"split_shares: found \(0\.5, 1\.5\), expected shares from 0 to 1"):
         DataConfig(split_shares=(0.5, 1.5))

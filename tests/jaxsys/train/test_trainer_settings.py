@@ -120,7 +120,7 @@ def test_what_does_not_divide_is_said_in_one_line(tmp_path, material):
     config = make_config(tmp_path / "run", material, mesh="tensor=2")
     with pytest.raises(UserError, match="nowhere"):  # refused after the line
         Trainer(dataclasses.replace(config, data=dataclasses.replace(config.data, source="nowhere")), console)
-    (line,) = (line for line in console.lines if line.startswith("sharding: "))
+    (line,) = (line for line in console.lines if line.startswith("sharding of parameters: "))
     assert "kv_heads=3 does not divide over tensor=2: padded to 4 (in 2 arrays)" in line and "vocab=257" in line
 
 

@@ -1,22 +1,27 @@
 """ZeRO-1, 2 and 3 by rules: the same step, fewer bytes a device."""
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
-from tiny_models import LLAMA, ZERO, Setup, assert_near, packed_batch, x64
+from tiny_models import EXPERTS, LLAMA, ZERO, Setup, assert_near, packed_batch, x64
 
 from parallelism.collectives import collectives, summary
 from parallelism.errors import UserError
 
 MESH = "fsdp=4,tensor=2"
+ROUTED = dataclasses.replace(
+    EXPERTS, n_layers=1, experts=dataclasses.replace(EXPERTS.experts, dense_layers=(), shared_width=0)
+)
+MODELS = {"dense": LLAMA, "experts": ROUTED}
 
 
 @functools.cache
-def stepped(level, mesh=MESH):
+def stepped(level, mesh=MESH, model="dense"):
     """Parameters and optimizer state after one fused step of two microbatches, the setup, the compiled text."""
     with x64():
-        setup = Setup(LLAMA, mesh, dtype="float64", **ZERO[level])
+        setup = Setup(MODELS[model], mesh, dtype="float64", **ZERO[level])
         state_shardings = {
             name: setup.shardings.optimizer[owner] if owner else None
             for name, owner in setup.optimizer.layout_of_state()[1].items()
@@ -69,6 +74,23 @@ def test_parameters_that_are_whole_are_gathered_once_a_step_and_not_once_a_micro
         )  # fmt: skip
 
     assert 0 < 2 * gathered(2) < gathered(3)
+
+
+@pytest.mark.parametrize("level", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_kernels_of_experts_are_gathered_once_a_step_too(level):
+    """Gradients are scattered once a microbatch; those that are whole (ZeRO-1) are gathered again."""
+    mesh, n = "expert=2,fsdp=4", 4
+    _, _, expected, _ = stepped(3, "", "experts")
+    setup, arrays, found, text = stepped(level, mesh, "experts")
+    assert_near(found, expected, 1e-9)
+    kernels = [k for k, stored in setup.plan.layout.items() if "expert_embed" in stored.axes]
+    whole = held(arrays[k] for k in kernels)
+    assert whole == n * held(arrays[f"optimizer.mu.{k}"] for k in kernels)
+    found = summary(collectives(text, setup.mesh)).items()
+    sent = {kind: nbytes for (kind, axes), (_, nbytes) in found if axes == ("fsdp",)}
+    piece = (n - 1) / n * whole
+    assert sent["reduce-scatter"] == 2 * piece
+    assert sent["all-gather"] == (piece if level == 2 else 4 * piece)
 
 
 def test_rules_that_pad_the_optimizer_otherwise_are_refused():
