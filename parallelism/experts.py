@@ -350,7 +350,13 @@ def _fetched_forward(kernel, axes, dimension, dtype):
 
 def _fetched_backward(axes, dimension, dtype, _, g):
     g = g.astype(_wide(g.dtype))
-    return (lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True) if axes else g,)
+    if not axes:
+        return (g,)
+    # The parts in a dimension of their own: next to that of the experts, if a device has but one, the TPU's compiler
+    # would sum the whole gradient on every device and cut it then.
+    n, whole = lax.axis_size(axes), g.shape
+    parts = g.reshape(*whole[:dimension], n, whole[dimension] // n, *whole[dimension + 1 :])
+    return (lax.psum_scatter(parts, axes, scatter_dimension=dimension),)
 
 
 _fetched.defvjp(_fetched_forward, _fetched_backward)

@@ -11,17 +11,22 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 
-from jaxsys.models.config import ModelConfig
+from jaxsys.models.config import Experts, ModelConfig
 from jaxsys.train.explain import OutOfMemory
 from scripts.aot_report import HEAD, RECIPES, Recipe, compile_recipe
 
 MODEL = ModelConfig(
     "llama", vocab_size=4096, d_model=512, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=64, d_ff=1024, max_seq_len=8192
 )  # fmt: skip
+MIXTURE = ModelConfig(
+    "mixtral", vocab_size=1024, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, d_ff=512,
+    max_seq_len=1024, experts=Experts(2, 2, 512, balance_loss=0.02),
+)  # fmt: skip
 SMALL = {
     "fsdp": Recipe(MODEL, "v5e:2x2", "fsdp=4", (8, 1024)),
     "fsdp and tensor": Recipe(MODEL, "v5e:2x2", "fsdp=2,tensor=2", (8, 1024)),
     "context": Recipe(MODEL, "v5e:2x2", "fsdp=2,context=2", (2, 2048)),
+    "one expert a device": Recipe(MIXTURE, "v5e:4x4", "data=2,fsdp=4,expert=2", (16, 256)),
 }
 
 
