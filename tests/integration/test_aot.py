@@ -1,6 +1,7 @@
 """The real TPU compiler, without a TPU: small steps compiled ahead of time. Needs libtpu (extra ``tpu``)."""
 
 import dataclasses
+import functools
 import os
 
 import pytest
@@ -38,9 +39,14 @@ def low_effort():
     jax.config.update("jax_exec_time_optimization_effort", before)
 
 
+@functools.cache
+def compiled(name):
+    return compile_recipe(SMALL[name], print)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_step_fits_replicates_nothing_by_accident_and_reduce_scatters_its_gradients(name):
-    result = compile_recipe(SMALL[name], print)
+    result = compiled(name)
     assert result.faults() == []
     assert result.run.model.storage == "stacked"  # the TPU's form, on whatever machine this is
     kinds = {c.kind for c in result.explanation.collectives if "fsdp" in c.axes}
@@ -50,7 +56,7 @@ def test_a_step_fits_replicates_nothing_by_accident_and_reduce_scatters_its_grad
 
 def test_fsdp_sends_what_its_formula_says():
     """docs/parallelism.md, "Bytes a step sends": gradients to the byte, kernels but for those it gathers again."""
-    found = compile_recipe(SMALL["fsdp"], print)
+    found = compiled("fsdp")
     split = sum(s.nbytes for s in found.run.plan.layout.values() if "norm" not in s.axes)
     tables = 2 * MODEL.vocab_size * MODEL.d_model * 4
     sent = {}
@@ -59,6 +65,22 @@ def test_fsdp_sends_what_its_formula_says():
     assert sent["reduce-scatter"] == pytest.approx(3 / 4 * split, rel=1e-6)
     gathered = sent["all-gather"] + sent.get("collective-permute", 0)  # some in pieces, as they are used
     assert 1 <= gathered / (3 / 4 * (2 * (split - tables) / 2 + tables)) < 1.15
+
+
+def test_tensor_parallelism_sends_what_its_formula_says():
+    """docs/parallelism.md, "Bytes a step sends", to the byte; with ``remat=full``."""
+    n, L, D = 2, MODEL.n_layers, MODEL.d_model
+    rows, length = SMALL["fsdp and tensor"].batch
+    elements = rows // 2 * length * D  # of the hidden states of a device's tokens
+    sent = {}
+    for each in compiled("fsdp and tensor").explanation.collectives:
+        if each.axes == ("tensor",):
+            sent[each.kind] = sent.get(each.kind, 0) + each.sent
+    part = (n - 1) / n
+    assert sent["all-gather"] == part * elements * (2 * 6 * L + 4 + 2)
+    assert sent["reduce-scatter"] == part * elements * (4 * 8 * L + 2)
+    few = 2 * part * 4 * (2 * elements // D + L * 3 * D)  # sums of a token's logits; gradients of norms
+    assert 0 <= sent["all-reduce"] - 2 * part * 4 * elements <= 1.1 * few
 
 
 def test_a_step_that_does_not_fit_says_where_memory_goes_and_what_to_change():
