@@ -47,7 +47,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     started: set[str] = set()  # computations that are a collective which is started and awaited apart
     for computation, each, times in program.walk():
         inside = program.computations[computation]
-        if each.opcode == "async-start" and _hidden(inside, each):
+        if each.opcode == "async-start" and program.hidden(computation, each):
             started.update(each.called("calls"))
         kind = each.opcode.removesuffix("-start")
         if kind not in KINDS or _part_of_another(computation, inside):
@@ -70,7 +70,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             "ragged-all-to-all": part,
             "collective-permute": 1.0,
         }[kind]
-        hidden = _hidden(inside, each) or computation in started or START in _targets(inside)
+        hidden = program.hidden(computation, each) or computation in started or START in _targets(inside)
         axes = _axes(groups, mesh)
         found.append(Collective(kind, axes, times, nbytes, factor * nbytes * times, hidden, program.source(each)))
     return found
@@ -79,7 +79,6 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 # How the TPU's compiler writes a collective that other work hides: once in a fusion that starts it, once in each fusion
 # of that work, which moves it on, and once in a fusion that ends it.
 START, STEP, END = "AsyncCollectiveStart", "async_collective_fusion", "AsyncCollectiveDone"
-WORK = ("fusion", "dot", "convolution", "custom-call", "while", "call", "conditional")
 
 
 def _targets(inside: Mapping[str, Instruction]) -> set[str]:
@@ -89,16 +88,6 @@ def _targets(inside: Mapping[str, Instruction]) -> set[str]:
 
 def _part_of_another(computation: str, inside: Mapping[str, Instruction]) -> bool:
     return computation.startswith(STEP) or END in _targets(inside)
-
-
-def _hidden(inside: Mapping[str, Instruction], each: Instruction) -> bool:
-    """Whether anything is computed between the start of a collective and its end."""
-    if not each.opcode.endswith("-start"):
-        return False
-    order = list(inside.values())
-    later = order[order.index(each) + 1 :]
-    end = next((i for i, other in enumerate(later) if each.name in other.operands), 0)
-    return any(other.opcode in WORK for other in later[:end])
 
 
 def _groups(rest: str, mesh: Mesh) -> list[list[int]]:

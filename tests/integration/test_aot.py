@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 
 import pytest
@@ -11,10 +12,13 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
+import numpy as np
 
 from jaxsys.models.config import Experts, ModelConfig
+from jaxsys.train.abstract import AbstractRun
 from jaxsys.train.explain import OutOfMemory
-from scripts.aot_report import HEAD, RECIPES, Recipe, compile_recipe
+from parallelism.hlo import Program
+from scripts.aot_report import HEAD, RECIPES, Recipe, compile_recipe, devices
 
 MODEL = ModelConfig(
     "llama", vocab_size=4096, d_model=512, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=64, d_ff=1024, max_seq_len=8192
@@ -81,6 +85,38 @@ def test_tensor_parallelism_sends_what_its_formula_says():
     assert sent["reduce-scatter"] == part * elements * (4 * 8 * L + 2)
     few = 2 * part * 4 * (2 * elements // D + L * 3 * D)  # sums of a token's logits; gradients of norms
     assert 0 <= sent["all-reduce"] - 2 * part * 4 * elements <= 1.1 * few
+
+
+def test_an_update_moves_one_layers_state_while_it_computes_on_another():
+    """At the compiler's default effort: the lowest does not order a program for this."""
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    recipe = dataclasses.replace(SMALL["fsdp"], changes={"offload": "optimizer,parameters"})
+    run = AbstractRun(recipe.config(), MODEL, devices(recipe.hardware))
+    shardings = run.step.shardings.gradients
+    grads = {k: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=shardings[k]) for k, p in run.params.items()}
+    out = jax.tree.map(lambda array: array.sharding, (run.params, run.opt_state))
+    graph = run.graphs.compile(
+        "update", run.step.update, run.params, run.opt_state, grads, np.float32(1), np.int32(0),
+        donate=(0, 1), out_shardings=out,
+    )  # fmt: skip
+    program = Program(graph.text)
+    (loop,) = {loop.called("body")[0] for _, loop, _ in program.walk() if loop.opcode == "while"}
+    layer = 3 * len(run.model.layer_kernels)  # each kernel with its two moments
+    for opcode in ("dynamic-slice-start", "dynamic-update-slice-start"):
+        moves = [i for i in program.computations[loop].values() if i.opcode == opcode and "S(5)" in i.shape]
+        sizes = {i.name: min(math.prod(dims) for _, dims in i.arrays if math.prod(dims) > 1) for i in moves}
+        assert len(moves) == layer
+        assert sum(sizes.values()) == 3 * sum(
+            math.prod(run.plan.layout[key].shape) // MODEL.n_layers // 4 for key in run.model.layer_kernels
+        )
+        hidden = sum(sizes[i.name] for i in moves if program.hidden(loop, i))
+        assert hidden >= 0.9 * sum(sizes.values())  # nothing of the layer is left to compute when the last ones start
+    # Nothing waits for a whole stack, or for a move of its own.
+    assert not [
+        i
+        for i in program.computations[loop].values()
+        if i.opcode in ("copy", "fusion", "dynamic-slice") and "S(5)" in i.shape
+    ]
 
 
 def test_a_step_that_does_not_fit_says_where_memory_goes_and_what_to_change():
