@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import math
 
 import pytest
 
@@ -38,14 +37,16 @@ def test_what_lies_in_host_memory_is_what_arithmetic_says(offloaded):
     kernels = sum(run.plan.layout[key].nbytes for key in run.model.layer_kernels)
     matrices = sum(stored.nbytes for stored in run.plan.layout.values() if is_matrix(stored))
     residual = MODEL.n_layers * ROWS * LENGTH * MODEL.d_model * 2  # bfloat16, what enters each layer
+    assert residual // DEVICES == graph.stats.host_temporary_bytes  # and no copy of a stack
     assert graph.stats.host_argument_bytes == (kernels + 2 * matrices) // DEVICES
     assert graph.stats.host_argument_bytes == host_bytes((run.params, run.opt_state))
-    assert residual // DEVICES <= graph.stats.host_temporary_bytes < 1.5 * residual // DEVICES
     assert offloaded.explanation.memory.host == graph.stats.host_bytes
 
 
-def test_a_step_that_does_not_fit_is_a_fault_though_this_compiler_says_nothing():
-    wide = dataclasses.replace(FSDP, batch=(4096, 4096), changes={"remat": "none"})
-    result = compile_recipe(wide, print)
+def test_a_step_that_does_not_fit_is_a_fault(offloaded):
+    """The report compares by itself: this compiler does not."""
+    memory = offloaded.explanation.memory
+    assert memory.capacity == 80e9
+    small = dataclasses.replace(memory, capacity=memory.total - 1)
+    result = dataclasses.replace(offloaded, explanation=dataclasses.replace(offloaded.explanation, memory=small))
     assert [fault.split(":")[0] for fault in result.faults()] == ["does not fit"]
-    assert result.explanation.memory.total > 80e9 and math.isfinite(result.explanation.memory.capacity)
