@@ -9,12 +9,12 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from jax.sharding import Mesh
 
-from parallelism.hlo import Program
+from parallelism.hlo import Instruction, Program
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
@@ -28,7 +28,8 @@ class Collective:
     the best there is: (g - 1) times the operands for an all-gather over g devices, (g - 1) / g for a reduce-scatter or
     all-to-all, both for an all-reduce, once for a permute. Of a ragged all-to-all, whose sizes are data, all rows that
     it could send.
-    asynchronous: started and awaited apart. source: where it comes from.
+    asynchronous: something is computed between its start and its end, in the order of a scheduled program. One that is
+    only marked as fit for that is not. source: where it comes from.
     """
 
     kind: str
@@ -43,15 +44,18 @@ class Collective:
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """Every collective between different devices in the text of a program compiled for ``mesh``, in order."""
     program, found = Program(text), []
+    started: set[str] = set()  # computations that are a collective which is started and awaited apart
     for computation, each, times in program.walk():
+        inside = program.computations[computation]
+        if each.opcode == "async-start" and program.hidden(computation, each):
+            started.update(each.called("calls"))
         kind = each.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        if kind not in KINDS or _part_of_another(computation, inside):
             continue
         groups = _groups(each.rest, mesh)
         size = 2 if kind == "collective-permute" else max(map(len, groups))
         if size == 1 or not groups:
             continue
-        inside = program.computations[computation]
         # A ragged exchange's other operands are where to write, and sizes.
         operands = each.operands[:1] if kind == "ragged-all-to-all" else each.operands
         nbytes = sum(inside[operand].nbytes for operand in operands if operand in inside)
@@ -66,10 +70,24 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             "ragged-all-to-all": part,
             "collective-permute": 1.0,
         }[kind]
-        started = each.opcode.endswith("-start") or "async_collective_name" in each.rest
+        hidden = program.hidden(computation, each) or computation in started or START in _targets(inside)
         axes = _axes(groups, mesh)
-        found.append(Collective(kind, axes, times, nbytes, factor * nbytes * times, started, program.source(each)))
+        found.append(Collective(kind, axes, times, nbytes, factor * nbytes * times, hidden, program.source(each)))
     return found
+
+
+# How the TPU's compiler writes a collective that other work hides: once in a fusion that starts it, once in each fusion
+# of that work, which moves it on, and once in a fusion that ends it.
+START, STEP, END = "AsyncCollectiveStart", "async_collective_fusion", "AsyncCollectiveDone"
+
+
+def _targets(inside: Mapping[str, Instruction]) -> set[str]:
+    found = (re.search(r'custom_call_target="(\w+)"', i.rest) for i in inside.values() if i.opcode == "custom-call")
+    return {target[1] for target in found if target}
+
+
+def _part_of_another(computation: str, inside: Mapping[str, Instruction]) -> bool:
+    return computation.startswith(STEP) or END in _targets(inside)
 
 
 def _groups(rest: str, mesh: Mesh) -> list[list[int]]:

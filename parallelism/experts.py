@@ -360,7 +360,13 @@ def _whole_forward(piece, kernel, axes, dimension):
 
 def _whole_backward(axes, dimension, _, g):
     g = g.astype(_wide(g.dtype))
-    return (lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True) if axes else g), None
+    if not axes:
+        return g, None
+    # The parts in a dimension of their own: next to that of the experts, if a device has but one, the TPU's compiler
+    # would sum the whole gradient on every device and cut it then.
+    n, whole = lax.axis_size(axes), g.shape
+    parts = g.reshape(*whole[:dimension], n, whole[dimension] // n, *whole[dimension + 1 :])
+    return lax.psum_scatter(parts, axes, scatter_dimension=dimension), None
 
 
 _whole.defvjp(_whole_forward, _whole_backward)

@@ -8,6 +8,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
+# What computes.
+WORK = ("fusion", "dot", "convolution", "custom-call", "while", "call", "conditional")
+
 ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 
@@ -91,6 +94,15 @@ class Program:
                 if limit is not None and limit.opcode == "constant" and limit.arguments.isdecimal():
                     return int(limit.arguments)
         return 1
+
+    def hidden(self, computation: str, start: Instruction) -> bool:
+        """Whether anything is computed between the start of an asynchronous instruction and its end, as scheduled."""
+        if not start.opcode.endswith("-start"):
+            return False
+        order = list(self.computations[computation].values())
+        later = order[order.index(start) + 1 :]
+        end = next((i for i, other in enumerate(later) if start.name in other.operands), 0)
+        return any(other.opcode in WORK for other in later[:end])
 
     def source(self, instruction: Instruction) -> str:
         """``file:line`` of the Python that made it, as far as the compiler kept it; else its operation's name."""

@@ -123,7 +123,35 @@ def offloaded_state(layout: Mapping[str, Stored], owners: Mapping[str, str | Non
 
 def hosted(shardings: Mapping[str, NamedSharding], keys: Collection[str]) -> dict[str, NamedSharding]:
     """``shardings`` with those of ``keys`` in host memory."""
-    return {k: s.with_memory_kind(HOST) if k in keys else s for k, s in shardings.items()}
+    return {k: _hosted(s) if k in keys else s for k, s in shardings.items()}
+
+
+class _Hosted(NamedSharding):
+    """In the host memory of devices that do not tell their memories.
+
+    Those of a GPU that is compiled for ahead of time do not, and there NamedSharding drops the kind without a word.
+    """
+
+    @property
+    def memory_kind(self) -> str:
+        return HOST
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hosted) and NamedSharding.__eq__(self, other)
+
+    def __hash__(self) -> int:
+        return hash((_Hosted, NamedSharding.__hash__(self)))
+
+
+def _hosted(sharding: NamedSharding) -> NamedSharding:
+    found = sharding.with_memory_kind(HOST)
+    return found if found.memory_kind == HOST else _Hosted(sharding.mesh, sharding.spec)
+
+
+def of_result(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of a compiled function's result that is to lie as an argument does: where devices do not tell their
+    memories the compiled program does not either, and the memory is that which the function leaves the value in."""
+    return NamedSharding(sharding.mesh, sharding.spec) if isinstance(sharding, _Hosted) else sharding
 
 
 # ------------------------------------------------------------------------------------------------------------ the proof

@@ -66,14 +66,18 @@ def over_rows(fn: Callable[[Any, Any], Any], stacks: Tree, read: Any) -> Tree:
     def row(x: jax.Array, i: jax.Array) -> jax.Array:
         return lax.dynamic_index_in_dim(x, i, keepdims=False)
 
-    def fetched(leaves: list[jax.Array], i: jax.Array) -> list[jax.Array]:
-        return [to_device(row(x, i)) for x, away in zip(leaves, hosted, strict=True) if away]
+    def fetched(leaves: list[jax.Array], i: jax.Array) -> list[jax.Array | None]:
+        return [to_device(row(x, i)) if away else None for x, away in zip(leaves, hosted, strict=True)]
 
     def step(carry: Any, i: jax.Array) -> Any:
         leaves, here = carry
+        now = [row(x, i) if y is None else y for x, y in zip(leaves, here, strict=True)]
         ahead = fetched(leaves, jnp.minimum(i + 1, rows - 1))
-        coming = iter(here)
-        now = [next(coming) if away else row(x, i) for x, away in zip(leaves, hosted, strict=True)]
+        # A row is written after the next one has been read, or the GPU's compiler copies whole stacks, each time round.
+        ordered = [
+            (x, y) if y is None else lax.optimization_barrier((x, y)) for x, y in zip(leaves, ahead, strict=True)
+        ]
+        leaves, ahead = [x for x, _ in ordered], [y for _, y in ordered]
         new = fn(jax.tree.unflatten(tree, now), jax.tree.map(lambda x: row(x, i), read))
         new = [like_before(x, old) for x, old in zip(jax.tree.leaves(new), leaves, strict=True)]
         leaves = [lax.dynamic_update_index_in_dim(old, x, i, 0) for old, x in zip(leaves, new, strict=True)]

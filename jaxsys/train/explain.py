@@ -26,6 +26,8 @@ from parallelism.text import columns, in_units
 
 # Of what the forward pass keeps for the backward pass, so many of the largest arrays are shown.
 SHOWN_RESIDUALS = 8
+# What a program needs besides its arguments and gradients, where the compiler gave up and does not say more.
+BESIDES = "activations and temporaries"
 
 
 class OutOfMemory(UserError):
@@ -121,8 +123,8 @@ def memory(run: AbstractRun, failure: str | None = None) -> Memory:
     hardware = target(run.config.target) if run.config.target else detect(run.mesh.devices.flat[0])
     capacity = hardware.memory_bytes if hardware else None
     if failure is not None:
-        if used := _needed(failure):
-            classes["activations and temporaries"] = max(used - sum(classes.values()), 0)
+        if used := _needed(failure, sum(classes.values())):
+            classes[BESIDES] = max(used - sum(classes.values()), 0)
         return Memory(classes, host, capacity)
     programs = [graph for graph, _ in run.launcher.programs]
     most = max(programs, key=lambda graph: graph.stats.temporary_bytes or 0)
@@ -146,7 +148,8 @@ def explained(run: AbstractRun, say: Callable[[str], None]) -> Iterator[None]:
             raise
         found = memory(run) if run.launcher.programs else memory(run, str(error))
         say(str(found))
-        needs = in_units(found.total) if run.launcher.programs or _needed(str(error)) else "more than there is"
+        told = run.launcher.programs or BESIDES in found.classes
+        needs = in_units(found.total) if told else "more than there is"
         of = "" if found.capacity is None else f", a device has {in_units(found.capacity)}"
         raise OutOfMemory(
             f"out of memory: the step needs {needs} a device{of}: {'; '.join(advice(run, found))}"
@@ -176,10 +179,14 @@ def advice(run: AbstractRun, found: Memory) -> list[str]:
     return less_state + less_work if state > found.total / 2 else less_work + less_state
 
 
-def _needed(failure: str) -> int | None:
-    """Bytes that the compiler says a program needs: ``Used 20.13G of 15.75G hbm``."""
+def _needed(failure: str, arguments: int) -> int | None:
+    """Bytes that the compiler says a program needs: ``Used 20.13G of 15.75G hbm``, or, not counting its arguments,
+    ``memory required for HLO temporaries (1.23T) exceeds available HBM``."""
     said = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", failure)
-    return int(float(said[1]) * 1024 ** " KMGT".index(said[2] or " ")) if said else None
+    besides = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)", failure)
+    if (found := said or besides) is None:
+        return None
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) + (0 if said else arguments)
 
 
 def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:

@@ -266,7 +266,7 @@ class Launcher:
 
 
 def _shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda array: array.sharding, tree)
+    return jax.tree.map(lambda array: placement.of_result(array.sharding), tree)
 
 
 def _named(graph: str, split: int | None) -> str:

@@ -1,6 +1,8 @@
 """The real TPU compiler, without a TPU: small steps compiled ahead of time. Needs libtpu (extra ``tpu``)."""
 
 import dataclasses
+import functools
+import math
 import os
 
 import pytest
@@ -10,18 +12,26 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
+import numpy as np
 
-from jaxsys.models.config import ModelConfig
+from jaxsys.models.config import Experts, ModelConfig
+from jaxsys.train.abstract import AbstractRun
 from jaxsys.train.explain import OutOfMemory
-from scripts.aot_report import HEAD, RECIPES, Recipe, compile_recipe
+from parallelism.hlo import Program
+from scripts.aot_report import HEAD, RECIPES, Recipe, compile_recipe, devices
 
 MODEL = ModelConfig(
     "llama", vocab_size=4096, d_model=512, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=64, d_ff=1024, max_seq_len=8192
+)  # fmt: skip
+MIXTURE = ModelConfig(
+    "mixtral", vocab_size=1024, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, d_ff=512,
+    max_seq_len=1024, experts=Experts(2, 2, 512, balance_loss=0.02),
 )  # fmt: skip
 SMALL = {
     "fsdp": Recipe(MODEL, "v5e:2x2", "fsdp=4", (8, 1024)),
     "fsdp and tensor": Recipe(MODEL, "v5e:2x2", "fsdp=2,tensor=2", (8, 1024)),
     "context": Recipe(MODEL, "v5e:2x2", "fsdp=2,context=2", (2, 2048)),
+    "one expert a device": Recipe(MIXTURE, "v5e:4x4", "data=2,fsdp=4,expert=2", (16, 256)),
 }
 
 
@@ -33,9 +43,14 @@ def low_effort():
     jax.config.update("jax_exec_time_optimization_effort", before)
 
 
+@functools.cache
+def compiled(name):
+    return compile_recipe(SMALL[name], print)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_step_fits_replicates_nothing_by_accident_and_reduce_scatters_its_gradients(name):
-    result = compile_recipe(SMALL[name], print)
+    result = compiled(name)
     assert result.faults() == []
     assert result.run.model.storage == "stacked"  # the TPU's form, on whatever machine this is
     kinds = {c.kind for c in result.explanation.collectives if "fsdp" in c.axes}
@@ -45,7 +60,7 @@ def test_a_step_fits_replicates_nothing_by_accident_and_reduce_scatters_its_grad
 
 def test_fsdp_sends_what_its_formula_says():
     """docs/parallelism.md, "Bytes a step sends": gradients to the byte, kernels but for those it gathers again."""
-    found = compile_recipe(SMALL["fsdp"], print)
+    found = compiled("fsdp")
     split = sum(s.nbytes for s in found.run.plan.layout.values() if "norm" not in s.axes)
     tables = 2 * MODEL.vocab_size * MODEL.d_model * 4
     sent = {}
@@ -54,6 +69,54 @@ def test_fsdp_sends_what_its_formula_says():
     assert sent["reduce-scatter"] == pytest.approx(3 / 4 * split, rel=1e-6)
     gathered = sent["all-gather"] + sent.get("collective-permute", 0)  # some in pieces, as they are used
     assert 1 <= gathered / (3 / 4 * (2 * (split - tables) / 2 + tables)) < 1.15
+
+
+def test_tensor_parallelism_sends_what_its_formula_says():
+    """docs/parallelism.md, "Bytes a step sends", to the byte; with ``remat=full``."""
+    n, L, D = 2, MODEL.n_layers, MODEL.d_model
+    rows, length = SMALL["fsdp and tensor"].batch
+    elements = rows // 2 * length * D  # of the hidden states of a device's tokens
+    sent = {}
+    for each in compiled("fsdp and tensor").explanation.collectives:
+        if each.axes == ("tensor",):
+            sent[each.kind] = sent.get(each.kind, 0) + each.sent
+    part = (n - 1) / n
+    assert sent["all-gather"] == part * elements * (2 * 6 * L + 4 + 2)
+    assert sent["reduce-scatter"] == part * elements * (4 * 8 * L + 2)
+    few = 2 * part * 4 * (2 * elements // D + L * 3 * D)  # sums of a token's logits; gradients of norms
+    assert 0 <= sent["all-reduce"] - 2 * part * 4 * elements <= 1.1 * few
+
+
+def test_an_update_moves_one_layers_state_while_it_computes_on_another():
+    """At the compiler's default effort: the lowest does not order a program for this."""
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    recipe = dataclasses.replace(SMALL["fsdp"], changes={"offload": "optimizer,parameters"})
+    run = AbstractRun(recipe.config(), MODEL, devices(recipe.hardware))
+    shardings = run.step.shardings.gradients
+    grads = {k: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=shardings[k]) for k, p in run.params.items()}
+    out = jax.tree.map(lambda array: array.sharding, (run.params, run.opt_state))
+    graph = run.graphs.compile(
+        "update", run.step.update, run.params, run.opt_state, grads, np.float32(1), np.int32(0),
+        donate=(0, 1), out_shardings=out,
+    )  # fmt: skip
+    program = Program(graph.text)
+    (loop,) = {loop.called("body")[0] for _, loop, _ in program.walk() if loop.opcode == "while"}
+    layer = 3 * len(run.model.layer_kernels)  # each kernel with its two moments
+    for opcode in ("dynamic-slice-start", "dynamic-update-slice-start"):
+        moves = [i for i in program.computations[loop].values() if i.opcode == opcode and "S(5)" in i.shape]
+        sizes = {i.name: min(math.prod(dims) for _, dims in i.arrays if math.prod(dims) > 1) for i in moves}
+        assert len(moves) == layer
+        assert sum(sizes.values()) == 3 * sum(
+            math.prod(run.plan.layout[key].shape) // MODEL.n_layers // 4 for key in run.model.layer_kernels
+        )
+        hidden = sum(sizes[i.name] for i in moves if program.hidden(loop, i))
+        assert hidden >= 0.9 * sum(sizes.values())  # nothing of the layer is left to compute when the last ones start
+    # Nothing waits for a whole stack, or for a move of its own.
+    assert not [
+        i
+        for i in program.computations[loop].values()
+        if i.opcode in ("copy", "fusion", "dynamic-slice") and "S(5)" in i.shape
+    ]
 
 
 def test_a_step_that_does_not_fit_says_where_memory_goes_and_what_to_change():

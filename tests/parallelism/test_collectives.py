@@ -143,9 +143,70 @@ ENTRY %main (s: (s32[], f32[4])) -> (s32[], f32[4]) {
 """
     (found,) = collectives(text, MeshSpec.parse(MESH).build())
     assert (found.kind, found.axes, found.count, found.sent, found.asynchronous) == (
-        "collective-permute", ("tensor",), 7, 112.0, True,
+        "collective-permute", ("tensor",), 7, 112.0, False,
     )  # fmt: skip
     assert summary([found]) == {("collective-permute", ("tensor",)): (7, 112.0)}
+
+
+@pytest.mark.parametrize(("between", "hidden"), [("  %y = f32[4] fusion(%x), kind=kLoop, calls=%f", True), ("", False)])
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        ("collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute-done(%send)"),
+        ("async-start(%x), calls=%wrapped", "async-done(%send)"),
+    ],
+)
+def test_a_collective_is_asynchronous_if_something_is_computed_until_it_ends(start, end, between, hidden):
+    text = f"""HloModule m
+
+%wrapped (x: f32[4]) -> f32[4] {{
+  %x = f32[4] parameter(0)
+  ROOT %p = f32[4] collective-permute(%x), source_target_pairs={{{{0,1}},{{1,0}}}}, x={{async_collective_name="p"}}
+}}
+
+ENTRY %main (x: f32[4]) -> f32[4] {{
+  %x = f32[4] parameter(0)
+  %send = f32[4] {start}
+{between}
+  ROOT %end = f32[4] {end}
+}}
+"""
+    (found,) = collectives(text, MeshSpec.parse(MESH).build())
+    assert (found.kind, found.asynchronous, found.sent) == ("collective-permute", hidden, 16.0)
+
+
+def test_a_collective_that_the_tpu_compiler_moves_on_in_several_fusions_counts_once():
+    gather = "all-gather(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}"
+    text = f"""HloModule m
+
+%fused.1 (x: f32[4]) -> (f32[4], f32[8]) {{
+  %x = f32[4] parameter(0)
+  %g = f32[8] {gather}
+  ROOT %c = (f32[4], f32[8]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%async_collective_fusion.2 (x: f32[4]) -> f32[8] {{
+  %x = f32[4] parameter(0)
+  ROOT %g = f32[8] {gather}
+}}
+
+%fused.3 (x: f32[4]) -> f32[8] {{
+  %x = f32[4] parameter(0)
+  %g = f32[8] {gather}
+  ROOT %c = f32[8] custom-call(%g), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (x: f32[4]) -> f32[8] {{
+  %x = f32[4] parameter(0)
+  %start = (f32[4], f32[8]) fusion(%x), kind=kCustom, calls=%fused.1
+  %step = f32[8] fusion(%x), kind=kOutput, calls=%async_collective_fusion.2
+  ROOT %end = f32[8] fusion(%x), kind=kCustom, calls=%fused.3
+}}
+"""
+    (found,) = collectives(text, MeshSpec.parse(MESH).build())
+    assert (found.kind, found.axes, found.count, found.sent, found.asynchronous) == (
+        "all-gather", ("tensor",), 1, 16.0, True,
+    )  # fmt: skip
 
 
 def test_every_instruction_of_a_real_program_is_read():

@@ -1,6 +1,6 @@
 """The formulas of docs/parallelism.md, "Bytes a step sends", against what compiled steps send.
 
-On CPU; what the TPU's compiler makes of ``fsdp`` is held in tests/integration/test_aot.py.
+On CPU; what the TPU's compiler makes of ``fsdp`` and ``tensor`` is held in tests/integration/test_aot.py.
 """
 
 import dataclasses
@@ -75,6 +75,24 @@ def test_fsdp_gathers_kernels_twice_and_sums_their_gradients():
     assert sent["all-gather"] == part * (2 * kernels + tables["embed.kernel"] + 2 * tables["head.kernel"])
     assert sent["reduce-scatter"] == part * sum(tables.values())
     assert sent["all-reduce"] == pytest.approx(2 * part * layers, rel=2e-3)  # and the last norm, and scalars
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_tensor_parallelism_gathers_and_sums_activations(remat):
+    n, again = 4, remat == "full"
+    _, found = collectives_of(f"tensor={n}", remat=remat)
+    tokens = ROWS * LENGTH
+    part = (n - 1) / n * F32 * tokens * MODEL.d_model
+    sent = {}
+    for each in found:
+        assert each.axes == ("tensor",)
+        sent[each.kind] = sent.get(each.kind, 0) + each.sent
+    # In each layer; then of the last hidden states and the gradient of the embedding's.
+    assert sent["all-gather"] == part * (MODEL.n_layers * (4 + 2 * again) + 2)
+    # In each layer; of embedded tokens and the gradient of the last hidden states; two sums of a token's logits.
+    sums = 2 * part * (MODEL.n_layers * (7 + again) + 2) + 2 * 2 * (n - 1) / n * F32 * tokens
+    assert sums <= sent["all-reduce"] < 1.005 * sums  # and gradients of norms, and scalars
+    assert set(sent) == {"all-gather", "all-reduce"}
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
