@@ -32,17 +32,18 @@ from jaxsys.train.launch import batch_grid
 from parallelism import put, to_host
 from parallelism.sequence import METHODS
 
-ROUTED = Experts(4, 2, 10, balance_loss=0.3, z_loss=0.1)
 MODELS = {
     "llama": LLAMA,
     "gemma2": GEMMA2,
-    "mixtral": dataclasses.replace(LLAMA, family="mixtral", tie_embeddings=False, experts=ROUTED),
-    "qwen3_moe": dataclasses.replace(LLAMA, family="qwen3_moe", qk_norm="head", experts=ROUTED),
+    "qwen3_moe": dataclasses.replace(
+        LLAMA, family="qwen3_moe", qk_norm="head", n_layers=1, tie_embeddings=False,
+        experts=Experts(4, 2, 10, balance_loss=0.3, z_loss=0.1),
+    ),
     "shared": EXPERTS,
     "capacity": dataclasses.replace(
         EXPERTS, experts=dataclasses.replace(EXPERTS.experts, routing="sigmoid", capacity_factor=0.9, dense_layers=())
     ),
-}
+}  # fmt: skip
 DENSE = ["llama", "gemma2"]
 AXES = ("data", "fsdp", "tensor", "context", "expert")
 OPTIONS = {
