@@ -11,7 +11,7 @@ from jaxsys.models.config import Experts, ModelConfig
 from jaxsys.models.state import build
 from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.train.step import Step
-from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, plan, put, to_host
+from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, balance, plan, put, to_host
 from parallelism.zero import state_plans
 
 # Nine query and three key/value heads divide over no tensor axis, a vocabulary of 67 over none but itself.
@@ -32,21 +32,30 @@ EXPERTS = dataclasses.replace(
 MODELS = {"llama": LLAMA, "gemma2": GEMMA2}
 WHOLE, SPLIT = "embed=none,expert_embed=none", "embed=fsdp+expert,expert_embed=fsdp"
 ZERO = {
-    1: {"rules": WHOLE, "gradient_rules": WHOLE, "optimizer_rules": SPLIT},
-    2: {"rules": WHOLE, "gradient_rules": SPLIT, "optimizer_rules": SPLIT},
+    1: {"parameter_rules": WHOLE, "gradient_rules": WHOLE, "optimizer_rules": SPLIT},
+    2: {"parameter_rules": WHOLE, "gradient_rules": SPLIT, "optimizer_rules": SPLIT},
     3: {},
 }
 """Rules of each level, for ``Setup``."""
 
 
 @contextlib.contextmanager
-def x64(on=True):
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", on)
+def _configured(name, value):
+    before = jax.config.values[name]
+    jax.config.update(name, value)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_x64", before)
+        jax.config.update(name, before)
+
+
+def x64(on=True):
+    return _configured("jax_enable_x64", on)
+
+
+def quickly_compiled():
+    """Machine code without LLVM's optimisations, in two thirds of the time; XLA's own passes are what they are."""
+    return _configured("jax_disable_most_optimizations", True)
 
 
 def host_arrays(config, dtype, seed=0):
@@ -54,7 +63,8 @@ def host_arrays(config, dtype, seed=0):
     rng = np.random.default_rng(seed)
     logical = build(config, dtype=dtype, storage="listed").layout.logical
     return {
-        name: ((1.0 if "norm" in a.axes else 0.0) + 0.3 * rng.standard_normal(a.shape)).astype(dtype)
+        # The same values in every precision.
+        name: ((1.0 if "norm" in a.axes else 0.0) + 0.3 * rng.standard_normal(a.shape)).astype("float32").astype(dtype)
         for name, a in logical.items()
     }
 
@@ -73,16 +83,32 @@ def packed_batch(rows=8, length=16, vocabulary=67, seed=1):
     return {name: value.astype(np.int32) for name, value in batch.items()}
 
 
+def arranged(batch, grid, share):
+    """The documents of a batch of rows where ``parallelism.balance`` puts them; share: of the split regions."""
+    flat = {name: value.ravel() for name, value in batch.items()}
+    used = np.flatnonzero(flat["segments"])
+    begins = np.flatnonzero(flat["positions"][used] == 0)
+    found = balance.plan(np.diff(begins, append=len(used)), grid, balance.split_sizes([share], grid))
+    assert found.cut == 0
+    source, segments, positions = found.arrange()
+    at = used[source]
+    return {
+        "tokens": np.where(source < 0, 0, flat["tokens"][at]),
+        "targets": np.where(source < 0, -1, flat["targets"][at]),
+        "segments": segments, "positions": positions, "split": found.split,
+    }  # fmt: skip
+
+
 class Setup:
     """A step of one model on one mesh, its parameters from host arrays, its graphs."""
 
     def __init__(
-        self, config, mesh="", *, dtype="float32", storage="listed", rules="", remat="none", optim=None, compute=None,
-        steps=10, seed=0, method="ring", gradient_rules="", optimizer_rules="", activation_rules="",
+        self, config, mesh="", *, dtype="float32", storage="listed", remat="none", optim=None, compute=None, steps=10,
+        seed=0, method="ring", parameter_rules="", gradient_rules="", optimizer_rules="", activation_rules="",
     ):  # fmt: skip
         self.mesh = MeshSpec.parse(mesh).build()
         model = build(config, dtype=dtype, storage=storage)
-        table = PARAMETERS.override(rules)
+        table = PARAMETERS.override(parameter_rules)
         self.plan = plan(model.layout, self.mesh, table, model.units)
         self.shardings = state_plans(
             self.plan, table.override(gradient_rules), table.override(optimizer_rules), model.units

@@ -1,11 +1,14 @@
-"""Training with state, parameters and activations in host memory: the same results, and proof that things move."""
+"""State, parameters and activations in host memory: runs saved and resumed, and proof that things move.
+
+That steps give the same results is in ``test_step_covering.py``.
+"""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from tiny_models import LLAMA, Setup, assert_near, packed_batch, x64
+from tiny_models import LLAMA, Setup, packed_batch
 from tiny_runs import MODEL, make_config, quiet, state_bytes
 
 from jaxsys.models.config import ModelConfig
@@ -34,43 +37,6 @@ def run_of(tmp_path, **changes):
 
 def where(arrays):
     return {key: array.sharding.memory_kind == HOST for key, array in arrays.items()}
-
-
-@pytest.mark.parametrize(
-    ("storage", "offload"),
-    [("stacked", EVERYTHING), pytest.param("listed", "optimizer=0.5,parameters", marks=pytest.mark.slow)],
-)
-def test_a_step_with_offload_gives_the_same_results(storage, offload):
-    """In float64: without offload other operations are fused, and so other multiply-adds contracted."""
-    found = {}
-    with x64():
-        for asked in ("", offload):
-            setup = Setup(LLAMA, "fsdp=2", dtype="float64", storage=storage, remat="full")
-            off = Offload.parse(asked)
-            step = dataclasses.replace(setup.step, offload=off)
-            layout, owners = setup.optimizer.layout_of_state()
-            whole = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
-            states = {name: setup.plan.shardings[owner] if owner else whole for name, owner in owners.items()}
-            kernels = setup.plan.shardings
-            if asked:
-                states = placement.hosted(states, placement.offloaded_state(layout, owners, off.optimizer))
-                kernels = placement.hosted(kernels, step.model.layer_kernels)
-            params = {key: jax.device_put(array, kernels[key]) for key, array in setup.params.items()}
-            begin = setup.graphs.compile("init", setup.optimizer.init, params, out_shardings=states)
-            batch = setup.place(packed_batch(), 2)
-            out = (kernels, states, None)
-            state = begin(params)
-            graph = setup.graphs.compile(
-                "fused", step.fused, params, state, np.int32(0), batch, donate=(0, 1), out_shardings=out
-            )
-            for n in range(2):
-                params, state, metrics = graph(params, state, np.int32(n), batch)
-            assert where(params) == {key: asked != "" and key in step.model.layer_kernels for key in params}
-            assert any(where(state).values()) == bool(asked)
-            found[asked] = setup.host(params), setup.host(state, layout), float(metrics["grad_norm"])
-    for have, want in zip(found[offload][:2], found[""][:2], strict=True):
-        assert_near(have, want, 1e-12)
-    assert found[offload][2] == pytest.approx(found[""][2], rel=1e-13)
 
 
 def train(tmp_path, material, name, stop_at=None, **changes):

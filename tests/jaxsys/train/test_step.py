@@ -13,7 +13,6 @@ from jaxsys.optim import SGD, Adafactor, AdamW, Constant, OptimConfig
 from jaxsys.train.step import groups
 from parallelism.errors import UserError
 
-MESH = "fsdp=2,tensor=2"
 SHALLOW = dataclasses.replace(LLAMA, n_layers=1)
 OPTIM = OptimConfig(AdamW(), Constant(), learning_rate=1e-2)
 
@@ -53,25 +52,25 @@ def split(setup, batch, accumulate, count, steps=2):
 
 SLOW_REMAT = [
     pytest.param(*case, marks=pytest.mark.slow)
-    for case in (("full", "stacked"), ("dots", "listed"), ("dots_no_batch", "listed"))
+    for case in (
+        ("full", "stacked"),
+        ("full", "listed"),
+        ("dots", "listed"),
+        ("dots", "stacked"),
+        ("dots_no_batch", "listed"),
+    )
 ]
 
 
-@pytest.mark.parametrize(("mesh", "accumulate", "count"), [(MESH, 1, 2), ("", 3, 3)])
-def test_split_equals_fused(mesh, accumulate, count):
-    setup = Setup(SHALLOW, mesh, optim=OPTIM)
+def test_split_equals_fused():
+    """Three microbatches and three groups; two are in ``test_step_covering.py``."""
+    accumulate, count = 3, 3
+    setup = Setup(SHALLOW, optim=OPTIM)
     params, state, metrics = split(setup, packed_batch(12), accumulate, count)
     expected, other, expected_metrics = fused(setup, packed_batch(12), accumulate)
     assert_near(params, expected, 1e-6)
     layout = setup.optimizer.layout_of_state()[0]
     assert_near(setup.host(state, layout), setup.host(other, layout), 1e-5)
-    assert metrics == pytest.approx(expected_metrics, rel=1e-5)
-
-
-def test_microbatches_add_up_to_one_batch():
-    params, _, metrics = fused(Setup(SHALLOW, MESH, optim=OPTIM), packed_batch(), 4)
-    expected, _, expected_metrics = fused(Setup(SHALLOW, MESH, optim=OPTIM), packed_batch(), 1)
-    assert_near(params, expected, 1e-5)
     assert metrics == pytest.approx(expected_metrics, rel=1e-5)
 
 
@@ -96,7 +95,7 @@ def test_microbatches_weigh_by_their_targets():
 
 @pytest.mark.parametrize(
     ("remat", "storage"),
-    [("full", "listed"), ("dots", "stacked"), ("dots_no_batch", "stacked"), *SLOW_REMAT],
+    [("dots_no_batch", "stacked"), *SLOW_REMAT],  # the others by default in test_step_covering.py
 )
 def test_every_remat_policy_gives_the_same_gradients(remat, storage):
     expected, totals = Setup(GEMMA2).grads(packed_batch())

@@ -1,102 +1,91 @@
-"""Loss and every gradient equal one device: a pairwise covering set over mesh axes, families and options.
+"""A train step equals one device: loss, gradients, parameters and optimizer state, over meshes, families and more.
 
-The full product of what can go together has tens of thousands of members; ``-m slow`` takes a second covering set.
+By default a pairwise covering set. With ``-m slow`` the full product of meshes, families, methods of context
+parallelism and storage, each with other options drawn at random, the same ones in every run.
 """
 
-import dataclasses
 import functools
+from itertools import combinations
 
 import numpy as np
 import pytest
-from covering import pairwise
-from tiny_models import EXPERTS, GEMMA2, LLAMA, ZERO, Setup, assert_near, packed_batch, x64
+from covering import cases, pairwise, product
+from step_cases import CONSTRAINTS, METHODS, MODELS, OPTIONS, check, config_of
 
-from jaxsys.models.config import Experts
-from parallelism.sequence import METHODS
+from jaxsys.train.abstract import AbstractRun
+from parallelism.errors import UserError
 
-ROUTED = Experts(4, 2, 10, balance_loss=0.3, z_loss=0.1)
-MODELS = {
-    "llama": LLAMA,
-    "gemma2": GEMMA2,
-    "mixtral": dataclasses.replace(LLAMA, family="mixtral", tie_embeddings=False, experts=ROUTED),
-    "qwen3_moe": dataclasses.replace(LLAMA, family="qwen3_moe", qk_norm="head", experts=ROUTED),
-    "shared": EXPERTS,
-    "capacity": dataclasses.replace(
-        EXPERTS, experts=dataclasses.replace(EXPERTS.experts, routing="sigmoid", capacity_factor=0.9, dense_layers=())
-    ),
-}
-DENSE = ["llama", "gemma2"]
-FACTORS = {
-    "data": (1, 2),
-    "fsdp": (1, 2, 4, 8),
-    "tensor": (1, 2, 4),
-    "context": (1, 2, 4),
-    "expert": (1, 2, 4),
-    "model": tuple(MODELS),
-    "method": METHODS,
-    "storage": ("listed", "stacked"),
-    "remat": ("none", "full", "dots"),
-    "accumulate": (1, 2),
-    "zero": tuple(ZERO),
-    "residual": ("context+tensor", "context"),
-    "dtype": ("float64", "float32"),
-}
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+LARGEST = {"data": 8, "fsdp": 8, "tensor": 8, "context": 4, "expert": 4}
+"""Rows of 16 tokens split into four at most, and one of the models has four experts."""
 
 
-def valid(of):
-    """Eight devices; a method where rows are split, experts over an axis where there are some."""
-    devices = of["data"] * of["fsdp"] * of["tensor"] * of["context"] * of["expert"]
-    methods = (of["context"] > 1) | (of["method"] == METHODS[0])
-    return (devices == 8) & methods & ((of["expert"] == 1) | ~np.isin(of["model"], DENSE))
+def factors(largest):
+    sizes = {axis: tuple(n for n in (1, 2, 4, 8) if n <= most) for axis, most in largest.items()}
+    return {**sizes, "model": tuple(MODELS), "method": METHODS, **OPTIONS}
 
 
-def cases():
-    seen = []
-    for seed, marks in ((2, ()), (3, pytest.mark.slow)):
-        for case in pairwise(FACTORS, valid, seed):
-            if case not in seen:
-                seen.append(case)
-                yield pytest.param(case, marks=marks, id="-".join(map(str, case.values())))
+# Larger sizes differ little in kind, and leave no room for a second axis.
+PAIRWISE = factors({**LARGEST, "data": 2, "fsdp": 4, "tensor": 4})
+EVERY = factors(LARGEST)
+MULTIPLIED = (*LARGEST, "model", "method", "storage")
+"""What is multiplied out under ``-m slow``."""
 
 
-def summed(model, dtype, batch, mesh="", accumulate=1, **options):
-    """Logical gradients of a whole batch, and {"loss", "targets"}."""
-    with x64(dtype == "float64"):
-        setup = Setup(MODELS[model], mesh, dtype=dtype, **options)
-        placed = setup.place(batch, accumulate)
-        graph = setup.graphs.compile("sums", setup.step.sums, setup.params, placed)
-        grads, totals = graph(setup.params, placed)
-        return setup.host(grads), {name: float(totals[name]) for name in ("loss", "targets")}
+def eight_devices(data, fsdp, tensor, context, expert):
+    return data * fsdp * tensor * context * expert == 8
+
+
+ALL = (eight_devices, *CONSTRAINTS)
+COVERING = pairwise(PAIRWISE, ALL, seed=18)
+
+
+def named(case):
+    return pytest.param(case, id="-".join(str(value) for value in case.values()))
+
+
+@pytest.mark.parametrize("case", map(named, COVERING))
+def test_a_step_equals_one_device(case):
+    check(case)
 
 
 @functools.cache
-def on_one_device(model, dtype):
-    return summed(model, dtype, packed_batch(16))
+def full_product():
+    """A member of every combination of what is multiplied."""
+    rows, names = product(EVERY, ALL), list(EVERY)
+    rows = np.random.default_rng(0).permutation(rows)
+    _, first = np.unique(rows[:, [names.index(name) for name in MULTIPLIED]], axis=0, return_index=True)
+    return cases(EVERY, rows[np.sort(first)])
 
 
-@pytest.mark.parametrize("case", cases())
-def test_loss_and_every_gradient_equal_one_device(case):
-    options = dict(case)
-    model, dtype, residual = (options.pop(name) for name in ("model", "dtype", "residual"))
-    axes = {axis: options.pop(axis) for axis in ("data", "fsdp", "tensor", "context", "expert")}
-    mesh = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1)
-    rules = ZERO[options.pop("zero")]
-    expected, totals = on_one_device(model, dtype)
-    found, sharded = summed(
-        model, dtype, packed_batch(16), mesh, activation_rules=f"residual={residual}", **rules, **options
-    )
-    assert sharded["targets"] == totals["targets"]
-    assert sharded["loss"] == pytest.approx(totals["loss"], rel=TOLERANCE[dtype])
-    assert_near(found, expected, TOLERANCE[dtype])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(784))
+def test_a_step_of_the_full_product_equals_one_device(number):
+    check(full_product()[number])
 
 
 def test_every_pair_that_can_occur_is_covered():
-    from itertools import combinations
-
-    from covering import product
-
-    possible, names = product(FACTORS, valid), list(FACTORS)
-    chosen = [[FACTORS[name].index(case[name]) for name in names] for case in pairwise(FACTORS, valid, 2)]
+    possible, names = product(PAIRWISE, ALL).astype(int), list(PAIRWISE)
+    chosen = np.array([[PAIRWISE[name].index(case[name]) for name in names] for case in COVERING])
     for a, b in combinations(range(len(names)), 2):
-        assert {(r[a], r[b]) for r in chosen} == set(map(tuple, np.unique(possible[:, [a, b]], axis=0)))
+        found, expected = (np.bincount(rows[:, a] * 16 + rows[:, b], minlength=256) > 0 for rows in (chosen, possible))
+        np.testing.assert_array_equal(found, expected, f"{names[a]} and {names[b]}")
+
+
+PLAIN = {name: values[0] for name, values in PAIRWISE.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offload": "parameters"}, "offload parameters with remat=none"),
+        ({"batches": "documents"}, r"data\.split_shares .* context=1 splits no document"),
+        ({"batches": "documents", "context": 2, "model": "capacity"}, r"data\.split_shares .* and .*capacity_factor"),
+        ({"model": "qwen3_moe", "expert": 8}, "axis 'experts' of size 4"),
+        ({"context": 8}, "16 tokens"),
+    ],
+)
+def test_what_the_set_leaves_out_is_refused_in_one_line(changes, message):
+    with pytest.raises(UserError, match=message) as refused:
+        config = config_of(**{**PLAIN, **changes})
+        AbstractRun(config, config.model)
+    assert "\n" not in str(refused.value)
