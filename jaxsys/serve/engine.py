@@ -16,12 +16,15 @@ from jaxsys.live import Live
 from jaxsys.models.state import Model
 from jaxsys.serve.batch import empty_batch, pack
 from jaxsys.serve.forward import Numerics, Output, make_forward
-from jaxsys.serve.pages import PageAllocator
+from jaxsys.serve.moves import Mover
+from jaxsys.serve.pages import Pages
 from jaxsys.serve.pool import make_pool, page_bytes, pool_dtype
 from jaxsys.serve.request import Request, Sampling, token_ids, whole
 from jaxsys.serve.scheduler import Scheduler, Size
 from parallelism.errors import UserError, unknown_name
 
+# A pool of so many times what its sequences can use at once keeps enough of what was said before.
+SPARE = 4
 SIZES = {
     "fast": (Size(1, 1), Size(16, 16), Size(128, 16, queries=16)),
     # Rows of XLA:CPU's matmuls depend on their number below 64; and a query's attention, from jax 0.12 on, on its place
@@ -34,7 +37,8 @@ SIZES = {
 class EngineConfig:
     """max_context: tokens of one sequence, prompt included; None is as many as the model and the pool allow.
 
-    kv_bytes: the most that the pool may take, over all devices (it takes no more than its sequences can use).
+    kv_bytes: the most that the pool may take, over all devices; it takes no more than ``SPARE`` times what its
+    sequences can use at once, the rest being for what can be used again. host_kv_bytes: host memory for more of that.
     page_size: positions a page; what attention reads at once. max_steps: tokens a sequence makes between two looks of
     the host. numerics: see ``jaxsys.serve.forward.Numerics``. sizes: the shapes that are compiled; None is those that
     suit the numerics, and ``invariant`` has one, through which everything goes.
@@ -44,6 +48,7 @@ class EngineConfig:
 
     max_context: int | None = None
     kv_bytes: int = 512 << 20
+    host_kv_bytes: int = 0
     page_size: int = 64
     max_steps: int = 16
     numerics: Numerics = "fast"
@@ -53,6 +58,7 @@ class EngineConfig:
         for name in ("max_context", "kv_bytes", "page_size", "max_steps"):
             if name != "max_context" or self.max_context is not None:
                 whole(name, getattr(self, name), 1)
+        whole("host_kv_bytes", self.host_kv_bytes, 0)
         if str(self.numerics) not in SIZES:
             raise unknown_name("numerics", str(self.numerics), SIZES)
         if self.numerics == "invariant" and len(self.shapes) != 1:
@@ -91,7 +97,8 @@ class Engine:
         dtype = pool_dtype(params)
         self.max_context, pages = _pool_size(model, config, dtype)
         self._width = -(-self.max_context // config.page_size)
-        self.scheduler = Scheduler(PageAllocator(pages, config.page_size), config.shapes, config.max_steps)
+        slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype)
+        self.scheduler = Scheduler(Pages(pages, config.page_size, slots), config.shapes, config.max_steps)
         make = graphs.compile("kv_pool", make_pool(model, pages, config.page_size, dtype))
         pool = make.outputs
         everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
@@ -107,6 +114,7 @@ class Engine:
             self._forward[size] = graphs.compile(
                 name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
             )
+        self._mover = Mover(graphs, pool, slots)
         self._pool = make()
 
     # -------------------------------------------------------------------------------------------------- requests
@@ -164,6 +172,7 @@ class Engine:
         max_steps: tokens a sequence at most, where fewer than the configured number are wanted at once.
         Raises UserError if what the weights give is not finite.
         """
+        self.scheduler.publish(self.live.version)
         plan = self.scheduler.schedule(max_steps)
         if plan is None:
             return []
@@ -172,11 +181,13 @@ class Engine:
 
         def launch() -> tuple[int, Output]:
             lease = self.live.lease(self.view)
+            self._pool = self._mover.launch(self._pool, plan.moves)
             output, self._pool = graph(dict(lease.params), self._pool, batch)
             return lease.version, output
 
         version, output = dispatcher().call(launch)
         host = jax.device_get(output)
+        self._mover.settle()
         sampling = [n for n, chunk in enumerate(plan.chunks) if chunk.samples]
         ran, row = int(host.steps), 0
         if not all(np.isfinite(a).all() for a in (host.logprobs[:ran, 0, sampling], host.target_logprobs)):
@@ -232,4 +243,4 @@ def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype) -> tuple[int
             f"({need} bytes hold the {wanted})"
         )
     sequences = max(s.sequences for s in config.shapes)
-    return wanted, min(affordable, sequences * -(-wanted // size) + 1)
+    return wanted, min(affordable, SPARE * sequences * -(-wanted // size) + 1)

@@ -87,6 +87,10 @@ class Request:
     seed: the one in use. score: whether the log-probabilities of the prompt's own tokens are wanted.
     pages: pages of the pool, in order of position. logprobs, versions: one a made token (see Result).
     prompt_logprobs: of each prompt token but the first, given those before it, where ``score``.
+    client: whose it is, for fairness. priority: the lower the more urgent. leader: one with the same prompt that goes
+    before it, so that it is computed once.
+    The scheduler's own: number, in order of arrival; version, of the weights that made its keys and values; root and
+    digests, of its full pages (see ``jaxsys.serve.pages``).
     """
 
     prompt_tokens: int
@@ -100,6 +104,13 @@ class Request:
     versions: list[int] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
+    client: str = ""
+    priority: int = 0
+    leader: Request | None = None
+    number: int = 0
+    version: int | None = None
+    root: bytes = b""
+    digests: list[bytes] = dataclasses.field(default_factory=list)
 
     @property
     def made(self) -> int:
