@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +20,9 @@ from jaxsys.serve.forward import Numerics, Output, make_forward
 from jaxsys.serve.moves import Mover
 from jaxsys.serve.pages import Pages
 from jaxsys.serve.pool import make_pool, page_bytes, pool_dtype
-from jaxsys.serve.request import Request, Sampling, token_ids, whole
-from jaxsys.serve.scheduler import Scheduler, Size
+from jaxsys.serve.request import Made, Request, Top
+from jaxsys.serve.sampling import Sampling, token_ids, whole
+from jaxsys.serve.scheduler import Chunk, Scheduler, Size
 from parallelism.errors import UserError, unknown_name
 
 # A pool of so many times what its sequences can use at once keeps enough of what was said before.
@@ -107,7 +109,7 @@ class Engine:
         for size in config.shapes:
             batch = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-                empty_batch(size, self._width, config.page_size),
+                empty_batch(size, self._width, config.page_size, model.config.vocab_size),
             )
             forward = make_forward(model, size, config.max_steps, config.numerics)
             name = f"forward[{size.rows}x{size.sequences}]"
@@ -119,9 +121,9 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------------- requests
 
-    def add_request(self, prompt: Sequence[int], sampling: Sampling | None = None, *, score: bool = False) -> Request:
+    def add_request(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Request:
         """Makes a request and queues it."""
-        request = self.make_request(prompt, sampling, score=score)
+        request = self.make_request(prompt, sampling)
         self.add(request)
         return request
 
@@ -129,10 +131,9 @@ class Engine:
         """Queues a request."""
         self.scheduler.add(request)
 
-    def make_request(self, prompt: Sequence[int], sampling: Sampling | None = None, *, score: bool = False) -> Request:
+    def make_request(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Request:
         """The request for a prompt of token ids, not queued yet. max_tokens is cut to what the context has room for.
 
-        score: the log-probabilities of the prompt's own tokens are wanted too.
         Raises UserError for what is no list of token ids, an empty prompt, a token that is not in the vocabulary, and
         a prompt too long.
         """
@@ -142,8 +143,9 @@ class Engine:
             raise UserError("prompt: found no token, expected at least one: give a longer text")
         if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
             raise UserError(f"prompt: token {wrong[0]} is not in the vocabulary, expected 0 to {vocabulary - 1}")
-        if wrong := [token for token in sampling.stop if token >= vocabulary]:
-            raise UserError(f"stop token {wrong[0]} is not in the vocabulary, expected 0 to {vocabulary - 1}")
+        setting, largest = sampling.largest_token()
+        if largest >= vocabulary:
+            raise UserError(f"{setting}: token {largest} is not in the vocabulary, expected 0 to {vocabulary - 1}")
         room, wanted = self.max_context - len(tokens), min(sampling.max_tokens, 1)
         if room < wanted:
             raise UserError(
@@ -153,7 +155,7 @@ class Engine:
             )
         sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-        return Request(len(tokens), tokens, sampling, seed, score)
+        return Request(len(tokens), tokens, sampling, seed)
 
     def cancel(self, request: Request) -> None:
         """Drops a request and frees its pages."""
@@ -176,7 +178,7 @@ class Engine:
         plan = self.scheduler.schedule(max_steps)
         if plan is None:
             return []
-        batch = pack(plan, self._width, self.config.page_size)
+        batch = pack(plan, self._width, self.config.page_size, self.model.config.vocab_size)
         graph = self._forward[plan.size]
 
         def launch() -> tuple[int, Output]:
@@ -196,11 +198,25 @@ class Engine:
                 "infinite values, or overflow their dtype; check the file, or take an earlier checkpoint"
             )
         for chunk in plan.chunks:
-            if chunk.request.score:
-                count = min(chunk.count, chunk.request.prompt_tokens - 1 - chunk.start)
-                chunk.request.prompt_logprobs += host.target_logprobs[0, row : row + max(count, 0)].tolist()
+            request = chunk.request
+            if request.sampling.prompt_logprobs:
+                stop = row + max(min(chunk.count, request.prompt_tokens - 1 - chunk.start), 0)
+                request.prompt_logprobs += host.target_logprobs[0, row:stop].tolist()
+                if wanted := request.sampling.logprobs:
+                    of_rows = host.target_top_tokens[0, row:stop], host.target_top_logprobs[0, row:stop]
+                    request.prompt_top += [_top(*of_row, wanted) for of_row in zip(*of_rows, strict=True)]
             row += chunk.count
-        return self.scheduler.advance(plan, host.tokens[:ran, 0].tolist(), host.logprobs[:ran, 0].tolist(), version)
+        made = [[self._made(host, step, n, chunk) for n, chunk in enumerate(plan.chunks)] for step in range(ran)]
+        return self.scheduler.advance(plan, made, version)
+
+    def _made(self, host: Any, step: int, n: int, chunk: Chunk) -> Made:
+        asked, at = chunk.request.sampling, (step, 0, n)
+        return Made(
+            int(host.tokens[at]),
+            float(host.logprobs[at]),
+            float(host.processed[at]) if asked.processed_logprobs else None,
+            _top(host.top_tokens[at], host.top_logprobs[at], asked.logprobs) if asked.logprobs else None,
+        )
 
     def run(self, requests: Iterable[Request]) -> None:
         """Steps until these requests are finished, others with them. What is interrupted is cancelled."""
@@ -224,6 +240,11 @@ class Engine:
                 self.step(max_steps)
         finally:
             self.cancel(request)
+
+
+def _top(tokens: np.ndarray, logprobs: np.ndarray, wanted: int) -> Top:
+    """The first so many of the most likely tokens that there are."""
+    return [(int(t), float(p)) for t, p in zip(tokens[:wanted], logprobs[:wanted], strict=True) if p > -np.inf]
 
 
 def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype) -> tuple[int, int]:

@@ -115,9 +115,9 @@ class Pages:
     def match(self, request: Request, root: bytes) -> Match:
         """What is there of the request's tokens but the last, which must be computed to have something come of it.
 
-        Of a request to be scored nothing: it wants what comes of each.
+        Where the prompt's log-probabilities are wanted nothing: each of its tokens is to be computed.
         """
-        if request.score:
+        if request.sampling.prompt_logprobs:
             return Match([])
         entries, size, limit = self._entries.get(root, {}), self.page_size, request.goal - 1
         full: list[Entry] = []
@@ -174,7 +174,7 @@ class Pages:
         pages += [self._take() for _ in range(wanted - len(pages))]
         self._wanted = set()
         request.pages = pages
-        if not request.score:
+        if not request.sampling.prompt_logprobs:
             for digest in self._digests(request, root, request.goal // self.page_size)[first:]:
                 self._computing.setdefault(digest, request)
         return True

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from jaxsys.serve.pages import Move, Pages, root_of
 from jaxsys.serve.policies import Admission, FirstComeFirstServed, LastCome, Ordering, Preemption, Watermark
-from jaxsys.serve.request import Request
+from jaxsys.serve.request import Made, Request
 from parallelism.errors import UserError
 
 MIXED = -1  # the version of keys and values that different weights made
@@ -284,12 +284,10 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------------------------------- results
 
-    def advance(
-        self, plan: Plan, tokens: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]], version: int
-    ) -> list[Request]:
+    def advance(self, plan: Plan, made: Sequence[Sequence[Made]], version: int) -> list[Request]:
         """Takes the result of a plan; returns the requests that finished.
 
-        tokens, logprobs: [steps that ran][chunk], looked at for chunks that sample. version: of the weights.
+        made: [steps that ran][chunk], looked at for chunks that sample. version: of the weights.
         """
         self.publish(version)
         done = []
@@ -297,22 +295,22 @@ class Scheduler:
             request = chunk.request
             if request.finish_reason is not None or not request.pages:
                 continue
-            before, made = request.computed, request.made
+            computed, tokens = request.computed, request.made
             request.computed += chunk.count
             if chunk.samples:
-                for step, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+                for step, each in enumerate(made):
                     request.computed += step > 0
-                    request.take(token[n], logprob[n], version)
+                    request.take(each[n], version)
                     if request.finish_reason is not None:
                         break
             elif not request.sampling.max_tokens and request.computed == request.goal:
                 request.finish_reason = "length"
             request.version = version if request.version in (None, version) else MIXED
             if request.version == version:
-                self.pages.computed(request, self._root, before)
-            self.waiting.charge(request, request.computed - before, request.made - made)
-            self.counts.computed += request.computed - before
-            self.counts.made += request.made - made
+                self.pages.computed(request, self._root, computed)
+            self.waiting.charge(request, request.computed - computed, request.made - tokens)
+            self.counts.computed += request.computed - computed
+            self.counts.made += request.made - tokens
             if request.finish_reason is not None:
                 done.append(request)
         for request in done:

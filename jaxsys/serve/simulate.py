@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterable, Sequence
 
 from jaxsys.serve.pages import Move
-from jaxsys.serve.request import Request
+from jaxsys.serve.request import Made, Request
 from jaxsys.serve.scheduler import Plan, Scheduler
 
 
@@ -36,8 +36,8 @@ class SimulatedExecutor:
         self.version = 0
         self.seconds = 0.0
 
-    def run(self, plan: Plan) -> tuple[list[list[int]], list[list[float]]]:
-        """Tokens and logprobs of a plan, [steps that ran][chunk]; it ends early where a chunk makes a stop token."""
+    def run(self, plan: Plan) -> list[list[Made]]:
+        """What a plan makes, [steps that ran][chunk]; it ends early where a chunk makes a stop token."""
         for move in plan.moves:
             self._move(move)
         rows = [
@@ -64,7 +64,7 @@ class SimulatedExecutor:
         cost = self._cost
         rows_run = plan.size.rows + (len(made) - 1) * plan.size.sequences
         self.seconds += cost.launch + cost.row * rows_run + cost.key * keys + cost.page * len(plan.moves)
-        return made, [[0.0] * len(line) for line in made]
+        return [[Made(token, 0.0) for token in line] for line in made]
 
     def _move(self, move: Move) -> None:
         stores = {
@@ -131,8 +131,7 @@ def serve(
                 raise RuntimeError("requests wait, and nothing runs")
             continue
         before = [chunk.request.made for chunk in plan.chunks]
-        tokens, logprobs = executor.run(plan)
-        scheduler.advance(plan, tokens, logprobs, executor.version)
+        scheduler.advance(plan, executor.run(plan), executor.version)
         for chunk, made in zip(plan.chunks, before, strict=True):
             served = times[chunk.request]
             if chunk.request.made > made:

@@ -20,7 +20,7 @@ from jaxsys.hub import resolve
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import export_hf
 from jaxsys.models.state import build
-from jaxsys.serve.request import Sampling
+from jaxsys.serve.sampling import Sampling
 from jaxsys.tokenizer import Tokenizer
 from parallelism import MeshSpec, plan, put
 from parallelism.errors import UserError

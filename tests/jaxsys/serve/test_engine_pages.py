@@ -7,7 +7,7 @@ import pytest
 from serve_engines import make_engine
 
 from jaxsys.graphs import no_compiles
-from jaxsys.serve.request import Sampling
+from jaxsys.serve.sampling import Sampling
 
 SAMPLING = Sampling(max_tokens=12, temperature=0.7, seed=3)
 

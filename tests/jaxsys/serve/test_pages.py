@@ -3,7 +3,8 @@
 import pytest
 
 from jaxsys.serve.pages import Move, Pages, root_of
-from jaxsys.serve.request import Request, Sampling
+from jaxsys.serve.request import Request
+from jaxsys.serve.sampling import Sampling
 
 ROOT = root_of(0)
 

@@ -9,7 +9,8 @@ import pytest
 import jaxsys.serve.scheduler
 from jaxsys.serve.pages import Pages
 from jaxsys.serve.policies import Reserve, Watermark
-from jaxsys.serve.request import Request, Sampling
+from jaxsys.serve.request import Made, Request
+from jaxsys.serve.sampling import Sampling
 from jaxsys.serve.scheduler import Scheduler, Size
 from parallelism.errors import UserError
 
@@ -17,7 +18,8 @@ SIZES = (Size(1, 1), Size(4, 4), Size(16, 4, queries=4))
 
 
 def request(prompt, max_tokens, stop=(), score=False, **options):
-    return Request(prompt, list(range(prompt)), Sampling(max_tokens, stop=tuple(stop)), 0, score, **options)
+    sampling = Sampling(max_tokens, stop=tuple(stop), prompt_logprobs=score)
+    return Request(prompt, list(range(prompt)), sampling, 0, **options)
 
 
 def scheduler(pages=40, page_size=8, max_steps=8, **options):
@@ -32,7 +34,7 @@ def execute(s, plan):
         tokens.append(row)
         if any(c.samples and t in c.request.sampling.stop for c, t in zip(plan.chunks, row, strict=True)):
             break
-    return s.advance(plan, tokens, [[0.0] * len(row) for row in tokens], version=7)
+    return s.advance(plan, [[Made(token, 0.0) for token in row] for row in tokens], version=7)
 
 
 def chunks(plan):
@@ -192,16 +194,16 @@ def test_other_weights_use_nothing_of_what_was_computed():
         s.add(request(20, 1))
         plan = s.schedule()
         assert chunks(plan) == [(0, 16, False)]
-        s.advance(plan, [[0]], [[0.0]], version)
-        s.advance(s.schedule(), [[0]], [[0.0]], version)
+        s.advance(plan, [[Made(0, 0.0)]], version)
+        s.advance(s.schedule(), [[Made(0, 0.0)]], version)
     assert s.counts.reused == 0
 
 
 def test_what_different_weights_computed_is_used_by_nobody_else():
     s = scheduler()
     s.add(request(20, 1))
-    s.advance(s.schedule(), [[0]], [[0.0]], 0)
-    s.advance(s.schedule(), [[0]], [[0.0]], 1)
+    s.advance(s.schedule(), [[Made(0, 0.0)]], 0)
+    s.advance(s.schedule(), [[Made(0, 0.0)]], 1)
     s.add(request(20, 1))
     assert chunks(s.schedule()) == [(0, 16, False)]
 

@@ -6,7 +6,8 @@ import pytest
 
 from jaxsys.serve.pages import Pages
 from jaxsys.serve.policies import FairShare, FirstComeFirstServed, Reserve, Watermark
-from jaxsys.serve.request import Request, Sampling
+from jaxsys.serve.request import Request
+from jaxsys.serve.sampling import Sampling
 from jaxsys.serve.scheduler import Scheduler, Size
 from jaxsys.serve.simulate import SimulatedExecutor, serve
 
