@@ -112,7 +112,7 @@ class Result:
     prompt_tokens: Sequence[int]
     finish_reason: FinishReason
     versions: list[int]
-    processed_logprobs: np.ndarray
-    top_logprobs: list[Top]
-    prompt_logprobs: np.ndarray
-    prompt_top_logprobs: list[Top]
+    processed_logprobs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
+    top_logprobs: list[Top] = dataclasses.field(default_factory=list)
+    prompt_logprobs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
+    prompt_top_logprobs: list[Top] = dataclasses.field(default_factory=list)

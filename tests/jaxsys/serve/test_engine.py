@@ -307,7 +307,7 @@ def test_a_context_that_model_or_pool_do_not_have_is_refused(options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kv_bytes": 100}, "kv_bytes=100, expected at least 4096"),
+        ({"kv_bytes": 100}, "kv_bytes=100, expected at least 4160"),
         ({"kv_bytes": None}, "kv_bytes=None, expected a whole number of at least 1"),
         ({"max_context": "5"}, "max_context='5', expected a whole number of at least 1"),
         ({"max_steps": 0}, "max_steps=0"),
@@ -324,7 +324,7 @@ def test_weights_that_are_not_finite_are_an_error_and_no_token(where, score):
     engine = make_engine(sizes=SIZES[2:])
     params = dict(engine.live._lease.params)
     engine.live.publish(params | {where: jax.device_put(np.asarray(params[where]) * np.nan, params[where].sharding)})
-    request = engine.add_request([1, 2, 3], Sampling(0) if score else GREEDY, score=score)
+    request = engine.add_request([1, 2, 3], Sampling(0, prompt_logprobs=True) if score else GREEDY)
     with pytest.raises(UserError, match="the model: its logits are not finite"):
         engine.run([request])
     assert not engine.busy and request.made == 0
