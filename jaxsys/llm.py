@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,12 +19,16 @@ from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import Model, build
 from jaxsys.serve.engine import Engine, EngineConfig
 from jaxsys.serve.forward import Numerics
-from jaxsys.serve.request import Request, Result, Sampling, token_ids
+from jaxsys.serve.request import Request, Result
+from jaxsys.serve.sampling import Sampling, token_ids, whole
+from jaxsys.serve.text import Text
 from jaxsys.tokenizer import Tokenizer
 from parallelism import ACTIVATIONS, PARAMETERS, MeshSpec, plan, put, refuse_idle_axes
 from parallelism.errors import UserError, unknown_name
 
 DTYPES = ("float32", "bfloat16")
+
+SETTINGS = [field.name for field in dataclasses.fields(Sampling)]
 
 Prompt = str | Sequence[int]
 
@@ -85,8 +91,8 @@ def _read(source: ModelSource, devices: Mesh, dtype: str, attempts: int = 4) -> 
 class LLM:
     """An engine and its tokenizer. Prompts are text, or lists of token ids. For one thread.
 
-    Sampling arguments are those of ``jaxsys.serve.request.Sampling``; generation ends at the tokenizer's
-    end-of-text tokens unless ``stop`` names others. chat: a text is a user's message, put into the model's template.
+    Settings are the fields of ``jaxsys.serve.sampling.Sampling``; generation ends at the tokenizer's end-of-text tokens
+    unless ``stop`` names others. chat: a text is a user's message, put into the model's template.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer):
@@ -97,37 +103,18 @@ class LLM:
         """The model's configuration."""
         return self.engine.model.config
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        max_tokens: int = 16,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[int] | None = None,
-        chat: bool = False,
-    ) -> list[Result]:
-        """One result a prompt, in order; all run together. Raises UserError, before any runs, for a bad prompt."""
-        sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop)
-        requests = self.submit(prompts, sampling, chat)
+    def generate(self, prompts: Sequence[Prompt], *, n: int = 1, chat: bool = False, **settings: Any) -> list[Result]:
+        """n results a prompt, in order; all run together. Raises UserError, before any runs, for a bad prompt.
+
+        With a seed the i-th of a prompt has seed + i.
+        """
+        requests = self.submit(prompts, self.sampling(**settings), n=n, chat=chat)
         self.engine.run(requests)
         return [self.result(request) for request in requests]
 
-    def stream(
-        self,
-        prompt: Prompt,
-        max_tokens: int = 16,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[int] | None = None,
-        chat: bool = False,
-    ) -> Iterator[str]:
+    def stream(self, prompt: Prompt, *, chat: bool = False, **settings: Any) -> Iterator[str]:
         """The text of one result piece by piece, whole characters each; they add up to ``generate``'s text."""
-        sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop)
-        request = self.engine.make_request(self.encode(prompt, chat), sampling)
+        request = self.request(self.encode(prompt, chat), self.sampling(**settings))
 
         def queued() -> Iterator[str]:  # when the first piece is asked for: a stream that nobody reads holds nothing
             self.engine.add(request)
@@ -135,19 +122,40 @@ class LLM:
 
         return queued()
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, chat: bool = False) -> list[Request]:
-        """Queues prompts with the engine, for ``pieces`` and ``result``; ends only where ``sampling`` says."""
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, chat: bool = False) -> list[Request]:
+        """Queues n requests a prompt with the engine, or none if one is bad; they end only where ``sampling`` says."""
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
             raise UserError(f"prompts: found {prompts!r:.40}, expected a list of prompts: put it in brackets")
-        return self._queue([self.encode(prompt, chat) for prompt in prompts], sampling)
+        whole("n", n, 1)
+        requests = [each for prompt in prompts for each in self.siblings(self.encode(prompt, chat), sampling, n)]
+        for request in requests:
+            self.engine.add(request)
+        return requests
+
+    def siblings(self, tokens: Sequence[int], sampling: Sampling, n: int) -> list[Request]:
+        """n requests for one prompt, which is computed once; not queued yet."""
+        requests: list[Request] = []
+        for i in range(n):
+            seed = None if sampling.seed is None else (sampling.seed + i) % 2**32
+            requests.append(self.request(tokens, dataclasses.replace(sampling, seed=seed)))
+            requests[i].leader = requests[0] if i else None
+        return requests
+
+    def request(self, tokens: Sequence[int], sampling: Sampling) -> Request:
+        """A request whose text is kept; not queued yet."""
+        request = self.engine.make_request(tokens, sampling)
+        request.text = Text(self.tokenizer.stream(skip_special=True), sampling.stop_text, sampling.min_tokens)
+        return request
 
     def pieces(self, request: Request) -> Iterator[str]:
         """The text of a request of the engine as it is made."""
-        text = self.tokenizer.stream(skip_special=True)
-        for token in self.engine.stream(request, STREAM_STEPS):
-            if piece := text.push(token):
+        assert request.text is not None
+        given = 0
+        for _ in self.engine.stream(request, STREAM_STEPS):
+            if piece := request.text.sure[given:]:
+                given += len(piece)
                 yield piece
-        if piece := text.finish():
+        if piece := request.text.finish()[given:]:
             yield piece
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -157,7 +165,10 @@ class LLM:
         """
         if not isinstance(sequences, Iterable):
             raise UserError(f"score: found {sequences!r:.40}, expected a list of lists of token ids")
-        requests = self._queue(sequences, Sampling(max_tokens=0), score=True)
+        sampling = Sampling(max_tokens=0, prompt_logprobs=True)
+        requests = [self.engine.make_request(sequence, sampling) for sequence in sequences]
+        for request in requests:
+            self.engine.add(request)
         self.engine.run(requests)
         return [np.array(request.prompt_logprobs, np.float32) for request in requests]
 
@@ -172,31 +183,26 @@ class LLM:
     def result(self, request: Request) -> Result:
         """What a finished request came to."""
         assert request.finish_reason is not None
-        made = request.tokens[request.prompt_tokens :]
+        assert request.text is not None
         return Result(
-            self.tokenizer.decode(made, skip_special=True),
-            made,
-            np.array(request.logprobs, np.float32),
-            request.tokens[: request.prompt_tokens],
-            request.finish_reason,
-            request.versions,
+            text=request.text.finish(),
+            tokens=request.tokens[request.prompt_tokens :],
+            logprobs=np.array(request.logprobs, np.float32),
+            prompt_tokens=request.tokens[: request.prompt_tokens],
+            finish_reason=request.finish_reason,
+            versions=request.versions,
+            processed_logprobs=np.array(request.processed, np.float32),
+            top_logprobs=request.top,
+            prompt_logprobs=np.array(request.prompt_logprobs, np.float32),
+            prompt_top_logprobs=request.prompt_top,
         )
 
-    def _sampling(
-        self,
-        max_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int | None,
-        stop: Sequence[int] | None,
-    ) -> Sampling:
-        ends = self.tokenizer.eos_ids if stop is None else stop
-        return Sampling(max_tokens, temperature, top_k, top_p, seed, tuple(token_ids("sampling: stop", ends)))
-
-    def _queue(self, prompts: Iterable[Sequence[int]], sampling: Sampling, *, score: bool = False) -> list[Request]:
-        """All of them or, if one is bad, none."""
-        requests = [self.engine.make_request(prompt, sampling, score=score) for prompt in prompts]
-        for request in requests:
-            self.engine.add(request)
-        return requests
+    def sampling(self, **settings: Any) -> Sampling:
+        """Settings that end at the tokenizer's end-of-text tokens unless they say otherwise."""
+        if unknown := [name for name in settings if name not in SETTINGS]:
+            raise unknown_name("sampling setting", unknown[0], SETTINGS)
+        if settings.get("stop") is None:
+            settings["stop"] = self.tokenizer.eos_ids
+        if not isinstance(settings["stop"], tuple):
+            settings["stop"] = tuple(token_ids("sampling: stop", settings["stop"]))
+        return Sampling(**settings)

@@ -52,7 +52,7 @@ class GenerateArgs:
                 raise UserError(f"generate: --prompt {n} of {len(self.prompt)} is empty, expected a text to continue")
         from jaxsys.console import Console
         from jaxsys.llm import load
-        from jaxsys.serve.request import Sampling
+        from jaxsys.serve.sampling import Sampling
 
         # Before the model is loaded, so that what is wrong with them is said at once.
         sampling = Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed)
@@ -62,7 +62,7 @@ class GenerateArgs:
             said.append(f"{len(llm.engine.graphs)} graphs")
         start = time.perf_counter()
         sampling = dataclasses.replace(sampling, stop=llm.tokenizer.eos_ids)
-        requests = llm.submit(self.prompt, sampling, self.chat)
+        requests = llm.submit(self.prompt, sampling, chat=self.chat)
         for prompt, request in zip(self.prompt, requests, strict=True):
             for piece in llm.pieces(request):
                 if not self.json:

@@ -80,17 +80,26 @@ class Paged:
         """[R, T] bool, False for unused rows."""
         return self.positions >= 0
 
+    def slots(self, page_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Where each row's keys and values lie: replica [R, 1], page [R, T] (0 for unused rows), and place in it."""
+        replica = jnp.arange(self.positions.shape[0])[:, None]
+        slot = jnp.where(self.used, self.positions, 0)
+        pages = jnp.where(self.used, self.page_table[replica, self.sequences, slot // page_size], 0)
+        return replica, pages, slot % page_size
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pool:
     """Keys and values of all layers: [L, R, P, K, page_size, h] each. Page 0 takes the writes of unused rows.
 
+    tokens: [1, R, P, page_size] int32, whose they are.
     Heads come before positions, so that a page is what a batched matmul over heads reads, without a transpose.
     """
 
     k: jax.Array
     v: jax.Array
+    tokens: jax.Array
 
 
 def attend(
@@ -243,12 +252,9 @@ def _paged(q, k, v, context, pool, *, layer, window, scale, softcap):
     R, T, H, h = q.shape
     K, page = pool.k.shape[3:5]
     G, dtype = H // K, pool.k.dtype
-    replica = jnp.arange(R)[:, None]
-    used = context.positions >= 0
-    slot = jnp.where(used, context.positions, 0)
-    pages = jnp.where(used, context.page_table[replica, context.sequences, slot // page], 0)
-    write = (layer, replica, pages, slice(None), slot % page)
-    pool = Pool(pool.k.at[write].set(k.astype(dtype)), pool.v.at[write].set(v.astype(dtype)))
+    replica, pages, place = context.slots(page)
+    write = (layer, replica, pages, slice(None), place)
+    pool = Pool(pool.k.at[write].set(k.astype(dtype)), pool.v.at[write].set(v.astype(dtype)), pool.tokens)
 
     I, Q = context.items.shape[1:]
     here = replica[:, :, None]

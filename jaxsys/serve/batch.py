@@ -9,11 +9,10 @@ import jax
 import numpy as np
 
 from jaxsys.kernels.attention import Paged
+from jaxsys.serve.request import Request
 from jaxsys.serve.sampler import Settings
+from jaxsys.serve.sampling import BIASES, STOPS
 from jaxsys.serve.scheduler import Plan, Size
-
-# Stop tokens of a sequence that the device looks for; the host finds the others a few tokens later.
-STOPS = 8
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +24,8 @@ class Batch:
     targets: [R, T], the token whose log-probability is wanted of each row, -1 for none.
     last: [R, N], the row after which each sequence gets a new token, -1 for none.
     stop: [R, N, E], tokens that bring the batch back to the host, -1 for none. settings: [R, N] each.
-    steps: scalar, how many tokens to make of each sequence at most. score: scalar bool, whether there are targets.
+    steps: scalar, how many tokens to make of each sequence at most. Scalar bools, whether somebody wants: score,
+    log-probabilities of targets; alternatives, the most likely tokens; processed, log-probabilities as drawn from.
     """
 
     tokens: jax.Array
@@ -36,28 +36,35 @@ class Batch:
     settings: Settings
     steps: jax.Array
     score: jax.Array
+    alternatives: jax.Array
+    processed: jax.Array
 
 
-def pack(plan: Plan, pages_per_sequence: int, page_size: int) -> Batch:
-    """The arrays of a plan, for one replica (R = 1). Sequence n of the batch is chunk n of the plan."""
+def pack(plan: Plan, pages_per_sequence: int, page_size: int, vocabulary: int) -> Batch:
+    """The arrays of a plan, for one replica (R = 1). Sequence n of the batch is chunk n of the plan.
+
+    A sequence has the first ``STOPS`` of its stop tokens; the host finds the others a few tokens later.
+    """
     T, N, I, Q = plan.size.rows, plan.size.sequences, plan.size.items, plan.size.queries
     tokens, sequences, places = _full((1, T), 0), _full((1, T), 0), _full((1, T), 0)
     positions, targets = _full((1, T), -1), _full((1, T), -1)
     items, table = _full((1, I, Q), T), _full((1, N, pages_per_sequence), 0)
     last, stop = _full((1, N), -1), _full((1, N, STOPS), -1)
+    floats = np.float32
     settings: Any = Settings(
-        temperature=_full((1, N), 0, np.float32),
-        top_k=_full((1, N), 0),
-        top_p=_full((1, N), 1, np.float32),
-        seed=_full((1, N), 0, np.uint32),
-    )
+        temperature=_full((1, N), 0, floats), top_k=_full((1, N), 0), top_p=_full((1, N), 1, floats),
+        min_p=_full((1, N), 0, floats), seed=_full((1, N), 0, np.uint32), repetition=_full((1, N), 1, floats),
+        presence=_full((1, N), 0, floats), frequency=_full((1, N), 0, floats), prompt=_full((1, N), 0),
+        ends=_full((1, N), 0), biased=_full((1, N, BIASES), -1), bias=_full((1, N, BIASES), 0, floats),
+        allowed=_full((1, N, -(-vocabulary // 32)), 0, np.uint32), limited=_full((1, N), False, np.bool_),
+    )  # fmt: skip
     row = item = 0
     for n, chunk in enumerate(plan.chunks):
         request, here = chunk.request, slice(row, row + chunk.count)
         tokens[0, here] = request.tokens[chunk.start : chunk.start + chunk.count]
         positions[0, here] = np.arange(chunk.start, chunk.start + chunk.count)
         sequences[0, here] = n
-        if request.score:
+        if request.sampling.prompt_logprobs:
             following = request.tokens[chunk.start + 1 : min(chunk.start + chunk.count + 1, request.prompt_tokens)]
             targets[0, row : row + len(following)] = following
         offset = np.arange(chunk.count)
@@ -71,18 +78,44 @@ def pack(plan: Plan, pages_per_sequence: int, page_size: int) -> Batch:
             last[0, n] = row + chunk.count - 1
             known = sampling.stop[:STOPS]
             stop[0, n, : len(known)] = known
-            settings.temperature[0, n], settings.top_k[0, n] = sampling.temperature, sampling.top_k
-            settings.top_p[0, n], settings.seed[0, n] = sampling.top_p, request.seed
+            _set(settings, n, request)
         row += chunk.count
         item += -(-chunk.count // Q)
     context = Paged(positions, sequences, table, items, places)
-    steps, score = _full((), plan.steps), _full((), (targets >= 0).any(), np.bool_)
-    return Batch(tokens, context, targets, last, stop, settings, steps, score)
+    asked = [chunk.request.sampling for chunk in plan.chunks]
+    wants = [
+        (targets >= 0).any(),
+        any(each.logprobs for each in asked),
+        any(each.processed_logprobs for each in asked),
+    ]
+    return Batch(
+        tokens, context, targets, last, stop, settings, _full((), plan.steps),
+        *(_full((), want, np.bool_) for want in wants),
+    )  # fmt: skip
 
 
-def empty_batch(size: Size, pages_per_sequence: int, page_size: int) -> Batch:
+def _set(settings: Any, n: int, request: Request) -> None:
+    """The settings of sequence n."""
+    asked = request.sampling
+    for name, value in (
+        ("temperature", asked.temperature), ("top_k", asked.top_k), ("top_p", asked.top_p), ("min_p", asked.min_p),
+        ("seed", request.seed), ("repetition", asked.repetition_penalty), ("presence", asked.presence_penalty),
+        ("frequency", asked.frequency_penalty), ("prompt", request.prompt_tokens),
+        ("ends", request.prompt_tokens + asked.min_tokens),
+    ):  # fmt: skip
+        getattr(settings, name)[0, n] = value
+    if asked.logit_bias:
+        settings.biased[0, n, : len(asked.logit_bias)] = list(asked.logit_bias)
+        settings.bias[0, n, : len(asked.logit_bias)] = list(asked.logit_bias.values())
+    if asked.allowed_tokens is not None:
+        token = np.array(asked.allowed_tokens)
+        np.bitwise_or.at(settings.allowed[0, n], token // 32, np.uint32(1) << (token % 32).astype(np.uint32))
+        settings.limited[0, n] = True
+
+
+def empty_batch(size: Size, pages_per_sequence: int, page_size: int, vocabulary: int) -> Batch:
     """A batch of this size in which no row is used."""
-    return pack(Plan(size, (), 1), pages_per_sequence, page_size)
+    return pack(Plan(size, (), 1), pages_per_sequence, page_size, vocabulary)
 
 
 def _full(shape: tuple[int, ...], value: float, dtype: Any = np.int32) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,12 +17,16 @@ from jaxsys.live import Live
 from jaxsys.models.state import Model
 from jaxsys.serve.batch import empty_batch, pack
 from jaxsys.serve.forward import Numerics, Output, make_forward
-from jaxsys.serve.pages import PageAllocator
+from jaxsys.serve.moves import Mover
+from jaxsys.serve.pages import Pages
 from jaxsys.serve.pool import make_pool, page_bytes, pool_dtype
-from jaxsys.serve.request import Request, Sampling, token_ids, whole
-from jaxsys.serve.scheduler import Scheduler, Size
+from jaxsys.serve.request import Made, Request, Top
+from jaxsys.serve.sampling import Sampling, token_ids, whole
+from jaxsys.serve.scheduler import Chunk, Scheduler, Size
 from parallelism.errors import UserError, unknown_name
 
+# A pool of so many times what its sequences can use at once keeps enough of what was said before.
+SPARE = 4
 SIZES = {
     "fast": (Size(1, 1), Size(16, 16), Size(128, 16, queries=16)),
     # Rows of XLA:CPU's matmuls depend on their number below 64; and a query's attention, from jax 0.12 on, on its place
@@ -34,7 +39,8 @@ SIZES = {
 class EngineConfig:
     """max_context: tokens of one sequence, prompt included; None is as many as the model and the pool allow.
 
-    kv_bytes: the most that the pool may take, over all devices (it takes no more than its sequences can use).
+    kv_bytes: the most that the pool may take, over all devices; it takes no more than ``SPARE`` times what its
+    sequences can use at once, the rest being for what can be used again. host_kv_bytes: host memory for more of that.
     page_size: positions a page; what attention reads at once. max_steps: tokens a sequence makes between two looks of
     the host. numerics: see ``jaxsys.serve.forward.Numerics``. sizes: the shapes that are compiled; None is those that
     suit the numerics, and ``invariant`` has one, through which everything goes.
@@ -44,6 +50,7 @@ class EngineConfig:
 
     max_context: int | None = None
     kv_bytes: int = 512 << 20
+    host_kv_bytes: int = 0
     page_size: int = 64
     max_steps: int = 16
     numerics: Numerics = "fast"
@@ -53,6 +60,7 @@ class EngineConfig:
         for name in ("max_context", "kv_bytes", "page_size", "max_steps"):
             if name != "max_context" or self.max_context is not None:
                 whole(name, getattr(self, name), 1)
+        whole("host_kv_bytes", self.host_kv_bytes, 0)
         if str(self.numerics) not in SIZES:
             raise unknown_name("numerics", str(self.numerics), SIZES)
         if self.numerics == "invariant" and len(self.shapes) != 1:
@@ -91,7 +99,8 @@ class Engine:
         dtype = pool_dtype(params)
         self.max_context, pages = _pool_size(model, config, dtype)
         self._width = -(-self.max_context // config.page_size)
-        self.scheduler = Scheduler(PageAllocator(pages, config.page_size), config.shapes, config.max_steps)
+        slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype)
+        self.scheduler = Scheduler(Pages(pages, config.page_size, slots), config.shapes, config.max_steps)
         make = graphs.compile("kv_pool", make_pool(model, pages, config.page_size, dtype))
         pool = make.outputs
         everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
@@ -100,20 +109,21 @@ class Engine:
         for size in config.shapes:
             batch = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-                empty_batch(size, self._width, config.page_size),
+                empty_batch(size, self._width, config.page_size, model.config.vocab_size),
             )
             forward = make_forward(model, size, config.max_steps, config.numerics)
             name = f"forward[{size.rows}x{size.sequences}]"
             self._forward[size] = graphs.compile(
                 name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
             )
+        self._mover = Mover(graphs, pool, slots)
         self._pool = make()
 
     # -------------------------------------------------------------------------------------------------- requests
 
-    def add_request(self, prompt: Sequence[int], sampling: Sampling | None = None, *, score: bool = False) -> Request:
+    def add_request(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Request:
         """Makes a request and queues it."""
-        request = self.make_request(prompt, sampling, score=score)
+        request = self.make_request(prompt, sampling)
         self.add(request)
         return request
 
@@ -121,10 +131,9 @@ class Engine:
         """Queues a request."""
         self.scheduler.add(request)
 
-    def make_request(self, prompt: Sequence[int], sampling: Sampling | None = None, *, score: bool = False) -> Request:
+    def make_request(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Request:
         """The request for a prompt of token ids, not queued yet. max_tokens is cut to what the context has room for.
 
-        score: the log-probabilities of the prompt's own tokens are wanted too.
         Raises UserError for what is no list of token ids, an empty prompt, a token that is not in the vocabulary, and
         a prompt too long.
         """
@@ -134,8 +143,9 @@ class Engine:
             raise UserError("prompt: found no token, expected at least one: give a longer text")
         if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
             raise UserError(f"prompt: token {wrong[0]} is not in the vocabulary, expected 0 to {vocabulary - 1}")
-        if wrong := [token for token in sampling.stop if token >= vocabulary]:
-            raise UserError(f"stop token {wrong[0]} is not in the vocabulary, expected 0 to {vocabulary - 1}")
+        setting, largest = sampling.largest_token()
+        if largest >= vocabulary:
+            raise UserError(f"{setting}: token {largest} is not in the vocabulary, expected 0 to {vocabulary - 1}")
         room, wanted = self.max_context - len(tokens), min(sampling.max_tokens, 1)
         if room < wanted:
             raise UserError(
@@ -145,7 +155,7 @@ class Engine:
             )
         sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-        return Request(len(tokens), tokens, sampling, seed, score)
+        return Request(len(tokens), tokens, sampling, seed)
 
     def cancel(self, request: Request) -> None:
         """Drops a request and frees its pages."""
@@ -164,19 +174,22 @@ class Engine:
         max_steps: tokens a sequence at most, where fewer than the configured number are wanted at once.
         Raises UserError if what the weights give is not finite.
         """
+        self.scheduler.publish(self.live.version)
         plan = self.scheduler.schedule(max_steps)
         if plan is None:
             return []
-        batch = pack(plan, self._width, self.config.page_size)
+        batch = pack(plan, self._width, self.config.page_size, self.model.config.vocab_size)
         graph = self._forward[plan.size]
 
         def launch() -> tuple[int, Output]:
             lease = self.live.lease(self.view)
+            self._pool = self._mover.launch(self._pool, plan.moves)
             output, self._pool = graph(dict(lease.params), self._pool, batch)
             return lease.version, output
 
         version, output = dispatcher().call(launch)
         host = jax.device_get(output)
+        self._mover.settle()
         sampling = [n for n, chunk in enumerate(plan.chunks) if chunk.samples]
         ran, row = int(host.steps), 0
         if not all(np.isfinite(a).all() for a in (host.logprobs[:ran, 0, sampling], host.target_logprobs)):
@@ -185,11 +198,25 @@ class Engine:
                 "infinite values, or overflow their dtype; check the file, or take an earlier checkpoint"
             )
         for chunk in plan.chunks:
-            if chunk.request.score:
-                count = min(chunk.count, chunk.request.prompt_tokens - 1 - chunk.start)
-                chunk.request.prompt_logprobs += host.target_logprobs[0, row : row + max(count, 0)].tolist()
+            request = chunk.request
+            if request.sampling.prompt_logprobs:
+                stop = row + max(min(chunk.count, request.prompt_tokens - 1 - chunk.start), 0)
+                request.prompt_logprobs += host.target_logprobs[0, row:stop].tolist()
+                if wanted := request.sampling.logprobs:
+                    of_rows = host.target_top_tokens[0, row:stop], host.target_top_logprobs[0, row:stop]
+                    request.prompt_top += [_top(*of_row, wanted) for of_row in zip(*of_rows, strict=True)]
             row += chunk.count
-        return self.scheduler.advance(plan, host.tokens[:ran, 0].tolist(), host.logprobs[:ran, 0].tolist(), version)
+        made = [[self._made(host, step, n, chunk) for n, chunk in enumerate(plan.chunks)] for step in range(ran)]
+        return self.scheduler.advance(plan, made, version)
+
+    def _made(self, host: Any, step: int, n: int, chunk: Chunk) -> Made:
+        asked, at = chunk.request.sampling, (step, 0, n)
+        return Made(
+            int(host.tokens[at]),
+            float(host.logprobs[at]),
+            float(host.processed[at]) if asked.processed_logprobs else None,
+            _top(host.top_tokens[at], host.top_logprobs[at], asked.logprobs) if asked.logprobs else None,
+        )
 
     def run(self, requests: Iterable[Request]) -> None:
         """Steps until these requests are finished, others with them. What is interrupted is cancelled."""
@@ -215,6 +242,11 @@ class Engine:
             self.cancel(request)
 
 
+def _top(tokens: np.ndarray, logprobs: np.ndarray, wanted: int) -> Top:
+    """The first so many of the most likely tokens that there are."""
+    return [(int(t), float(p)) for t, p in zip(tokens[:wanted], logprobs[:wanted], strict=True) if p > -np.inf]
+
+
 def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype) -> tuple[int, int]:
     """Positions of the longest sequence, and pages of the pool."""
     size = config.page_size
@@ -232,4 +264,4 @@ def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype) -> tuple[int
             f"({need} bytes hold the {wanted})"
         )
     sequences = max(s.sequences for s in config.shapes)
-    return wanted, min(affordable, sequences * -(-wanted // size) + 1)
+    return wanted, min(affordable, SPARE * sequences * -(-wanted // size) + 1)

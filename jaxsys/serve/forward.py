@@ -18,7 +18,8 @@ from jax import lax
 from jaxsys.kernels.attention import Paged, Pool
 from jaxsys.models.state import Model
 from jaxsys.serve.batch import Batch
-from jaxsys.serve.sampler import log_probability, sample
+from jaxsys.serve.sampler import alternatives, log_probability, processed, sample
+from jaxsys.serve.sampling import ALTERNATIVES
 from jaxsys.serve.scheduler import Size
 from parallelism.sharding import constrain
 
@@ -33,13 +34,19 @@ whether it is sampled or scored, whatever shares its batch."""
 class Output:
     """What a batch came to.
 
-    tokens, logprobs: [max_steps, R, N] int32 and float32, filled up to ``steps`` (scalar, how many ran).
-    target_logprobs: [R, T] float32, 0 where there was no target.
+    Filled up to ``steps`` (scalar, how many ran), [max_steps, R, N] each: tokens, int32; logprobs, processed, float32;
+    top_tokens, top_logprobs, with ALTERNATIVES behind, where they are wanted.
+    target_logprobs: [R, T] float32, 0 where there was no target; target_top_tokens, target_top_logprobs: of these rows.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
+    processed: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
     target_logprobs: jax.Array
+    target_top_tokens: jax.Array
+    target_top_logprobs: jax.Array
     steps: jax.Array
 
 
@@ -50,11 +57,17 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
         decoder = model.bind(params)
         R = batch.tokens.shape[0]
         replica = jnp.arange(R)[:, None]
+        of_steps, of_rows = (max_steps, R, size.sequences), (R, size.rows)
         empty = Output(
-            jnp.zeros((max_steps, R, size.sequences), jnp.int32),
-            jnp.zeros((max_steps, R, size.sequences), jnp.float32),
-            jnp.zeros((R, size.rows), jnp.float32),
-            jnp.int32(0),
+            tokens=jnp.zeros(of_steps, jnp.int32),
+            logprobs=jnp.zeros(of_steps, jnp.float32),
+            processed=jnp.zeros(of_steps, jnp.float32),
+            top_tokens=jnp.zeros((*of_steps, ALTERNATIVES), jnp.int32),
+            top_logprobs=jnp.zeros((*of_steps, ALTERNATIVES), jnp.float32),
+            target_logprobs=jnp.zeros(of_rows, jnp.float32),
+            target_top_tokens=jnp.zeros((*of_rows, ALTERNATIVES), jnp.int32),
+            target_top_logprobs=jnp.zeros((*of_rows, ALTERNATIVES), jnp.float32),
+            steps=jnp.int32(0),
         )
 
         def goes_on(state):
@@ -63,6 +76,8 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
 
         def step(state):
             tokens, context, last, pool, out, _ = state
+            page_size = pool.tokens.shape[-1]
+            pool = dataclasses.replace(pool, tokens=pool.tokens.at[0, *context.slots(page_size)].set(tokens))
             hidden, pool, _ = decoder(tokens, context, pool)
 
             scoring = batch.score & (out.steps == 0)
@@ -72,26 +87,60 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
             def project(rows):
                 return constrain(decoder.logits(rows), ("batch", None, "act_vocab"))
 
+            def choose(logits):
+                """From logits [R, N, V]."""
+
+                def text():
+                    tokens = pool.tokens[0][replica[..., None], context.page_table].reshape(R * size.sequences, -1)
+                    return tokens, jnp.arange(tokens.shape[-1]) < position.reshape(-1, 1)
+
+                def flat(a):
+                    return a.reshape(-1, *a.shape[2:])
+
+                rows = flat(logits), jax.tree.map(flat, batch.settings), flat(position), flat(batch.stop)
+                logits = constrain(processed(*rows, text).reshape(logits.shape), ("batch", None, "act_vocab"))
+                return sample(logits, batch.settings, position, batch.processed)
+
+            def best(logits, wanted, otherwise):
+                return lax.cond(wanted & batch.alternatives, lambda: alternatives(logits), lambda: otherwise)
+
+            old = out.target_logprobs, out.target_top_tokens, out.target_top_logprobs
             if numerics == "invariant":
                 every = project(hidden)
-                made = sample(every[replica, row], batch.settings, position)
+                logits = every[replica, row]
+                made, drawn = choose(logits)
                 # A row that is sampled has no target; rows of unused sequences write nothing.
                 here = jnp.where(last >= 0, last, size.rows)
                 wanted = jnp.where(scoring, batch.targets, -1).at[replica, here].set(made, mode="drop")
                 found = log_probability(every, wanted)
                 logprobs = found[replica, row]
-                scores = jnp.where(scoring, jnp.where(batch.targets >= 0, found, 0.0), out.target_logprobs)
+                scores = (
+                    jnp.where(scoring, jnp.where(batch.targets >= 0, found, 0.0), old[0]),
+                    *best(every, scoring, old[1:]),
+                )
             else:
 
                 def score():
-                    return jnp.where(batch.targets >= 0, log_probability(project(hidden), batch.targets), 0.0)
+                    every = project(hidden)
+                    found = jnp.where(batch.targets >= 0, log_probability(every, batch.targets), 0.0)
+                    return found, *best(every, jnp.bool_(True), old[1:])
 
-                scores = lax.cond(scoring, score, lambda: out.target_logprobs)
+                scores = lax.cond(scoring, score, lambda: old)
                 logits = project(hidden[replica, row])
-                made = sample(logits, batch.settings, position)
+                made, drawn = choose(logits)
                 logprobs = log_probability(logits, made)
+            nobody = out.top_tokens[out.steps], out.top_logprobs[out.steps]
+            top_tokens, top_logprobs = best(logits, jnp.bool_(True), nobody)
             out = Output(
-                out.tokens.at[out.steps].set(made), out.logprobs.at[out.steps].set(logprobs), scores, out.steps + 1
+                tokens=out.tokens.at[out.steps].set(made),
+                logprobs=out.logprobs.at[out.steps].set(logprobs),
+                processed=out.processed.at[out.steps].set(drawn),
+                top_tokens=out.top_tokens.at[out.steps].set(top_tokens),
+                top_logprobs=out.top_logprobs.at[out.steps].set(top_logprobs),
+                target_logprobs=scores[0],
+                target_top_tokens=scores[1],
+                target_top_logprobs=scores[2],
+                steps=out.steps + 1,
             )
             stopped = ((last >= 0) & (made[..., None] == batch.stop).any(-1)).any()
             position = jnp.where(last >= 0, position, -1)

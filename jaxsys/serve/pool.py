@@ -20,9 +20,8 @@ def make_pool(model: Model, pages: int, page_size: int, dtype: np.dtype) -> Call
 
     def pool() -> Pool:
         zeros = jnp.zeros((L, 1, pages, K, page_size, h), dtype)
-        return Pool(
-            *(constrain(zeros, ("layers", "replica", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2))
-        )
+        k, v = (constrain(zeros, ("layers", "replica", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2))
+        return Pool(k, v, constrain(jnp.zeros((1, 1, pages, page_size), jnp.int32), (None, "replica", "pages", None)))
 
     return pool
 
@@ -30,7 +29,7 @@ def make_pool(model: Model, pages: int, page_size: int, dtype: np.dtype) -> Call
 def page_bytes(model: Model, page_size: int, dtype: np.dtype) -> int:
     """Bytes that one page of the pool holds, over all layers and devices."""
     c = model.config
-    return 2 * c.n_layers * kv_heads(model) * page_size * c.head_dim * dtype.itemsize
+    return page_size * (2 * c.n_layers * kv_heads(model) * c.head_dim * dtype.itemsize + 4)
 
 
 def pool_dtype(params: Mapping[str, jax.Array]) -> np.dtype:

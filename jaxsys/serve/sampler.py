@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from jaxsys.serve.sampling import ALTERNATIVES
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sampling settings of each sequence, [...] each: as in ``request.Sampling``.
+    """Sampling settings of each sequence, [...] each: as in ``sampling.Sampling``.
 
-    temperature, top_p: float32. top_k: int32. seed: uint32.
+    temperature, top_p, min_p, repetition, presence, frequency: float32. top_k: int32. seed: uint32.
+    prompt: int32, tokens of the prompt. ends: int32, the first position where a stop token may be made.
+    biased, bias: [..., BIASES] int32 and float32, tokens (-1 for none) and what is added to their logits.
+    allowed: [..., ceil(V / 32)] uint32, a bit a token; looked at where limited: bool.
     """
 
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
+    min_p: jax.Array
     seed: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+    prompt: jax.Array
+    ends: jax.Array
+    biased: jax.Array
+    bias: jax.Array
+    allowed: jax.Array
+    limited: jax.Array
+
+    @property
+    def penalised(self) -> jax.Array:
+        """Whether what is in the text changes the logits."""
+        return (self.repetition != 1) | (self.presence != 0) | (self.frequency != 0)
 
 
 def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -31,24 +53,81 @@ def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
 
 
-def sample(logits: jax.Array, settings: Settings, positions: jax.Array) -> jax.Array:
-    """One token a row: int32 [...].
+def alternatives(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The most likely tokens and log softmax(logits) of them: [..., ALTERNATIVES] int32 and float32."""
+    best, tokens = lax.top_k(logits, min(ALTERNATIVES, logits.shape[-1]))
+    found = (best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).astype(jnp.float32)
+    missing = [(0, 0)] * (logits.ndim - 1) + [(0, ALTERNATIVES - best.shape[-1])]
+    return jnp.pad(tokens.astype(jnp.int32), missing), jnp.pad(found, missing, constant_values=-jnp.inf)
 
-    logits: [..., V]. positions: [...] int32, of the token that is made. A row's noise is a function of its seed
-    and position alone, so its token does not depend on what else is in the batch.
+
+def processed(
+    logits: jax.Array,
+    settings: Settings,
+    positions: jax.Array,
+    stop: jax.Array,
+    text: Callable[[], tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+    """Logits after penalties, biases and what is not allowed, before temperature: [N, V] to [N, V].
+
+    positions: [N], of the token that is made. stop: [N, E], -1 for none. text: what has the tokens at positions 0 to
+    S - 1, [N, S], and bool [N, S], those that there are. Where nobody asks for any of it the logits are as they were.
+    """
+    rows = jnp.arange(logits.shape[0])[:, None]
+
+    def penalties(x):
+        tokens, known = text()
+        made = known & (jnp.arange(tokens.shape[1]) >= settings.prompt[:, None])
+        seen = jnp.zeros(x.shape, bool).at[rows, tokens].max(known)
+        count = jnp.zeros(x.shape, x.dtype).at[rows, tokens].add(made.astype(x.dtype))
+        repetition = settings.repetition[:, None]
+        x = jnp.where(seen, jnp.where(x > 0, x / repetition, x * repetition), x)
+        return x - settings.frequency[:, None] * count - settings.presence[:, None] * (count > 0)
+
+    def biases(x):
+        return x.at[rows, jnp.where(settings.biased >= 0, settings.biased, x.shape[-1])].add(settings.bias, mode="drop")
+
+    def limits(x):
+        every = np.arange(x.shape[-1])
+        bit = settings.allowed[:, every // 32] >> (every % 32).astype(np.uint32) & 1
+        return jnp.where(settings.limited[:, None] & (bit == 0), -jnp.inf, x)
+
+    def goes_on(x):
+        early = (positions < settings.ends)[:, None] & (stop >= 0)
+        return x.at[rows, jnp.where(early, stop, x.shape[-1])].set(-jnp.inf, mode="drop")
+
+    for wanted, change in (
+        (settings.penalised, penalties),
+        (settings.biased >= 0, biases),
+        (settings.limited, limits),
+        (positions < settings.ends, goes_on),
+    ):
+        logits = lax.cond(wanted.any(), change, lambda x: x, logits)
+    return logits
+
+
+def sample(logits: jax.Array, settings: Settings, positions: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
+    """One token a row, int32 [...], and its log-probability under the distribution it was drawn from, float32 [...].
+
+    logits: [..., V], processed. positions: [...] int32, of the token that is made. A row's noise is a function of its
+    seed and position alone, so its token does not depend on what else is in the batch. wanted: whether anybody wants
+    the log-probabilities; they are 0 otherwise, as they are where the temperature is 0.
     """
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    nothing = jnp.zeros(tokens.shape, jnp.float32)
 
     def draw():
         scaled = logits.astype(jnp.float32) - logits.max(-1, keepdims=True).astype(jnp.float32)
         scaled = scaled / jnp.where(settings.temperature > 0, settings.temperature, 1.0)[..., None]
-        restricted = (settings.top_k > 0) | (settings.top_p < 1)
+        restricted = (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)
         kept = lax.cond(restricted.any(), lambda: _restrict(scaled, settings), lambda: scaled)
         noise = _noise(settings.seed.ravel(), positions.ravel(), logits.shape[-1]).reshape(logits.shape)
         drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
-        return jnp.where(settings.temperature > 0, drawn, tokens)
+        chosen = jnp.where(settings.temperature > 0, drawn, tokens)
+        found = lax.cond(wanted, lambda: log_probability(kept, drawn), lambda: nothing)
+        return chosen, jnp.where(settings.temperature > 0, found, 0.0)
 
-    return lax.cond((settings.temperature > 0).any(), draw, lambda: tokens)
+    return lax.cond((settings.temperature > 0).any(), draw, lambda: (tokens, nothing))
 
 
 def _noise(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
@@ -61,7 +140,7 @@ def _noise(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
 
 
 def _restrict(scaled: jax.Array, settings: Settings) -> jax.Array:
-    """-inf for tokens outside the top k, then for those outside the top p of what is left."""
+    """-inf for tokens outside the top k, then outside the top p of what is left, then below min_p of the first."""
     V = scaled.shape[-1]
     k = jnp.where(settings.top_k > 0, jnp.minimum(settings.top_k, V), V)
     order = _ordered(scaled)
@@ -71,7 +150,9 @@ def _restrict(scaled: jax.Array, settings: Settings) -> jax.Array:
     # The most likely token is kept however small top_p: one below the smallest normal number counts as zero.
     order_p = jnp.minimum(_largest_with(order, p, settings.top_p), order.max(-1))
     order_p = jnp.where(settings.top_p < 1, order_p, 0)
-    return jnp.where(order >= order_p[..., None], scaled, -jnp.inf)
+    scaled = jnp.where(order >= order_p[..., None], scaled, -jnp.inf)
+    # The largest is 0: see the caller.
+    return jnp.where(scaled >= jnp.log(settings.min_p)[..., None], scaled, -jnp.inf)
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -12,7 +12,8 @@ from jaxsys.live import Live
 from jaxsys.llm import LLM
 from jaxsys.models.state import Model
 from jaxsys.serve.engine import Engine, EngineConfig
-from jaxsys.serve.request import Result, Sampling
+from jaxsys.serve.request import Result
+from jaxsys.serve.sampling import Sampling
 from jaxsys.serve.scheduler import Size
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train.config import SampleConfig

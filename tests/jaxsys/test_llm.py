@@ -1,5 +1,6 @@
 """load and LLM: from each kind of source, and SmolLM2 against transformers."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -20,7 +21,7 @@ from jaxsys.hub import resolve
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import export_hf
 from jaxsys.models.state import build
-from jaxsys.serve.request import Sampling
+from jaxsys.serve.sampling import Sampling
 from jaxsys.tokenizer import Tokenizer
 from parallelism import MeshSpec, plan, put
 from parallelism.errors import UserError
@@ -100,13 +101,20 @@ def test_a_stream_adds_up_to_the_text_of_generate(llm):
 
 @pytest.mark.parametrize("setting", [{"top_k": 1}, {"top_p": 1e-45}])
 def test_a_setting_that_leaves_one_token_is_greedy(llm, setting):
-    greedy, same = (llm.generate(["abc"], 8, **s)[0] for s in ({"temperature": 0.0}, setting))
+    greedy, same = (llm.generate(["abc"], max_tokens=8, **s)[0] for s in ({"temperature": 0.0}, setting))
     assert same.tokens == greedy.tokens
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
 def test_every_setting_reaches_the_engine(llm, monkeypatch, method):
     seen = []
+    settings = {
+        "max_tokens": 3, "temperature": 0.5, "top_k": 7, "top_p": 0.25, "seed": 9, "stop": (4,), "min_tokens": 1,
+        "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3,
+        "logit_bias": {1: 2.0}, "allowed_tokens": (1, 2, 4), "stop_text": ("x",), "logprobs": 2,
+        "processed_logprobs": True, "prompt_logprobs": True,
+    }  # fmt: skip
+    assert set(settings) == {field.name for field in dataclasses.fields(Sampling)}
 
     def make_request(tokens, sampling, **_):
         seen.append((tokens, sampling))
@@ -115,8 +123,32 @@ def test_every_setting_reaches_the_engine(llm, monkeypatch, method):
     monkeypatch.setattr(llm.engine, "make_request", make_request)
     prompt = "abc" if method == "stream" else ["abc"]
     with pytest.raises(UserError, match="seen"):
-        getattr(llm, method)(prompt, 3, 0.5, 7, 0.25, 9, (4,), chat=True)
-    assert seen == [(llm.encode("abc", chat=True), Sampling(3, 0.5, 7, 0.25, 9, (4,)))]
+        getattr(llm, method)(prompt, chat=True, **settings)
+    assert seen == [(llm.encode("abc", chat=True), Sampling(**settings))]
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_an_unknown_setting_is_named_with_the_nearest(llm, method):
+    with pytest.raises(UserError, match=r"unknown sampling setting 'topk'.*top_k"):
+        getattr(llm, method)(["abc"] if method == "generate" else "abc", topk=3)
+
+
+def test_several_results_of_a_prompt_are_those_of_their_seeds(llm):
+    several = llm.generate(["abc", "de"], n=3, seed=4, max_tokens=8)
+    alone = [llm.generate([prompt], seed=4 + i, max_tokens=8)[0] for prompt in ("abc", "de") for i in range(3)]
+    assert [r.tokens for r in several] == [r.tokens for r in alone]
+    with pytest.raises(UserError, match="n=0"):
+        llm.generate(["abc"], n=0)
+
+
+def test_text_ends_before_a_stop_text(llm):
+    (whole,) = llm.generate(["abc"], max_tokens=30, temperature=0.0, stop=())
+    stop = whole.text[5:8]
+    (found,) = llm.generate(["abc"], max_tokens=30, temperature=0.0, stop=(), stop_text=("never", stop))
+    assert (found.text, found.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert found.tokens == whole.tokens[: len(found.tokens)]
+    streamed = "".join(llm.stream("abc", max_tokens=30, temperature=0.0, stop=(), stop_text=(stop,)))
+    assert streamed == found.text
 
 
 def test_generation_ends_at_the_tokenizers_end_unless_told_otherwise(llm, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 
 import jaxsys.llm
 from jaxsys.cli.main import main
-from jaxsys.serve.request import Result, Sampling
+from jaxsys.serve.request import Result
+from jaxsys.serve.sampling import Sampling
 
 PROMPTS = ["--prompt", "abc", "--prompt", "xyz"]
 

@@ -14,7 +14,8 @@ from jaxsys.live import Live
 from jaxsys.models.state import build
 from jaxsys.serve.engine import Engine, EngineConfig
 from jaxsys.serve.forward import make_forward
-from jaxsys.serve.request import Sampling
+from jaxsys.serve.pages import Pages
+from jaxsys.serve.sampling import Sampling
 from jaxsys.serve.scheduler import Size
 from parallelism.errors import UserError
 
@@ -22,8 +23,9 @@ GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPTS = [[5], [1, 2, 3], list(range(20, 37)), list(range(50)), [7] * 9, [96, 0, 96]]
 
 
-def run(engine, prompts, sampling=GREEDY, **options):
-    requests = [engine.add_request(prompt, sampling, **options) for prompt in prompts]
+def run(engine, prompts, sampling=GREEDY, score=False):
+    sampling = dataclasses.replace(sampling, prompt_logprobs=score)
+    requests = [engine.add_request(prompt, sampling) for prompt in prompts]
     engine.run(requests)
     return requests
 
@@ -187,6 +189,7 @@ def test_nothing_is_read_that_the_sequence_did_not_write():
     engine = make_engine()
     expected = [made(request) for request in run(engine, PROMPTS)]
     engine._pool = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, np.nan, a.dtype), a.sharding), engine._pool)
+    engine.scheduler.pages = Pages(engine.scheduler.pages.count, 8)  # nothing of before is used again
     assert [made(request) for request in run(engine, PROMPTS)] == expected
 
 
@@ -279,7 +282,7 @@ def test_a_mesh_makes_the_tokens_of_one_device_with_its_pool_split_by_heads(mesh
         ([], GREEDY, "no token"),
         ([1, 97], GREEDY, "token 97 is not in the vocabulary, expected 0 to 96"),
         ([-1], GREEDY, "token -1"),
-        ([1], Sampling(1, stop=(97,)), "stop token 97 is not in the vocabulary, expected 0 to 96"),
+        ([1], Sampling(1, stop=(97,)), "stop: token 97 is not in the vocabulary, expected 0 to 96"),
         ([1] * 96, GREEDY, "prompt of 96 tokens, expected at most 95 in a context of 96"),
         ([1] * 97, Sampling(0), "prompt of 97 tokens, expected at most 96"),
         ([1.9], GREEDY, "found 1.9 among its tokens, expected whole numbers"),
@@ -304,7 +307,7 @@ def test_a_context_that_model_or_pool_do_not_have_is_refused(options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kv_bytes": 100}, "kv_bytes=100, expected at least 4096"),
+        ({"kv_bytes": 100}, "kv_bytes=100, expected at least 4160"),
         ({"kv_bytes": None}, "kv_bytes=None, expected a whole number of at least 1"),
         ({"max_context": "5"}, "max_context='5', expected a whole number of at least 1"),
         ({"max_steps": 0}, "max_steps=0"),
@@ -321,7 +324,7 @@ def test_weights_that_are_not_finite_are_an_error_and_no_token(where, score):
     engine = make_engine(sizes=SIZES[2:])
     params = dict(engine.live._lease.params)
     engine.live.publish(params | {where: jax.device_put(np.asarray(params[where]) * np.nan, params[where].sharding)})
-    request = engine.add_request([1, 2, 3], Sampling(0) if score else GREEDY, score=score)
+    request = engine.add_request([1, 2, 3], Sampling(0, prompt_logprobs=True) if score else GREEDY)
     with pytest.raises(UserError, match="the model: its logits are not finite"):
         engine.run([request])
     assert not engine.busy and request.made == 0
@@ -353,13 +356,13 @@ def test_invariant_logprobs_are_bitwise_those_of_the_request_alone_and_of_scorin
     engine = make_engine(dtype=dtype, mesh=mesh, numerics="invariant", sizes=None)
     prompts = [*PROMPTS, list(range(90, 3, -1))]  # the last one is computed in two chunks
     sampling = dataclasses.replace(GREEDY, max_tokens=9, temperature=0.7, seed=3)
-    together = [engine.add_request(prompt, sampling, score=True) for prompt in prompts]
+    together = [engine.add_request(prompt, dataclasses.replace(sampling, prompt_logprobs=True)) for prompt in prompts]
     engine.run(together)
     for prompt, request in zip(prompts, together, strict=True):
         alone = engine.add_request(prompt, sampling)
         engine.run([alone])
         assert (made(alone), alone.logprobs) == (made(request), request.logprobs)
-        scored = engine.add_request(request.tokens, dataclasses.replace(GREEDY, max_tokens=0), score=True)
+        scored = engine.add_request(request.tokens, Sampling(0, prompt_logprobs=True))
         engine.run([scored])
         assert scored.prompt_logprobs == request.prompt_logprobs + request.logprobs
 

@@ -7,7 +7,7 @@ import pytest
 from serve_engines import CONFIG, SIZES, Reference, make_engine
 
 from jaxsys.models.config import Experts
-from jaxsys.serve.request import Sampling
+from jaxsys.serve.sampling import Sampling
 
 EXPERTS = dataclasses.replace(
     CONFIG, qk_norm="head", experts=Experts(8, 2, 16, shared_width=8, dense_layers=(0,), capacity_factor=1.0)

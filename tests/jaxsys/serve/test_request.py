@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from jaxsys.serve.request import Request, Sampling
+from jaxsys.serve.request import Made, Request
+from jaxsys.serve.sampling import Sampling
 from parallelism.errors import UserError
 
 
@@ -38,7 +39,7 @@ def test_a_setting_out_of_range_is_named_in_one_line(settings):
 
 def test_a_request_finishes_at_a_stop_token_before_its_length():
     request = Request(1, [4], Sampling(2, stop=(9,)), seed=0)
-    request.take(8, -0.5, 3)
+    request.take(Made(8, -0.5), 3)
     assert request.finish_reason is None
-    request.take(9, -0.25, 4)
+    request.take(Made(9, -0.25), 4)
     assert (request.finish_reason, request.logprobs, request.versions) == ("stop", [-0.5, -0.25], [3, 4])

@@ -1,0 +1,139 @@
+"""Random mixes of requests through the scheduler, its tokens against each request alone."""
+
+import random
+
+import pytest
+
+from jaxsys.serve.pages import Pages
+from jaxsys.serve.policies import FairShare, FirstComeFirstServed, Reserve, Watermark
+from jaxsys.serve.request import Request
+from jaxsys.serve.sampling import Sampling
+from jaxsys.serve.scheduler import Scheduler, Size
+from jaxsys.serve.simulate import SimulatedExecutor, serve
+
+SIZES = (Size(1, 1), Size(4, 4), Size(16, 4, queries=4))
+VOCABULARY = 50
+
+
+class Checked(SimulatedExecutor):
+    """Holds every plan to what the device can do."""
+
+    def __init__(self, scheduler):
+        super().__init__(scheduler.pages.page_size, VOCABULARY)
+        self.scheduler = scheduler
+
+    def run(self, plan):
+        size, pages = plan.size, self.scheduler.pages
+        assert sum(c.count for c in plan.chunks) <= size.rows
+        assert 0 < len(plan.chunks) <= size.sequences
+        assert sum(-(-c.count // size.queries) for c in plan.chunks) <= size.items
+        running = self.scheduler.running
+        assert len({page for r in running for page in r.pages}) == pages.used
+        for c in plan.chunks:
+            assert c.start == c.request.computed
+            reach = c.start + c.count + plan.steps - 1
+            assert reach <= len(c.request.pages) * pages.page_size
+            # What is written belongs to nobody else.
+            written = set(c.request.pages[c.start // pages.page_size : -(-reach // pages.page_size)])
+            assert not written & {page for r in running if r is not c.request for page in r.pages}
+        lacking_one = [r for r in running if r.goal - r.computed == 1]
+        assert {c.request for c in plan.chunks} >= set(lacking_one)  # nobody who makes tokens is stalled
+        return super().run(plan)
+
+
+def mixed(draw):
+    """Requests with common beginnings, siblings, priorities, clients; when they come, and when some are cancelled."""
+    requests = []
+    for _ in range(draw.randrange(1, 40)):
+        if requests and draw.random() < 0.2:
+            first = requests[-1]
+            prompt, sampling, leader = first.tokens[: first.prompt_tokens], first.sampling, first
+        else:
+            prompt = [draw.randrange(3) for _ in range(draw.randrange(1, 40))]
+            sampling = Sampling(draw.randrange(20), stop=tuple(draw.sample(range(VOCABULARY), 2)))
+            leader = None
+        client, priority = draw.choice("abc"), draw.choice([0, 0, 0, 1])
+        requests.append(
+            Request(len(prompt), list(prompt), sampling, 0, client=client, priority=priority, leader=leader)
+        )
+    arrivals = [(draw.random() * 0.3, request) for request in requests]
+    cancels = [(at + draw.random() * 0.3, request) for at, request in arrivals if draw.random() < 0.1]
+    return arrivals, cancels
+
+
+def some_scheduler(draw):
+    size = draw.choice([1, 2, 4, 8])
+    return Scheduler(
+        Pages(-(-60 // size) + 1 + draw.randrange(20), size, draw.choice([0, 0, 1, 3, 30])),
+        SIZES,
+        draw.choice([1, 4, 8]),
+        ordering=draw.choice([FirstComeFirstServed, FairShare])(),
+        admission=draw.choice([Watermark(), Watermark(0), Reserve()]),
+    )
+
+
+def alone(request):
+    """The tokens and the reason of its end of a request that nobody is beside."""
+    copy = Request(request.prompt_tokens, request.tokens[: request.prompt_tokens], request.sampling, 0)
+    scheduler = Scheduler(Pages(62, 1), SIZES[:1], 1)
+    serve(scheduler, SimulatedExecutor(1, VOCABULARY), [(0.0, copy)])
+    return copy.tokens, copy.finish_reason
+
+
+# 50 mixes of 20 requests on average, with tiny pools.
+@pytest.mark.parametrize("seed", range(50))
+def test_every_request_of_a_mix_ends_as_it_does_alone_and_every_page_comes_back(seed):
+    draw = random.Random(seed)
+    scheduler = some_scheduler(draw)
+    arrivals, cancels = mixed(draw)
+    serve(scheduler, Checked(scheduler), arrivals, cancels)
+    assert (scheduler.pages.used, scheduler.queued, scheduler.pages.free) == (0, 0, scheduler.pages.count - 1)
+    cancelled = [request for _, request in arrivals if request.finish_reason == "cancelled"]
+    assert (scheduler.counts.cancelled, scheduler.counts.finished) == (len(cancelled), len(arrivals) - len(cancelled))
+    for _, request in arrivals:
+        tokens, reason = alone(request)
+        if request.finish_reason == "cancelled":
+            assert request.tokens == tokens[: len(request.tokens)]
+        else:
+            assert (request.tokens, request.finish_reason) == (tokens, reason)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(50, 1050))
+def test_a_thousand_mixes(seed):
+    test_every_request_of_a_mix_ends_as_it_does_alone_and_every_page_comes_back(seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_weights_that_change_meanwhile_lose_no_request_and_no_page(seed):
+    draw = random.Random(seed)
+    scheduler = some_scheduler(draw)
+    arrivals, _ = mixed(draw)
+    serve(scheduler, Checked(scheduler), arrivals, publishes=[i * 0.01 for i in range(60)])
+    assert (scheduler.pages.used, scheduler.queued) == (0, 0)
+    for _, request in arrivals:
+        assert request.finish_reason in ("stop", "length")
+        assert len(request.versions) == request.made
+        assert request.versions == sorted(request.versions)
+
+
+@pytest.mark.parametrize("kind", ["copy", "out", "in"])
+def test_a_page_that_is_not_moved_changes_tokens(kind):
+    """The oracle sees what it is there for."""
+
+    class Forgetful(Checked):
+        def _move(self, move):
+            if move.kind == kind:
+                self._device.setdefault(move.target, {})
+                self._host.setdefault(move.target, {})
+            else:
+                super()._move(move)
+
+    wrong = 0
+    for seed in range(20):
+        draw = random.Random(seed)
+        scheduler = some_scheduler(draw)
+        arrivals, _ = mixed(draw)
+        serve(scheduler, Forgetful(scheduler), arrivals)
+        wrong += any(alone(request)[0] != request.tokens for _, request in arrivals)
+    assert wrong > 0
