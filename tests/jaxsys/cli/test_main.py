@@ -18,7 +18,7 @@ import jaxsys.llm
 from jaxsys.cli.main import main
 model = types.SimpleNamespace(
     engine=types.SimpleNamespace(graphs=[]), tokenizer=types.SimpleNamespace(eos_ids=()),
-    submit=lambda prompts, *_: [types.SimpleNamespace(made=1) for _ in prompts],
+    submit=lambda prompts, *_, **__: [types.SimpleNamespace(made=1) for _ in prompts],
     pieces=lambda request: iter(["word "] * 100_000),
 )
 jaxsys.llm.load = lambda *_, **__: model

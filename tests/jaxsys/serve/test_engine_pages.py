@@ -15,7 +15,7 @@ SAMPLING = Sampling(max_tokens=12, temperature=0.7, seed=3)
 @pytest.fixture(scope="module")
 def cramped():
     """A pool of 11 usable pages of 8 positions, and as much again in host memory: two long requests do not fit."""
-    page = 2 * 2 * 2 * 8 * 8 * 4
+    page = 8 * (2 * 2 * 2 * 8 * 4 + 4)
     return make_engine(numerics="invariant", sizes=None, kv_bytes=12 * page, host_kv_bytes=11 * page, max_context=80)
 
 

@@ -125,7 +125,7 @@ def test_what_does_not_divide_is_said_in_one_line(tmp_path, material):
 
 
 def test_several_processes_without_a_watch_of_them_are_refused(tmp_path, material, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("jaxsys.train.trainer.job", lambda: (0, 2))
     with pytest.raises(UserError, match="JAX has 2 processes, the trainer was told of 1"):
         Trainer(make_config(tmp_path / "run", material), quiet())
 
