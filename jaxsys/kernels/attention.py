@@ -80,20 +80,19 @@ class Paged:
         """[R, T] bool, False for unused rows."""
         return self.positions >= 0
 
-    def slots(self, page_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Where each row's keys and values lie: replica [R, 1], page [R, T] (0 for unused rows), and place in it."""
-        replica = jnp.arange(self.positions.shape[0])[:, None]
+    def slots(self, page_size: int) -> tuple[jax.Array, jax.Array]:
+        """Where each row's keys and values lie: page (0 for unused rows) and place in it, [R, T] each."""
         slot = jnp.where(self.used, self.positions, 0)
-        pages = jnp.where(self.used, self.page_table[replica, self.sequences, slot // page_size], 0)
-        return replica, pages, slot % page_size
+        pages = jax.vmap(lambda table, row, page: table[row, page])(self.page_table, self.sequences, slot // page_size)
+        return jnp.where(self.used, pages, 0), slot % page_size
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Keys and values of all layers: [L, R, P, K, page_size, h] each. Page 0 takes the writes of unused rows.
+    """Keys and values of all layers: [R, L, P, K, page_size, h] each. Page 0 takes the writes of unused rows.
 
-    tokens: [1, R, P, page_size] int32, whose they are.
+    tokens: [R, 1, P, page_size] int32, whose they are.
     Heads come before positions, so that a page is what a batched matmul over heads reads, without a transpose.
     """
 
@@ -249,47 +248,56 @@ def _paged(q, k, v, context, pool, *, layer, window, scale, softcap):
     The running softmax (Milakov and Gimelshein 2018) makes a row's result independent of how far the
     longest sequence of the batch reaches: a page with no key of the row changes nothing in it.
     """
-    R, T, H, h = q.shape
     K, page = pool.k.shape[3:5]
-    G, dtype = H // K, pool.k.dtype
-    replica, pages, place = context.slots(page)
-    write = (layer, replica, pages, slice(None), place)
-    pool = Pool(pool.k.at[write].set(k.astype(dtype)), pool.v.at[write].set(v.astype(dtype)), pool.tokens)
+    dtype, reach = pool.k.dtype, context.positions.max()
+    pages, place = context.slots(page)
 
-    I, Q = context.items.shape[1:]
-    here = replica[:, :, None]
-    row = jnp.minimum(context.items, T - 1)
-    queries = q[here, row].astype(dtype).reshape(R * I, Q, K, G, h)
-    at = jnp.where(context.items < T, context.positions[here, row], -1).reshape(R * I, Q)
-    table = context.page_table[replica, context.sequences[replica, row[:, :, 0]]]
-    reach = at.max(-1)[:, None]
-    accumulate = jnp.promote_types(dtype, jnp.float32)
+    # One replica at a time, so that those of other devices are not asked for.
+    def write(pool, pages, place, new):
+        """pool [L, P, K, page, h], new [T, K, h]."""
+        return pool.at[layer, pages, :, place].set(new.astype(dtype))
 
-    def one_page(c, state):
-        top, total, out = state
-        where = (layer, replica, table[:, :, c])
-        keys, values = (a[where].reshape(R * I, K, page, h) for a in (pool.k, pool.v))
-        s = jnp.einsum("nqkgh,nksh->nkgqs", queries, keys, preferred_element_type=accumulate)
-        s = _cap(s * scale, softcap)
-        key_at = c * page + jnp.arange(page)
-        # A page may hold anything where its sequence has not come: zero weight times NaN would be NaN.
-        values = jnp.where((key_at[None, :] <= reach)[:, None, :, None], values, 0)
-        seen = key_at[None, None, :] <= at[:, :, None]
-        if window is not None:
-            seen &= at[:, :, None] - key_at[None, None, :] < window
-        seen = seen[:, None, None]
-        new = jnp.maximum(top, jnp.where(seen, s, NEVER).max(-1))
-        p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
-        shrink = jnp.exp(top - new)
-        o = jnp.einsum("nkgqs,nksh->nkgqh", p.astype(dtype), values, preferred_element_type=accumulate)
-        return new, total * shrink + p.sum(-1), out * shrink[..., None] + o
+    writes = jax.vmap(write)
+    pool = Pool(writes(pool.k, pages, place, k), writes(pool.v, pages, place, v), pool.tokens)
 
-    start = (
-        jnp.full((R * I, K, G, Q), NEVER, accumulate),
-        jnp.zeros((R * I, K, G, Q), accumulate),
-        jnp.zeros((R * I, K, G, Q, h), accumulate),
-    )
-    _, total, out = lax.fori_loop(0, context.positions.max() // page + 1, one_page, start)
-    out = out / jnp.maximum(total, 1e-30)[..., None]
-    out = out.transpose(0, 3, 1, 2, 4).reshape(R, I * Q, H, h)
-    return out[replica, context.places].astype(q.dtype), pool
+    def replica(q, context, keys, values):
+        """q [T, H, h], keys and values [L, P, K, page, h]."""
+        T, H, h = q.shape
+        I, Q = context.items.shape
+        G = H // K
+        row = jnp.minimum(context.items, T - 1)
+        queries = q[row].astype(dtype).reshape(I, Q, K, G, h)
+        at = jnp.where(context.items < T, context.positions[row], -1)
+        table = context.page_table[context.sequences[row[:, 0]]]
+        last = at.max(-1)[:, None]
+        accumulate = jnp.promote_types(dtype, jnp.float32)
+
+        def one_page(c, state):
+            top, total, out = state
+            k, v = keys[layer, table[:, c]], values[layer, table[:, c]]
+            s = jnp.einsum("nqkgh,nksh->nkgqs", queries, k, preferred_element_type=accumulate)
+            s = _cap(s * scale, softcap)
+            key_at = c * page + jnp.arange(page)
+            # A page may hold anything where its sequence has not come: zero weight times NaN would be NaN.
+            v = jnp.where((key_at[None, :] <= last)[:, None, :, None], v, 0)
+            seen = key_at[None, None, :] <= at[:, :, None]
+            if window is not None:
+                seen &= at[:, :, None] - key_at[None, None, :] < window
+            seen = seen[:, None, None]
+            new = jnp.maximum(top, jnp.where(seen, s, NEVER).max(-1))
+            p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
+            shrink = jnp.exp(top - new)
+            o = jnp.einsum("nkgqs,nksh->nkgqh", p.astype(dtype), v, preferred_element_type=accumulate)
+            return new, total * shrink + p.sum(-1), out * shrink[..., None] + o
+
+        start = (
+            jnp.full((I, K, G, Q), NEVER, accumulate),
+            jnp.zeros((I, K, G, Q), accumulate),
+            jnp.zeros((I, K, G, Q, h), accumulate),
+        )
+        _, total, out = lax.fori_loop(0, reach // page + 1, one_page, start)
+        out = out / jnp.maximum(total, 1e-30)[..., None]
+        out = out.transpose(0, 3, 1, 2, 4).reshape(I * Q, H, h)
+        return out[context.places].astype(q.dtype)
+
+    return jax.vmap(replica)(q, context, pool.k, pool.v), pool

@@ -41,48 +41,48 @@ class Batch:
 
 
 def pack(plan: Plan, pages_per_sequence: int, page_size: int, vocabulary: int) -> Batch:
-    """The arrays of a plan, for one replica (R = 1). Sequence n of the batch is chunk n of the plan.
+    """The arrays of a plan. Sequence n of a replica is chunk n of it.
 
     A sequence has the first ``STOPS`` of its stop tokens; the host finds the others a few tokens later.
     """
-    T, N, I, Q = plan.size.rows, plan.size.sequences, plan.size.items, plan.size.queries
-    tokens, sequences, places = _full((1, T), 0), _full((1, T), 0), _full((1, T), 0)
-    positions, targets = _full((1, T), -1), _full((1, T), -1)
-    items, table = _full((1, I, Q), T), _full((1, N, pages_per_sequence), 0)
-    last, stop = _full((1, N), -1), _full((1, N, STOPS), -1)
+    R, T, N, I, Q = len(plan.chunks), plan.size.rows, plan.size.sequences, plan.size.items, plan.size.queries
+    tokens, sequences, places = (_full((R, T), 0) for _ in range(3))
+    positions, targets = _full((R, T), -1), _full((R, T), -1)
+    items, table = _full((R, I, Q), T), _full((R, N, pages_per_sequence), 0)
+    last, stop = _full((R, N), -1), _full((R, N, STOPS), -1)
     floats = np.float32
     settings: Any = Settings(
-        temperature=_full((1, N), 0, floats), top_k=_full((1, N), 0), top_p=_full((1, N), 1, floats),
-        min_p=_full((1, N), 0, floats), seed=_full((1, N), 0, np.uint32), repetition=_full((1, N), 1, floats),
-        presence=_full((1, N), 0, floats), frequency=_full((1, N), 0, floats), prompt=_full((1, N), 0),
-        ends=_full((1, N), 0), biased=_full((1, N, BIASES), -1), bias=_full((1, N, BIASES), 0, floats),
-        allowed=_full((1, N, -(-vocabulary // 32)), 0, np.uint32), limited=_full((1, N), False, np.bool_),
+        temperature=_full((R, N), 0, floats), top_k=_full((R, N), 0), top_p=_full((R, N), 1, floats),
+        min_p=_full((R, N), 0, floats), seed=_full((R, N), 0, np.uint32), repetition=_full((R, N), 1, floats),
+        presence=_full((R, N), 0, floats), frequency=_full((R, N), 0, floats), prompt=_full((R, N), 0),
+        ends=_full((R, N), 0), biased=_full((R, N, BIASES), -1), bias=_full((R, N, BIASES), 0, floats),
+        allowed=_full((R, N, -(-vocabulary // 32)), 0, np.uint32), limited=_full((R, N), False, np.bool_),
     )  # fmt: skip
-    row = item = 0
-    for n, chunk in enumerate(plan.chunks):
-        request, here = chunk.request, slice(row, row + chunk.count)
-        tokens[0, here] = request.tokens[chunk.start : chunk.start + chunk.count]
-        positions[0, here] = np.arange(chunk.start, chunk.start + chunk.count)
-        sequences[0, here] = n
-        if request.sampling.prompt_logprobs:
-            following = request.tokens[chunk.start + 1 : min(chunk.start + chunk.count + 1, request.prompt_tokens)]
-            targets[0, row : row + len(following)] = following
-        offset = np.arange(chunk.count)
-        places[0, here] = (item + offset // Q) * Q + offset % Q
-        items.reshape(-1)[places[0, here]] = row + offset
-        # Only pages that the dispatch can reach: the rest of the table stays page 0.
-        reach = (chunk.start + chunk.count + plan.steps - 2) // page_size + 1
-        table[0, n, :reach] = request.pages[:reach]
-        sampling = request.sampling
-        if chunk.samples:
-            last[0, n] = row + chunk.count - 1
-            known = sampling.stop[:STOPS]
-            stop[0, n, : len(known)] = known
-            _set(settings, n, request)
-        row += chunk.count
-        item += -(-chunk.count // Q)
+    for r, chunks in enumerate(plan.chunks):
+        row = item = 0
+        for n, chunk in enumerate(chunks):
+            request, here = chunk.request, slice(row, row + chunk.count)
+            tokens[r, here] = request.tokens[chunk.start : chunk.start + chunk.count]
+            positions[r, here] = np.arange(chunk.start, chunk.start + chunk.count)
+            sequences[r, here] = n
+            if request.sampling.prompt_logprobs:
+                following = request.tokens[chunk.start + 1 : min(chunk.start + chunk.count + 1, request.prompt_tokens)]
+                targets[r, row : row + len(following)] = following
+            offset = np.arange(chunk.count)
+            places[r, here] = (item + offset // Q) * Q + offset % Q
+            items[r].reshape(-1)[places[r, here]] = row + offset
+            # Only pages that the dispatch can reach: the rest of the table stays page 0.
+            reach = (chunk.start + chunk.count + plan.steps - 2) // page_size + 1
+            table[r, n, :reach] = request.pages[:reach]
+            if chunk.samples:
+                last[r, n] = row + chunk.count - 1
+                known = request.sampling.stop[:STOPS]
+                stop[r, n, : len(known)] = known
+                _set(settings, (r, n), request)
+            row += chunk.count
+            item += -(-chunk.count // Q)
     context = Paged(positions, sequences, table, items, places)
-    asked = [chunk.request.sampling for chunk in plan.chunks]
+    asked = [chunk.request.sampling for chunks in plan.chunks for chunk in chunks]
     wants = [
         (targets >= 0).any(),
         any(each.logprobs for each in asked),
@@ -94,8 +94,8 @@ def pack(plan: Plan, pages_per_sequence: int, page_size: int, vocabulary: int) -
     )  # fmt: skip
 
 
-def _set(settings: Any, n: int, request: Request) -> None:
-    """The settings of sequence n."""
+def _set(settings: Any, at: tuple[int, int], request: Request) -> None:
+    """The settings of a sequence, by its replica and number."""
     asked = request.sampling
     for name, value in (
         ("temperature", asked.temperature), ("top_k", asked.top_k), ("top_p", asked.top_p), ("min_p", asked.min_p),
@@ -103,19 +103,19 @@ def _set(settings: Any, n: int, request: Request) -> None:
         ("frequency", asked.frequency_penalty), ("prompt", request.prompt_tokens),
         ("ends", request.prompt_tokens + asked.min_tokens),
     ):  # fmt: skip
-        getattr(settings, name)[0, n] = value
+        getattr(settings, name)[at] = value
     if asked.logit_bias:
-        settings.biased[0, n, : len(asked.logit_bias)] = list(asked.logit_bias)
-        settings.bias[0, n, : len(asked.logit_bias)] = list(asked.logit_bias.values())
+        settings.biased[at][: len(asked.logit_bias)] = list(asked.logit_bias)
+        settings.bias[at][: len(asked.logit_bias)] = list(asked.logit_bias.values())
     if asked.allowed_tokens is not None:
         token = np.array(asked.allowed_tokens)
-        np.bitwise_or.at(settings.allowed[0, n], token // 32, np.uint32(1) << (token % 32).astype(np.uint32))
-        settings.limited[0, n] = True
+        np.bitwise_or.at(settings.allowed[at], token // 32, np.uint32(1) << (token % 32).astype(np.uint32))
+        settings.limited[at] = True
 
 
-def empty_batch(size: Size, pages_per_sequence: int, page_size: int, vocabulary: int) -> Batch:
+def empty_batch(size: Size, replicas: int, pages_per_sequence: int, page_size: int, vocabulary: int) -> Batch:
     """A batch of this size in which no row is used."""
-    return pack(Plan(size, (), 1), pages_per_sequence, page_size, vocabulary)
+    return pack(Plan(size, ((),) * replicas, 1), pages_per_sequence, page_size, vocabulary)
 
 
 def _full(shape: tuple[int, ...], value: float, dtype: Any = np.int32) -> Any:

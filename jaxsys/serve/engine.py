@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -97,11 +98,15 @@ class Engine:
         self.model, self.live, self.graphs, self.view, self.name = model, live, graphs, view, name
         params = dispatcher().call(lambda: dict(live.lease(view).params))
         dtype = pool_dtype(params)
-        self.max_context, pages = _pool_size(model, config, dtype)
+        replicas = 1
+        if graphs.mesh is not None:  # as many as there are groups of devices that split a batch
+            replicas = math.prod(graphs.mesh.shape[axis] for axis in graphs.rules["replica"].mesh_axes)
+        self.max_context, pages = _pool_size(model, config, dtype, replicas)
         self._width = -(-self.max_context // config.page_size)
-        slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype)
-        self.scheduler = Scheduler(Pages(pages, config.page_size, slots), config.shapes, config.max_steps)
-        make = graphs.compile("kv_pool", make_pool(model, pages, config.page_size, dtype))
+        slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype) // replicas
+        allocators = [Pages(pages, config.page_size, slots) for _ in range(replicas)]
+        self.scheduler = Scheduler(allocators, config.shapes, config.max_steps)
+        make = graphs.compile("kv_pool", make_pool(model, replicas, pages, config.page_size, dtype))
         pool = make.outputs
         everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
         shardings = None if everywhere is None else (everywhere, jax.tree.map(lambda a: a.sharding, pool))
@@ -109,7 +114,7 @@ class Engine:
         for size in config.shapes:
             batch = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-                empty_batch(size, self._width, config.page_size, model.config.vocab_size),
+                empty_batch(size, replicas, self._width, config.page_size, model.config.vocab_size),
             )
             forward = make_forward(model, size, config.max_steps, config.numerics)
             name = f"forward[{size.rows}x{size.sequences}]"
@@ -190,33 +195,37 @@ class Engine:
         version, output = dispatcher().call(launch)
         host = jax.device_get(output)
         self._mover.settle()
-        sampling = [n for n, chunk in enumerate(plan.chunks) if chunk.samples]
-        ran, row = int(host.steps), 0
-        if not all(np.isfinite(a).all() for a in (host.logprobs[:ran, 0, sampling], host.target_logprobs)):
+        ran = int(host.steps)
+        sampled = [(r, n) for r, chunks in enumerate(plan.chunks) for n, chunk in enumerate(chunks) if chunk.samples]
+        logprobs = host.logprobs[:ran, [r for r, _ in sampled], [n for _, n in sampled]]
+        if not all(np.isfinite(a).all() for a in (logprobs, host.target_logprobs)):
             raise UserError(
                 f"{self.name}: its logits are not finite, so no token can be chosen or scored: its weights hold NaN or "
                 "infinite values, or overflow their dtype; check the file, or take an earlier checkpoint"
             )
-        for chunk in plan.chunks:
-            request = chunk.request
-            if request.sampling.prompt_logprobs:
-                stop = row + max(min(chunk.count, request.prompt_tokens - 1 - chunk.start), 0)
-                request.prompt_logprobs += host.target_logprobs[0, row:stop].tolist()
-                if wanted := request.sampling.logprobs:
-                    of_rows = host.target_top_tokens[0, row:stop], host.target_top_logprobs[0, row:stop]
-                    request.prompt_top += [_top(*of_row, wanted) for of_row in zip(*of_rows, strict=True)]
-            row += chunk.count
-        made = [[self._made(host, step, n, chunk) for n, chunk in enumerate(plan.chunks)] for step in range(ran)]
+        for r, chunks in enumerate(plan.chunks):
+            self._take_scores(host, r, chunks)
+        made = [
+            [
+                [_made(host, (step, r, n), chunk) for n, chunk in enumerate(chunks)]
+                for r, chunks in enumerate(plan.chunks)
+            ]
+            for step in range(ran)
+        ]
         return self.scheduler.advance(plan, made, version)
 
-    def _made(self, host: Any, step: int, n: int, chunk: Chunk) -> Made:
-        asked, at = chunk.request.sampling, (step, 0, n)
-        return Made(
-            int(host.tokens[at]),
-            float(host.logprobs[at]),
-            float(host.processed[at]) if asked.processed_logprobs else None,
-            _top(host.top_tokens[at], host.top_logprobs[at], asked.logprobs) if asked.logprobs else None,
-        )
+    def _take_scores(self, host: Any, replica: int, chunks: Sequence[Chunk]) -> None:
+        """Log-probabilities of the prompts' own tokens."""
+        row = 0
+        for chunk in chunks:
+            request = chunk.request
+            if request.sampling.prompt_logprobs:
+                here = replica, slice(row, row + max(min(chunk.count, request.prompt_tokens - 1 - chunk.start), 0))
+                request.prompt_logprobs += host.target_logprobs[here].tolist()
+                if wanted := request.sampling.logprobs:
+                    of_rows = host.target_top_tokens[here], host.target_top_logprobs[here]
+                    request.prompt_top += [_top(*of_row, wanted) for of_row in zip(*of_rows, strict=True)]
+            row += chunk.count
 
     def run(self, requests: Iterable[Request]) -> None:
         """Steps until these requests are finished, others with them. What is interrupted is cancelled."""
@@ -242,22 +251,33 @@ class Engine:
             self.cancel(request)
 
 
+def _made(host: Any, at: tuple[int, int, int], chunk: Chunk) -> Made:
+    """What a chunk made; at: step, replica and number."""
+    asked = chunk.request.sampling
+    return Made(
+        int(host.tokens[at]),
+        float(host.logprobs[at]),
+        float(host.processed[at]) if asked.processed_logprobs else None,
+        _top(host.top_tokens[at], host.top_logprobs[at], asked.logprobs) if asked.logprobs else None,
+    )
+
+
 def _top(tokens: np.ndarray, logprobs: np.ndarray, wanted: int) -> Top:
     """The first so many of the most likely tokens that there are."""
     return [(int(t), float(p)) for t, p in zip(tokens[:wanted], logprobs[:wanted], strict=True) if p > -np.inf]
 
 
-def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype) -> tuple[int, int]:
-    """Positions of the longest sequence, and pages of the pool."""
+def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype, replicas: int) -> tuple[int, int]:
+    """Positions of the longest sequence, and pages of each replica."""
     size = config.page_size
-    affordable = config.kv_bytes // page_bytes(model, size, dtype)
+    affordable = config.kv_bytes // page_bytes(model, size, dtype) // replicas
     if affordable < 2:  # page 0 belongs to no sequence
-        least = 2 * page_bytes(model, size, dtype)
+        least = 2 * page_bytes(model, size, dtype) * replicas
         raise UserError(f"kv_bytes={config.kv_bytes}, expected at least {least}: the smallest pool of this model")
     longest = min(model.config.max_seq_len, (affordable - 1) * size)
     wanted = longest if config.max_context is None else config.max_context
     if wanted > longest:
-        need = (-(-wanted // size) + 1) * page_bytes(model, size, dtype)
+        need = (-(-wanted // size) + 1) * page_bytes(model, size, dtype) * replicas
         raise UserError(
             f"max_context {wanted}: expected 1 to {longest}: the model was trained with {model.config.max_seq_len} "
             f"positions, and a KV pool of {config.kv_bytes} bytes holds {(affordable - 1) * size} "

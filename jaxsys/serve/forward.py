@@ -56,7 +56,6 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
     def forward(params: Mapping[str, jax.Array], pool: Pool, batch: Batch) -> tuple[Output, Pool]:
         decoder = model.bind(params)
         R = batch.tokens.shape[0]
-        replica = jnp.arange(R)[:, None]
         of_steps, of_rows = (max_steps, R, size.sequences), (R, size.rows)
         empty = Output(
             tokens=jnp.zeros(of_steps, jnp.int32),
@@ -76,13 +75,14 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
 
         def step(state):
             tokens, context, last, pool, out, _ = state
-            page_size = pool.tokens.shape[-1]
-            pool = dataclasses.replace(pool, tokens=pool.tokens.at[0, *context.slots(page_size)].set(tokens))
+            pages, place = context.slots(pool.tokens.shape[-1])
+            write = jax.vmap(lambda pool, pages, place, tokens: pool.at[0, pages, place].set(tokens))
+            pool = dataclasses.replace(pool, tokens=write(pool.tokens, pages, place, tokens))
             hidden, pool, _ = decoder(tokens, context, pool)
 
             scoring = batch.score & (out.steps == 0)
             row = jnp.maximum(last, 0)
-            position = context.positions[replica, row] + 1
+            position = _at(context.positions, row) + 1
 
             def project(rows):
                 return constrain(decoder.logits(rows), ("batch", None, "act_vocab"))
@@ -91,7 +91,7 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
                 """From logits [R, N, V]."""
 
                 def text():
-                    tokens = pool.tokens[0][replica[..., None], context.page_table].reshape(R * size.sequences, -1)
+                    tokens = _at(pool.tokens[:, 0], context.page_table).reshape(R * size.sequences, -1)
                     return tokens, jnp.arange(tokens.shape[-1]) < position.reshape(-1, 1)
 
                 def flat(a):
@@ -107,13 +107,15 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
             old = out.target_logprobs, out.target_top_tokens, out.target_top_logprobs
             if numerics == "invariant":
                 every = project(hidden)
-                logits = every[replica, row]
+                logits = _at(every, row)
                 made, drawn = choose(logits)
                 # A row that is sampled has no target; rows of unused sequences write nothing.
                 here = jnp.where(last >= 0, last, size.rows)
-                wanted = jnp.where(scoring, batch.targets, -1).at[replica, here].set(made, mode="drop")
+                wanted = jax.vmap(lambda targets, here, made: targets.at[here].set(made, mode="drop"))(
+                    jnp.where(scoring, batch.targets, -1), here, made
+                )
                 found = log_probability(every, wanted)
-                logprobs = found[replica, row]
+                logprobs = _at(found, row)
                 scores = (
                     jnp.where(scoring, jnp.where(batch.targets >= 0, found, 0.0), old[0]),
                     *best(every, scoring, old[1:]),
@@ -126,7 +128,7 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
                     return found, *best(every, jnp.bool_(True), old[1:])
 
                 scores = lax.cond(scoring, score, lambda: old)
-                logits = project(hidden[replica, row])
+                logits = project(_at(hidden, row))
                 made, drawn = choose(logits)
                 logprobs = log_probability(logits, made)
             nobody = out.top_tokens[out.steps], out.top_logprobs[out.steps]
@@ -153,6 +155,11 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
         return out, pool
 
     return forward
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x [R, ...] at index [R, ...], replica by replica: the devices of one need nothing of another's."""
+    return jax.vmap(lambda x, index: x[index])(x, index)
 
 
 def _one_row_each(made: jax.Array, position: jax.Array, context: Paged, size: Size) -> tuple[jax.Array, Paged]:

@@ -62,6 +62,10 @@ class Match:
     alike: int = 0
     computing: Request | None = None
 
+    def reach(self, page_size: int) -> int:
+        """Tokens that need not be computed."""
+        return len(self.full) * page_size + self.alike
+
 
 class Pages:
     """Pages 1 to ``count`` - 1 of a pool of ``count``; page 0 is where unused rows write, and nobody's.

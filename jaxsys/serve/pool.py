@@ -14,14 +14,15 @@ from jaxsys.models.state import Model
 from parallelism.sharding import constrain
 
 
-def make_pool(model: Model, pages: int, page_size: int, dtype: np.dtype) -> Callable[[], Pool]:
-    """Traceable: an empty pool for one replica; see ``pool_dtype``."""
+def make_pool(model: Model, replicas: int, pages: int, page_size: int, dtype: np.dtype) -> Callable[[], Pool]:
+    """Traceable: an empty pool, so many pages a replica; see ``pool_dtype``."""
     L, K, h = model.config.n_layers, kv_heads(model), model.config.head_dim
 
     def pool() -> Pool:
-        zeros = jnp.zeros((L, 1, pages, K, page_size, h), dtype)
-        k, v = (constrain(zeros, ("layers", "replica", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2))
-        return Pool(k, v, constrain(jnp.zeros((1, 1, pages, page_size), jnp.int32), (None, "replica", "pages", None)))
+        zeros = jnp.zeros((replicas, L, pages, K, page_size, h), dtype)
+        k, v = (constrain(zeros, ("replica", "layers", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2))
+        tokens = jnp.zeros((replicas, 1, pages, page_size), jnp.int32)
+        return Pool(k, v, constrain(tokens, ("replica", None, "pages", None)))
 
     return pool
 

@@ -37,8 +37,8 @@ class Request:
     text: of what is made, where somebody wants it; it may end the request.
     client: whose it is, for fairness. priority: the lower the more urgent. leader: one with the same prompt that goes
     before it, so that it is computed once.
-    The scheduler's own: number, in order of arrival; version, of the weights that made its keys and values; root and
-    digests, of its full pages (see ``jaxsys.serve.pages``).
+    The scheduler's own: number, in order of arrival; replica, where it runs; version, of the weights that made its
+    keys and values; root and digests, of its full pages (see ``jaxsys.serve.pages``).
     """
 
     prompt_tokens: int
@@ -59,6 +59,7 @@ class Request:
     priority: int = 0
     leader: Request | None = None
     number: int = 0
+    replica: int = 0
     version: int | None = None
     root: bytes = b""
     digests: list[bytes] = dataclasses.field(default_factory=list)

@@ -53,15 +53,15 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """One packed batch. steps: how many tokens each sampling chunk may make before the host has to look.
+    """One packed batch. chunks: of each replica. moves: of each replica's pages, to be done before it, in order.
 
-    moves: of pages, to be done before it, in order.
+    steps: how many tokens each sampling chunk may make before the host has to look.
     """
 
     size: Size
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[tuple[Chunk, ...], ...]
     steps: int
-    moves: tuple[Move, ...] = ()
+    moves: tuple[tuple[Move, ...], ...] = ()
 
 
 @dataclasses.dataclass
@@ -81,15 +81,15 @@ class Counts:
 
 
 class Scheduler:
-    """Requests, waiting and running, of one replica.
+    """Requests, waiting and running. One queue; each request runs on one of the replicas, which are in step.
 
-    sizes: the shapes there are; max_steps: device steps of one plan. budget: rows of a plan at most, None is those of
-    the largest shape.
+    pages: of each replica. sizes: the shapes there are; max_steps: device steps of one plan. budget: rows of a replica
+    in a plan at most, None is those of the largest shape.
     """
 
     def __init__(
         self,
-        pages: Pages,
+        pages: Sequence[Pages],
         sizes: Sequence[Size],
         max_steps: int,
         *,
@@ -98,11 +98,10 @@ class Scheduler:
         admission: Admission | None = None,
         preemption: Preemption | None = None,
     ):
-        self.pages, self.sizes, self.max_steps = pages, sorted(sizes), max_steps
+        self.pages, self.sizes, self.max_steps = tuple(pages), sorted(sizes), max_steps
         self.waiting: Ordering = FirstComeFirstServed() if ordering is None else ordering
         self.admission: Admission = Watermark() if admission is None else admission
         self.preemption: Preemption = LastCome() if preemption is None else preemption
-        self.running: list[Request] = []
         self.counts = Counts()
         most = max(size.rows for size in sizes)
         # What runs together must fit every shape that its rows can call for.
@@ -110,13 +109,19 @@ class Scheduler:
         self.budget = min(budget or most, most)
         if self.budget < self.max_sequences:
             raise ValueError(f"a budget of {self.budget} rows for {self.max_sequences} sequences would stall some")
+        self._running: tuple[list[Request], ...] = tuple([] for _ in self.pages)
         self._held: dict[Request, Request] = {}  # who waits for what another computes, and for whom
         self._version, self._root = 0, root_of(0)
         self._arrived = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self.running or self._held or len(self.waiting))
+        return bool(any(self._running) or self._held or len(self.waiting))
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests that have pages."""
+        return [request for running in self._running for request in running]
 
     @property
     def queued(self) -> int:
@@ -126,17 +131,19 @@ class Scheduler:
     def publish(self, version: int) -> None:
         """Keys and values of other weights are not used for requests that begin from now on."""
         if version != self._version:
-            self.pages.forget(self._root)
+            for pages in self.pages:
+                pages.forget(self._root)
             self._version, self._root = version, root_of(version)
 
     def add(self, request: Request) -> None:
         """Queues a request, unless it was cancelled before. Raises UserError if it could never run."""
         if request.finish_reason is not None:
             return
-        if self.pages.needed(request.longest) > self.pages.count - 1:
+        pages = self.pages[0]  # all are alike
+        if pages.needed(request.longest) > pages.count - 1:
             raise UserError(
                 f"a request of {request.longest} positions does not fit the KV pool of "
-                f"{(self.pages.count - 1) * self.pages.page_size}: raise the pool's bytes, or lower max_tokens"
+                f"{(pages.count - 1) * pages.page_size}: raise the pool's bytes, or lower max_tokens"
             )
         if request.goal == 0:  # the score of a single token: there is nothing to compute
             request.finish_reason = "length"
@@ -153,7 +160,7 @@ class Scheduler:
             self.counts.cancelled += 1
             self.waiting.discard(request)
             self._held.pop(request, None)
-            if request in self.running:
+            if request.pages:
                 self._leave(request)
             self.waiting.end(request)
 
@@ -162,26 +169,33 @@ class Scheduler:
     def schedule(self, max_steps: int | None = None) -> Plan | None:
         """The next batch, or None if there is nothing to do. max_steps: fewer device steps than usual."""
         self._make_way()
-        chunks: list[Chunk] = []
-        left = self.budget
-        for request in self._in_turn():
-            if left and request in self.running and self._room(request):  # not if somebody before it took its place
-                chunks.append(self._chunk(request, left))
-                left -= chunks[-1].count
-        self._let_go()
-        while left and (new := self._admit()) is not None:
-            chunks.append(self._chunk(new, left))
-            left -= chunks[-1].count
-        if not chunks:
-            return None
-        size = self._size(self.budget - left, len(chunks))
-        steps = self._steps(size, chunks, min(max_steps or self.max_steps, self.max_steps))
-        moves, self.pages.moves = tuple(self.pages.moves), []
-        return Plan(size, tuple(chunks), steps, moves)
+        plan: list[list[Chunk]] = [[] for _ in self.pages]
+        left = [self.budget] * len(self.pages)
 
-    def _in_turn(self) -> list[Request]:
+        def take(request: Request) -> None:
+            chunk = self._chunk(request, left[request.replica])
+            plan[request.replica].append(chunk)
+            left[request.replica] -= chunk.count
+
+        for n, running in enumerate(self._running):
+            for request in self._in_turn(running):
+                if left[n] and request in running and self._room(request):  # not if somebody before it took its place
+                    take(request)
+        self._let_go()
+        while (new := self._admit(left)) is not None:
+            take(new)
+        if not any(plan):
+            return None
+        size = self._size(self.budget - min(left), max(map(len, plan)))
+        steps = self._steps(size, plan, min(max_steps or self.max_steps, self.max_steps))
+        moves = tuple(tuple(pages.moves) for pages in self.pages)
+        for pages in self.pages:
+            pages.moves = []
+        return Plan(size, tuple(map(tuple, plan)), steps, moves)
+
+    def _in_turn(self, running: list[Request]) -> list[Request]:
         """Those who lack one token, then the others; each the most urgent first, then in order of arrival."""
-        return sorted(self.running, key=lambda r: (r.goal - r.computed > 1, r.priority, r.number))
+        return sorted(running, key=lambda r: (r.goal - r.computed > 1, r.priority, r.number))
 
     def _chunk(self, request: Request, left: int) -> Chunk:
         count = min(request.goal - request.computed, left)
@@ -191,30 +205,36 @@ class Scheduler:
     def _size(self, rows: int, sequences: int) -> Size:
         return next(size for size in self.sizes if size.rows >= rows and size.sequences >= sequences)
 
-    def _steps(self, size: Size, chunks: list[Chunk], most: int) -> int:
+    def _steps(self, size: Size, plan: list[list[Chunk]], most: int) -> int:
         """More than one only if all go on for as long, one row each is what the shape is for, and there are pages."""
-        if len(chunks) < len(self.running) or not all(chunk.samples for chunk in chunks):
+        for chunks, running in zip(plan, self._running, strict=True):
+            if len(chunks) < len(running) or not all(chunk.samples for chunk in chunks):
+                return 1
+        widest = max(map(len, plan))
+        if size != self._size(widest, widest):
             return 1
-        if size != self._size(len(chunks), len(chunks)):
-            return 1
-        requests = [chunk.request for chunk in chunks]
+        requests = [chunk.request for chunks in plan for chunk in chunks]
         steps = min(most, *(r.sampling.max_tokens - r.made for r in requests))
 
-        def more(steps: int) -> int:
-            return sum(max(self.pages.needed(r.goal + steps - 1) - len(r.pages), 0) for r in requests)
+        def fits(steps: int) -> bool:
+            return all(
+                sum(max(pages.needed(c.request.goal + steps - 1) - len(c.request.pages), 0) for c in chunks)
+                <= pages.free
+                for chunks, pages in zip(plan, self.pages, strict=True)
+            )
 
-        while steps > 1 and more(steps) > self.pages.free:
+        while steps > 1 and not fits(steps):
             steps -= 1
         for request in requests:
-            self.pages.extend(request, request.goal + steps - 1)
+            self.pages[request.replica].extend(request, request.goal + steps - 1)
         return steps
 
     # ------------------------------------------------------------------------------------------------ in and out
 
     def _room(self, request: Request) -> bool:
         """Pages for all its tokens, others' if need be; False if the request itself had to leave."""
-        while not self.pages.extend(request, request.goal):
-            victim = self.preemption.victim(self.running, None)
+        while not self.pages[request.replica].extend(request, request.goal):
+            victim = self.preemption.victim(self._running[request.replica], None)
             assert victim is not None
             self._preempt(victim)
             if victim is request:
@@ -224,46 +244,60 @@ class Scheduler:
     def _make_way(self) -> None:
         """Those who run leave for somebody more urgent who finds no room."""
         while (request := self.waiting.head()) is not None:
-            seat = len(self.running) < self.max_sequences
-            if seat and (self._owner(request) is not None or self._fits(request)):
+            free = [n for n, running in enumerate(self._running) if len(running) < self.max_sequences]
+            if free and (self._owner(request) is not None or any(self._fits(request, n) for n in free)):
                 return
             if (victim := self.preemption.victim(self.running, request)) is None:
                 return
             self._preempt(victim)
 
-    def _fits(self, request: Request) -> bool:
-        wanted, spare = self._wanted(request)
-        return self.pages.fits(self.pages.match(request, self._root), wanted, spare)
+    def _fits(self, request: Request, replica: int) -> bool:
+        pages = self.pages[replica]
+        return pages.fits(pages.match(request, self._root), *self._wanted(request, replica))
 
-    def _wanted(self, request: Request) -> tuple[int, int]:
-        known, longest = self.pages.needed(request.goal), self.pages.needed(request.longest)
-        return self.admission.pages(known, longest, self.pages.count, len(self.running))
+    def _wanted(self, request: Request, replica: int) -> tuple[int, int]:
+        pages = self.pages[replica]
+        known, longest = pages.needed(request.goal), pages.needed(request.longest)
+        return self.admission.pages(known, longest, pages.count, len(self._running[replica]))
 
-    def _admit(self) -> Request | None:
-        """Lets the next request in, if there is room. Who waits for another's pages is passed over."""
-        while len(self.running) < self.max_sequences and (request := self.waiting.head()) is not None:
+    def _admit(self, left: list[int]) -> Request | None:
+        """Lets the next request in, if there is room. Who waits for another's pages is passed over.
+
+        It goes where most of it is there already, or else where most is free. left: rows of each replica.
+        """
+        while (request := self.waiting.head()) is not None:
+            open = [n for n, running in enumerate(self._running) if left[n] and len(running) < self.max_sequences]
+            if not open:
+                return None
             if (owner := self._owner(request)) is not None:
-                if len(self._held) >= self.max_sequences:
+                if len(self._held) >= self.max_sequences * len(self.pages):
                     return None
                 self.waiting.discard(request)
                 self._held[request] = owner
                 continue
-            match = self.pages.match(request, self._root)
-            if not self.pages.begin(request, self._root, match, *self._wanted(request)):
-                return None
-            self.waiting.discard(request)
-            self.running.append(request)
-            request.version = self._version if request.computed else None
-            self.counts.reused += request.computed
-            return request
+            matches = {n: self.pages[n].match(request, self._root) for n in open}
+            open.sort(key=lambda n: (-matches[n].reach(self.pages[n].page_size), -self.pages[n].free))
+            for n in open:
+                if self.pages[n].begin(request, self._root, matches[n], *self._wanted(request, n)):
+                    self._begin(request, n)
+                    return request
+            return None
         return None
+
+    def _begin(self, request: Request, replica: int) -> None:
+        self.waiting.discard(request)
+        request.replica = replica
+        self._running[replica].append(request)
+        request.version = self._version if request.computed else None
+        self.counts.reused += request.computed
 
     def _owner(self, request: Request) -> Request | None:
         """Who computes what the request is about to need too, and shall have from it."""
         leader = request.leader
-        if leader is not None and leader in self.running and leader.computed < leader.prompt_tokens:
+        if leader is not None and leader.pages and leader.computed < leader.prompt_tokens:
             return leader
-        return self.pages.match(request, self._root).computing
+        matches = [pages.match(request, self._root) for pages in self.pages]
+        return max(matches, key=lambda match: (len(match.full), match.computing is not None)).computing
 
     def _let_go(self) -> None:
         """Back to the queue with those who need not wait any longer for another's pages."""
@@ -278,20 +312,20 @@ class Scheduler:
         self.waiting.push(request)
 
     def _leave(self, request: Request) -> None:
-        self.running.remove(request)
-        self.pages.end(request, self._root if request.version == self._version else None)
+        self._running[request.replica].remove(request)
+        self.pages[request.replica].end(request, self._root if request.version == self._version else None)
         request.version = None
 
     # ----------------------------------------------------------------------------------------------------- results
 
-    def advance(self, plan: Plan, made: Sequence[Sequence[Made]], version: int) -> list[Request]:
+    def advance(self, plan: Plan, made: Sequence[Sequence[Sequence[Made]]], version: int) -> list[Request]:
         """Takes the result of a plan; returns the requests that finished.
 
-        made: [steps that ran][chunk], looked at for chunks that sample. version: of the weights.
+        made: [steps that ran][replica][chunk], looked at for chunks that sample. version: of the weights.
         """
         self.publish(version)
         done = []
-        for n, chunk in enumerate(plan.chunks):
+        for r, n, chunk in [(r, n, chunk) for r, chunks in enumerate(plan.chunks) for n, chunk in enumerate(chunks)]:
             request = chunk.request
             if request.finish_reason is not None or not request.pages:
                 continue
@@ -300,14 +334,14 @@ class Scheduler:
             if chunk.samples:
                 for step, each in enumerate(made):
                     request.computed += step > 0
-                    request.take(each[n], version)
+                    request.take(each[r][n], version)
                     if request.finish_reason is not None:
                         break
             elif not request.sampling.max_tokens and request.computed == request.goal:
                 request.finish_reason = "length"
             request.version = version if request.version in (None, version) else MIXED
             if request.version == version:
-                self.pages.computed(request, self._root, computed)
+                self.pages[r].computed(request, self._root, computed)
             self.waiting.charge(request, request.computed - computed, request.made - tokens)
             self.counts.computed += request.computed - computed
             self.counts.made += request.made - tokens

@@ -27,62 +27,58 @@ class Cost:
 
 
 class SimulatedExecutor:
-    """Runs plans on a pool of numbers. vocabulary: tokens are below it. seconds: virtual time spent."""
+    """Runs plans on pools of numbers. vocabulary: tokens are below it. seconds: virtual time spent."""
 
     def __init__(self, page_size: int, vocabulary: int = 50, cost: Cost | None = None):
         self._page_size, self._vocabulary, self._cost = page_size, vocabulary, cost or Cost()
-        self._device: dict[int, dict[int, int]] = {}
-        self._host: dict[int, dict[int, int]] = {}
+        self._device: dict[tuple[int, int], dict[int, int]] = {}  # by replica and page
+        self._host: dict[tuple[int, int], dict[int, int]] = {}
         self.version = 0
         self.seconds = 0.0
 
-    def run(self, plan: Plan) -> list[list[Made]]:
-        """What a plan makes, [steps that ran][chunk]; it ends early where a chunk makes a stop token."""
-        for move in plan.moves:
-            self._move(move)
-        rows = [
-            (chunk, list(chunk.request.pages), chunk.request.tokens[chunk.start : chunk.start + chunk.count])
-            for chunk in plan.chunks
-        ]
-        made: list[list[int]] = []
+    def run(self, plan: Plan) -> list[list[list[Made]]]:
+        """What a plan makes, [steps that ran][replica][chunk]; it ends early where a chunk makes a stop token."""
+        for replica, moves in enumerate(plan.moves):
+            for move in moves:
+                self._move(replica, move)
+        tokens = [[c.request.tokens[c.start : c.start + c.count] for c in chunks] for chunks in plan.chunks]
+        made: list[list[list[Made]]] = []
         keys = 0
         for step in range(plan.steps):
-            line = []
-            for n, (chunk, pages, tokens) in enumerate(rows):
-                if step:
-                    at, new = chunk.start + chunk.count + step - 1, [made[-1][n]]
-                else:
-                    at, new = chunk.start, tokens
-                for offset, token in enumerate(new):
-                    self._write(pages, at + offset, token)
-                end = at + len(new)
-                keys += end
-                line.append(self._token(pages, end) if chunk.samples else 0)
-            made.append(line)
-            if any(c.samples and t in c.request.sampling.stop for (c, _, _), t in zip(rows, line, strict=True)):
+            rows: list[list[Made]] = []
+            stopped = False
+            for r, chunks in enumerate(plan.chunks):
+                rows.append([])
+                for n, chunk in enumerate(chunks):
+                    at = chunk.start + (chunk.count + step - 1 if step else 0)
+                    new = [made[-1][r][n].token] if step else tokens[r][n]
+                    for offset, token in enumerate(new):
+                        self._write(chunk.request, at + offset, token)
+                    keys += at + len(new)
+                    token = self._token(chunk.request, at + len(new)) if chunk.samples else 0
+                    rows[r].append(Made(token, 0.0))
+                    stopped |= chunk.samples and token in chunk.request.sampling.stop
+            made.append(rows)
+            if stopped:
                 break
-        cost = self._cost
+        cost, moved = self._cost, max(map(len, plan.moves), default=0)
         rows_run = plan.size.rows + (len(made) - 1) * plan.size.sequences
-        self.seconds += cost.launch + cost.row * rows_run + cost.key * keys + cost.page * len(plan.moves)
-        return [[Made(token, 0.0) for token in line] for line in made]
+        self.seconds += cost.launch + cost.row * rows_run + cost.key * keys + cost.page * moved
+        return made
 
-    def _move(self, move: Move) -> None:
-        stores = {
-            "copy": (self._device, self._device),
-            "out": (self._device, self._host),
-            "in": (self._host, self._device),
-        }
-        source, target = stores[move.kind]
-        target[move.target] = dict(source[move.source])
+    def _move(self, replica: int, move: Move) -> None:
+        device, host = self._device, self._host
+        source, target = {"copy": (device, device), "out": (device, host), "in": (host, device)}[move.kind]
+        target[replica, move.target] = dict(source[replica, move.source])
 
-    def _write(self, pages: Sequence[int], position: int, token: int) -> None:
-        page = self._device.setdefault(pages[position // self._page_size], {})
+    def _write(self, request: Request, position: int, token: int) -> None:
+        page = self._device.setdefault((request.replica, request.pages[position // self._page_size]), {})
         page[position % self._page_size] = hash((self.version, position, token))
 
-    def _token(self, pages: Sequence[int], end: int) -> int:
+    def _token(self, request: Request, end: int) -> int:
         size = self._page_size
-        seen = [self._device.get(pages[at // size], {}).get(at % size) for at in range(end)]
-        return hash((self.version, *seen)) % self._vocabulary
+        pages = [self._device.get((request.replica, page), {}) for page in request.pages[: -(-end // size)]]
+        return hash((self.version, *(pages[at // size].get(at % size) for at in range(end)))) % self._vocabulary
 
 
 @dataclasses.dataclass
@@ -130,11 +126,11 @@ def serve(
             if scheduler.busy:
                 raise RuntimeError("requests wait, and nothing runs")
             continue
-        before = [chunk.request.made for chunk in plan.chunks]
+        before = {chunk.request: chunk.request.made for chunks in plan.chunks for chunk in chunks}
         scheduler.advance(plan, executor.run(plan), executor.version)
-        for chunk, made in zip(plan.chunks, before, strict=True):
-            served = times[chunk.request]
-            if chunk.request.made > made:
+        for request, made in before.items():
+            served = times[request]
+            if request.made > made:
                 served.first = executor.seconds if served.first is None else served.first
                 served.last = executor.seconds
     return times

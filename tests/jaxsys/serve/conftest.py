@@ -21,4 +21,4 @@ def engine(shared_engine) -> Engine:
     """The engine, which every test must leave idle and with all its pages."""
     yield shared_engine
     assert not shared_engine.busy
-    assert shared_engine.scheduler.pages.used == 0
+    assert [pages.used for pages in shared_engine.scheduler.pages] == [0]

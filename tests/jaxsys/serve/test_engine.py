@@ -17,6 +17,7 @@ from jaxsys.serve.forward import make_forward
 from jaxsys.serve.pages import Pages
 from jaxsys.serve.sampling import Sampling
 from jaxsys.serve.scheduler import Size
+from parallelism.collectives import collectives
 from parallelism.errors import UserError
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
@@ -189,7 +190,7 @@ def test_nothing_is_read_that_the_sequence_did_not_write():
     engine = make_engine()
     expected = [made(request) for request in run(engine, PROMPTS)]
     engine._pool = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, np.nan, a.dtype), a.sharding), engine._pool)
-    engine.scheduler.pages = Pages(engine.scheduler.pages.count, 8)  # nothing of before is used again
+    engine.scheduler.pages = (Pages(engine.scheduler.pages[0].count, 8),)  # nothing of before is used again
     assert [made(request) for request in run(engine, PROMPTS)] == expected
 
 
@@ -263,14 +264,25 @@ def on_one_device():
     return run(make_engine(NINE_THREE, sizes=SIZES[2:]), PROMPTS, score=True)
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=2,tensor=2"])
-def test_a_mesh_makes_the_tokens_of_one_device_with_its_pool_split_by_heads(mesh):
+@pytest.mark.parametrize(("mesh", "replicas"), [("tensor=2", 1), ("fsdp=2,tensor=2", 2), ("data=2", 2)])
+def test_a_mesh_makes_the_tokens_of_one_device_with_its_pool_split_by_replicas_and_heads(mesh, replicas):
     engine = make_engine(NINE_THREE, mesh=mesh, sizes=SIZES[2:])
-    assert engine._pool.k.shape[3] == 4
-    assert {shard.data.shape[3] for shard in engine._pool.k.addressable_shards} == {2}
-    for a, b in zip(on_one_device(), run(engine, PROMPTS, score=True), strict=True):
+    heads = 4 if "tensor" in mesh else 3
+    assert (engine._pool.k.shape[0], engine._pool.k.shape[3]) == (replicas, heads)
+    split = {(shard.data.shape[0], shard.data.shape[3]) for shard in engine._pool.k.addressable_shards}
+    assert split == {(1, 2 if "tensor" in mesh else 3)}
+    requests = run(engine, PROMPTS, score=True)
+    assert {request.replica for request in requests} == set(range(replicas))
+    for a, b in zip(on_one_device(), requests, strict=True):
         assert made(a) == made(b)
         np.testing.assert_allclose(a.prompt_logprobs, b.prompt_logprobs, atol=1e-5)
+
+
+def test_replicas_send_each_other_nothing_of_their_keys_and_values():
+    engine = make_engine(mesh="data=2", sizes=SIZES[2:], page_size=64)
+    (forward,) = engine._forward.values()
+    read = engine._pool.k[0, 0, 0].nbytes * SIZES[2].sequences  # a page for each sequence, more than their logits
+    assert all(each.nbytes < read for each in collectives(forward.text, engine.graphs.mesh))
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -61,7 +61,7 @@ def test_who_leaves_the_pool_comes_back_by_way_of_host_memory(cramped, alone):
         again = [cramped.add_request([*prompt, 9], SAMPLING) for prompt in prompts]
         cramped.run(again)
     assert cramped.scheduler.counts.preempted > before.preempted
-    assert cramped.scheduler.pages.hosted > 0
+    assert cramped.scheduler.pages[0].hosted > 0
     for request in (*requests, *again):
         expected = alone(request.tokens[: request.prompt_tokens], request.sampling)
         assert (request.tokens, request.logprobs) == expected
@@ -91,7 +91,7 @@ def test_any_mix_ends_as_each_request_alone_and_gives_back_every_page(cramped, a
         cramped.step()
         if draw.random() < 0.05:
             cramped.cancel(draw.choice(requests))
-    assert cramped.scheduler.pages.used == 0
+    assert cramped.scheduler.pages[0].used == 0
     for request in requests:
         tokens, logprobs = alone(request.tokens[: request.prompt_tokens], request.sampling)
         if request.finish_reason == "cancelled":

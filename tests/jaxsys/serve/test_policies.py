@@ -62,7 +62,7 @@ def test_a_client_with_few_requests_does_not_wait_behind_one_with_many():
         many = [request(i, "many", prompt=20, most=20) for i in range(300)]
         few = [request(1000 + i, "few", prompt=20, most=20) for i in range(10)]
         executor = SimulatedExecutor(8)
-        scheduler = Scheduler(Pages(60, 8), sizes, 4, ordering=policy())
+        scheduler = Scheduler([Pages(60, 8)], sizes, 4, ordering=policy())
         times = serve(scheduler, executor, poisson(many, 1000.0) + poisson(few, 10.0, seed=1))
         waits[policy] = max(times[r].first - times[r].came for r in few)
         spent[policy] = executor.seconds

@@ -23,22 +23,22 @@ def request(prompt, max_tokens, stop=(), score=False, **options):
 
 
 def scheduler(pages=40, page_size=8, max_steps=8, **options):
-    return Scheduler(Pages(pages, page_size), SIZES, max_steps, **options)
+    return Scheduler([Pages(pages, page_size)], SIZES, max_steps, **options)
 
 
 def execute(s, plan):
     """Each token is the number of tokens before it; like the device, it comes back early at a stop token."""
     tokens = []
     for step in range(plan.steps):
-        row = [len(c.request.tokens) + step if c.samples else 0 for c in plan.chunks]
+        row = [len(c.request.tokens) + step if c.samples else 0 for c in plan.chunks[0]]
         tokens.append(row)
-        if any(c.samples and t in c.request.sampling.stop for c, t in zip(plan.chunks, row, strict=True)):
+        if any(c.samples and t in c.request.sampling.stop for c, t in zip(plan.chunks[0], row, strict=True)):
             break
-    return s.advance(plan, [[Made(token, 0.0) for token in row] for row in tokens], version=7)
+    return s.advance(plan, [[[Made(token, 0.0) for token in row]] for row in tokens], version=7)
 
 
 def chunks(plan):
-    return [(c.start, c.count, c.samples) for c in plan.chunks]
+    return [(c.start, c.count, c.samples) for c in plan.chunks[0]]
 
 
 def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
@@ -60,9 +60,9 @@ def test_decodes_go_before_prefills_and_are_never_stalled():
     s.add(long)
     for _ in range(3):
         plan = s.schedule()
-        assert plan.chunks[0].request is first
+        assert plan.chunks[0][0].request is first
         assert chunks(plan)[0][1:] == (1, True)
-        assert plan.chunks[1].request is long
+        assert plan.chunks[0][1].request is long
         execute(s, plan)
     assert first.made == 4
 
@@ -145,7 +145,7 @@ def test_somebody_more_urgent_takes_the_place_of_the_least_urgent():
     s.add(equal)
     s.add(urgent)
     plan = s.schedule()
-    assert {c.request for c in plan.chunks} == {*running[:3], urgent}
+    assert {c.request for c in plan.chunks[0]} == {*running[:3], urgent}
     assert [r for r in (equal, running[3]) if r.pages] == []
 
 
@@ -167,7 +167,7 @@ def test_siblings_wait_for_the_prompt_and_share_it_even_within_a_page():
     rest = [dataclasses.replace(request(5, 2), leader=first) for _ in range(2)]
     for r in (first, *rest):
         s.add(r)
-    assert [c.request for c in s.schedule().chunks] == [first]
+    assert [c.request for c in s.schedule().chunks[0]] == [first]
     while s.busy:
         plan = s.schedule()
         execute(s, plan)
@@ -184,7 +184,7 @@ def test_a_conversation_goes_on_from_what_was_computed():
     s.add(Request(len(turn), turn, Sampling(1), 0))
     plan = s.schedule()
     assert chunks(plan) == [(26, 3, True)]  # the last token that was made has no keys and values yet
-    assert [m.kind for m in plan.moves] == ["copy"]
+    assert [m.kind for m in plan.moves[0]] == ["copy"]
 
 
 def test_other_weights_use_nothing_of_what_was_computed():
@@ -194,16 +194,16 @@ def test_other_weights_use_nothing_of_what_was_computed():
         s.add(request(20, 1))
         plan = s.schedule()
         assert chunks(plan) == [(0, 16, False)]
-        s.advance(plan, [[Made(0, 0.0)]], version)
-        s.advance(s.schedule(), [[Made(0, 0.0)]], version)
+        s.advance(plan, [[[Made(0, 0.0)]]], version)
+        s.advance(s.schedule(), [[[Made(0, 0.0)]]], version)
     assert s.counts.reused == 0
 
 
 def test_what_different_weights_computed_is_used_by_nobody_else():
     s = scheduler()
     s.add(request(20, 1))
-    s.advance(s.schedule(), [[Made(0, 0.0)]], 0)
-    s.advance(s.schedule(), [[Made(0, 0.0)]], 1)
+    s.advance(s.schedule(), [[[Made(0, 0.0)]]], 0)
+    s.advance(s.schedule(), [[[Made(0, 0.0)]]], 1)
     s.add(request(20, 1))
     assert chunks(s.schedule()) == [(0, 16, False)]
 
@@ -239,7 +239,7 @@ def test_a_cancelled_request_leaves_nothing(when):
     if when == "running":
         execute(s, s.schedule())
     s.cancel(r)
-    assert (r.finish_reason, s.busy, s.pages.used) == ("cancelled", False, 0)
+    assert (r.finish_reason, s.busy, s.pages[0].used) == ("cancelled", False, 0)
     assert s.schedule() is None
 
 

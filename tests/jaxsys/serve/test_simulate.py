@@ -16,20 +16,25 @@ VOCABULARY = 50
 
 
 class Checked(SimulatedExecutor):
-    """Holds every plan to what the device can do."""
+    """Holds every plan to what the devices can do."""
 
     def __init__(self, scheduler):
-        super().__init__(scheduler.pages.page_size, VOCABULARY)
+        super().__init__(scheduler.pages[0].page_size, VOCABULARY)
         self.scheduler = scheduler
 
     def run(self, plan):
-        size, pages = plan.size, self.scheduler.pages
-        assert sum(c.count for c in plan.chunks) <= size.rows
-        assert 0 < len(plan.chunks) <= size.sequences
-        assert sum(-(-c.count // size.queries) for c in plan.chunks) <= size.items
-        running = self.scheduler.running
+        assert any(plan.chunks)
+        for replica, (chunks, pages) in enumerate(zip(plan.chunks, self.scheduler.pages, strict=True)):
+            self.check(plan, chunks, pages, [r for r in self.scheduler.running if r.replica == replica])
+        return super().run(plan)
+
+    def check(self, plan, chunks, pages, running):
+        size = plan.size
+        assert sum(c.count for c in chunks) <= size.rows
+        assert len(chunks) <= size.sequences
+        assert sum(-(-c.count // size.queries) for c in chunks) <= size.items
         assert len({page for r in running for page in r.pages}) == pages.used
-        for c in plan.chunks:
+        for c in chunks:
             assert c.start == c.request.computed
             reach = c.start + c.count + plan.steps - 1
             assert reach <= len(c.request.pages) * pages.page_size
@@ -37,8 +42,7 @@ class Checked(SimulatedExecutor):
             written = set(c.request.pages[c.start // pages.page_size : -(-reach // pages.page_size)])
             assert not written & {page for r in running if r is not c.request for page in r.pages}
         lacking_one = [r for r in running if r.goal - r.computed == 1]
-        assert {c.request for c in plan.chunks} >= set(lacking_one)  # nobody who makes tokens is stalled
-        return super().run(plan)
+        assert {c.request for c in chunks} >= set(lacking_one)  # nobody who makes tokens is stalled
 
 
 def mixed(draw):
@@ -63,8 +67,9 @@ def mixed(draw):
 
 def some_scheduler(draw):
     size = draw.choice([1, 2, 4, 8])
+    count, slots = -(-60 // size) + 1 + draw.randrange(20), draw.choice([0, 0, 1, 3, 30])
     return Scheduler(
-        Pages(-(-60 // size) + 1 + draw.randrange(20), size, draw.choice([0, 0, 1, 3, 30])),
+        [Pages(count, size, slots) for _ in range(draw.choice([1, 1, 2, 3]))],
         SIZES,
         draw.choice([1, 4, 8]),
         ordering=draw.choice([FirstComeFirstServed, FairShare])(),
@@ -75,7 +80,7 @@ def some_scheduler(draw):
 def alone(request):
     """The tokens and the reason of its end of a request that nobody is beside."""
     copy = Request(request.prompt_tokens, request.tokens[: request.prompt_tokens], request.sampling, 0)
-    scheduler = Scheduler(Pages(62, 1), SIZES[:1], 1)
+    scheduler = Scheduler([Pages(62, 1)], SIZES[:1], 1)
     serve(scheduler, SimulatedExecutor(1, VOCABULARY), [(0.0, copy)])
     return copy.tokens, copy.finish_reason
 
@@ -87,7 +92,7 @@ def test_every_request_of_a_mix_ends_as_it_does_alone_and_every_page_comes_back(
     scheduler = some_scheduler(draw)
     arrivals, cancels = mixed(draw)
     serve(scheduler, Checked(scheduler), arrivals, cancels)
-    assert (scheduler.pages.used, scheduler.queued, scheduler.pages.free) == (0, 0, scheduler.pages.count - 1)
+    assert (scheduler.queued, {(pages.used, pages.free - pages.count) for pages in scheduler.pages}) == (0, {(0, -1)})
     cancelled = [request for _, request in arrivals if request.finish_reason == "cancelled"]
     assert (scheduler.counts.cancelled, scheduler.counts.finished) == (len(cancelled), len(arrivals) - len(cancelled))
     for _, request in arrivals:
@@ -110,7 +115,7 @@ def test_weights_that_change_meanwhile_lose_no_request_and_no_page(seed):
     scheduler = some_scheduler(draw)
     arrivals, _ = mixed(draw)
     serve(scheduler, Checked(scheduler), arrivals, publishes=[i * 0.01 for i in range(60)])
-    assert (scheduler.pages.used, scheduler.queued) == (0, 0)
+    assert (scheduler.queued, {pages.used for pages in scheduler.pages}) == (0, {0})
     for _, request in arrivals:
         assert request.finish_reason in ("stop", "length")
         assert len(request.versions) == request.made
@@ -122,12 +127,12 @@ def test_a_page_that_is_not_moved_changes_tokens(kind):
     """The oracle sees what it is there for."""
 
     class Forgetful(Checked):
-        def _move(self, move):
+        def _move(self, replica, move):
             if move.kind == kind:
-                self._device.setdefault(move.target, {})
-                self._host.setdefault(move.target, {})
+                self._device.setdefault((replica, move.target), {})
+                self._host.setdefault((replica, move.target), {})
             else:
-                super()._move(move)
+                super()._move(replica, move)
 
     wrong = 0
     for seed in range(20):
@@ -137,3 +142,17 @@ def test_a_page_that_is_not_moved_changes_tokens(kind):
         serve(scheduler, Forgetful(scheduler), arrivals)
         wrong += any(alone(request)[0] != request.tokens for _, request in arrivals)
     assert wrong > 0
+
+
+def test_replicas_share_the_work_and_a_conversation_stays_where_it_was():
+    pages = [Pages(60, 8) for _ in range(3)]
+    scheduler = Scheduler(pages, SIZES, 4)
+    executor = Checked(scheduler)
+    first = [Request(20, [i] * 20, Sampling(8), 0) for i in range(6)]
+    serve(scheduler, executor, [(0.0, request) for request in first])
+    where = [request.replica for request in first]
+    assert sorted(where) == [0, 0, 1, 1, 2, 2]
+    turns = [Request(len(r.tokens) + 1, [*r.tokens, 7], Sampling(2), 0) for r in reversed(first)]
+    serve(scheduler, executor, [(executor.seconds, request) for request in turns])
+    assert [request.replica for request in reversed(turns)] == where
+    assert scheduler.counts.reused == sum(len(r.tokens) - 1 for r in first)
