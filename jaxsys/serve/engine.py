@@ -6,7 +6,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graphs
 from jaxsys.live import Live
+from jaxsys.kernels.attention import Pool
 from jaxsys.models.state import Model
 from jaxsys.serve.batch import empty_batch, pack
 from jaxsys.serve.forward import Numerics, Output, make_forward
@@ -23,7 +24,7 @@ from jaxsys.serve.pages import Pages
 from jaxsys.serve.pool import make_pool, page_bytes, pool_dtype
 from jaxsys.serve.request import Made, Request, Top
 from jaxsys.serve.sampling import Sampling, token_ids, whole
-from jaxsys.serve.scheduler import Chunk, Scheduler, Size
+from jaxsys.serve.scheduler import Chunk, NewWeights, Plan, Scheduler, Size
 from parallelism.errors import UserError, unknown_name
 
 # A pool of so many times what its sequences can use at once keeps enough of what was said before.
@@ -44,9 +45,10 @@ class EngineConfig:
     sequences can use at once, the rest being for what can be used again. host_kv_bytes: host memory for more of that.
     page_size: positions a page; what attention reads at once. max_steps: tokens a sequence makes between two looks of
     the host. numerics: see ``jaxsys.serve.forward.Numerics``. sizes: the shapes that are compiled; None is those that
-    suit the numerics, and ``invariant`` has one, through which everything goes.
-    Raises UserError for a number that is not whole and positive, for numerics that there are not, or that the sizes do
-    not allow.
+    suit the numerics, and ``invariant`` has one, through which everything goes. new_weights: what running requests do
+    when weights are published, see ``jaxsys.serve.scheduler.NewWeights``.
+    Raises UserError for a number that is not whole and positive, for names that there are not, and for numerics that
+    the sizes do not allow.
     """
 
     max_context: int | None = None
@@ -56,6 +58,7 @@ class EngineConfig:
     max_steps: int = 16
     numerics: Numerics = "fast"
     sizes: tuple[Size, ...] | None = None
+    new_weights: NewWeights = "switch"
 
     def __post_init__(self) -> None:
         for name in ("max_context", "kv_bytes", "page_size", "max_steps"):
@@ -64,6 +67,8 @@ class EngineConfig:
         whole("host_kv_bytes", self.host_kv_bytes, 0)
         if str(self.numerics) not in SIZES:
             raise unknown_name("numerics", str(self.numerics), SIZES)
+        if str(self.new_weights) not in get_args(NewWeights):
+            raise unknown_name("new_weights", str(self.new_weights), get_args(NewWeights))
         if self.numerics == "invariant" and len(self.shapes) != 1:
             raise UserError(
                 f"numerics 'invariant' with {len(self.shapes)} sizes, expected one that everything goes through"
@@ -73,6 +78,14 @@ class EngineConfig:
     def shapes(self) -> tuple[Size, ...]:
         """The sizes in use."""
         return self.sizes or SIZES[self.numerics]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A batch on its way."""
+
+    plan: Plan
+    output: Output
 
 
 class Engine:
@@ -96,7 +109,7 @@ class Engine:
     ):
         self.config = config = config or EngineConfig()
         self.model, self.live, self.graphs, self.view, self.name = model, live, graphs, view, name
-        params = dispatcher().call(lambda: dict(live.lease(view).params))
+        params = live.like(view)
         dtype = pool_dtype(params)
         replicas = 1
         if graphs.mesh is not None:  # as many as there are groups of devices that split a batch
@@ -105,9 +118,9 @@ class Engine:
         self._width = -(-self.max_context // config.page_size)
         slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype) // replicas
         allocators = [Pages(pages, config.page_size, slots) for _ in range(replicas)]
-        self.scheduler = Scheduler(allocators, config.shapes, config.max_steps)
-        make = graphs.compile("kv_pool", make_pool(model, replicas, pages, config.page_size, dtype))
-        pool = make.outputs
+        self.scheduler = Scheduler(allocators, config.shapes, config.max_steps, new_weights=config.new_weights)
+        self._make_pool = graphs.compile("kv_pool", make_pool(model, replicas, pages, config.page_size, dtype))
+        pool = self._make_pool.outputs
         everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
         shardings = None if everywhere is None else (everywhere, jax.tree.map(lambda a: a.sharding, pool))
         self._forward = {}
@@ -122,7 +135,8 @@ class Engine:
                 name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
             )
         self._mover = Mover(graphs, pool, slots)
-        self._pool = make()
+        self._pool: Pool | None = self._make_pool()
+        self._holding: frozenset[int] = frozenset()
 
     # -------------------------------------------------------------------------------------------------- requests
 
@@ -165,6 +179,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Drops a request and frees its pages."""
         self.scheduler.cancel(request)
+        self._hold()
 
     @property
     def busy(self) -> bool:
@@ -179,21 +194,34 @@ class Engine:
         max_steps: tokens a sequence at most, where fewer than the configured number are wanted at once.
         Raises UserError if what the weights give is not finite.
         """
-        self.scheduler.publish(self.live.version)
-        plan = self.scheduler.schedule(max_steps)
-        if plan is None:
-            return []
-        batch = pack(plan, self._width, self.config.page_size, self.model.config.vocab_size)
-        graph = self._forward[plan.size]
+        launched = self.launch(max_steps)
+        return [] if launched is None else self.finish(launched)
 
-        def launch() -> tuple[int, Output]:
-            lease = self.live.lease(self.view)
-            self._pool = self._mover.launch(self._pool, plan.moves)
-            output, self._pool = graph(dict(lease.params), self._pool, batch)
-            return lease.version, output
+    def launch(self, max_steps: int | None = None) -> Launched | None:
+        """The first half of ``step``, which does not wait for the devices; None if there is nothing to do.
 
-        version, output = dispatcher().call(launch)
-        host = jax.device_get(output)
+        It is planned and launched in one piece of the dispatcher's work, so that weights do not change between.
+        """
+
+        def work() -> Launched | None:
+            self.scheduler.publish(self.live.version)
+            plan = self.scheduler.schedule(max_steps)
+            self._hold()
+            if plan is None:
+                return None
+            batch = pack(plan, self._width, self.config.page_size, self.model.config.vocab_size)
+            lease = self.live.lease(self.view, plan.version)
+            pool = self._make_pool() if self._pool is None else self._pool
+            pool = self._mover.launch(pool, plan.moves)
+            output, self._pool = self._forward[plan.size](dict(lease.params), pool, batch)
+            return Launched(plan, output)
+
+        return dispatcher().call(work)
+
+    def finish(self, launched: Launched) -> list[Request]:
+        """The second half of ``step``: waits for a batch; before the next is launched."""
+        plan = launched.plan
+        host = jax.device_get(launched.output)
         self._mover.settle()
         ran = int(host.steps)
         sampled = [(r, n) for r, chunks in enumerate(plan.chunks) for n, chunk in enumerate(chunks) if chunk.samples]
@@ -212,7 +240,30 @@ class Engine:
             ]
             for step in range(ran)
         ]
-        return self.scheduler.advance(plan, made, version)
+        finished = self.scheduler.advance(plan, made)
+        self._hold()
+        return finished
+
+    def _hold(self) -> None:
+        """Says which weights requests are bound to."""
+        if self.scheduler.versions != self._holding:
+            self._holding = self.scheduler.versions
+            dispatcher().call(self.live.hold, self, self.view, self._holding)
+
+    def give_back(self) -> int:
+        """Frees the memory of the pool and of the view that is served, until the next batch; returns the pool's bytes.
+
+        Requests that run go on then, after their keys and values are computed again. Between batches.
+        """
+
+        def free() -> int:
+            freed = sum(a.nbytes for a in jax.tree.leaves(self._pool))
+            self._pool = None
+            self.live.release(self.view)
+            return freed
+
+        self.scheduler.evict()
+        return dispatcher().call(free)
 
     def _take_scores(self, host: Any, replica: int, chunks: Sequence[Chunk]) -> None:
         """Log-probabilities of the prompts' own tokens."""
@@ -221,10 +272,12 @@ class Engine:
             request = chunk.request
             if request.sampling.prompt_logprobs:
                 here = replica, slice(row, row + max(min(chunk.count, request.prompt_tokens - 1 - chunk.start), 0))
-                request.prompt_logprobs += host.target_logprobs[here].tolist()
+                # In place: a request that had to leave the pool may compute its prompt twice.
+                at = slice(chunk.start, chunk.start + chunk.count)
+                request.prompt_logprobs[at] = host.target_logprobs[here].tolist()
                 if wanted := request.sampling.logprobs:
                     of_rows = host.target_top_tokens[here], host.target_top_logprobs[here]
-                    request.prompt_top += [_top(*of_row, wanted) for of_row in zip(*of_rows, strict=True)]
+                    request.prompt_top[at] = [_top(*of_row, wanted) for of_row in zip(*of_rows, strict=True)]
             row += chunk.count
 
     def run(self, requests: Iterable[Request]) -> None:
