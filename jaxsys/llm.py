@@ -144,9 +144,7 @@ class LLM:
     def request(self, tokens: Sequence[int], sampling: Sampling) -> Request:
         """A request whose text is kept; not queued yet."""
         request = self.engine.make_request(tokens, sampling)
-        request.text = Text(
-            lambda: self.tokenizer.stream(skip_special=True), sampling.stop_text, sampling.min_tokens
-        )
+        request.text = Text(lambda: self.tokenizer.stream(skip_special=True), sampling.stop_text, sampling.min_tokens)
         return request
 
     def pieces(self, request: Request) -> Iterator[str]:

@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graphs
-from jaxsys.live import Live
 from jaxsys.kernels.attention import Pool
+from jaxsys.live import Live
 from jaxsys.models.state import Model
 from jaxsys.serve.batch import empty_batch, pack
 from jaxsys.serve.forward import Numerics, Output, make_forward

@@ -24,10 +24,10 @@ from parallelism.errors import UserError
 MIXED = -1  # the version of keys and values that different weights made
 
 NewWeights = Literal["switch", "recompute", "finish", "restart"]
-"""What a running request does when weights are published. ``switch``: it goes on with them, and with the keys and values
-that it has (in-flight updates, PipelineRL, Piche et al. 2025). ``recompute``: it goes on with them once they have computed
-its tokens anew. ``finish``: it ends with the weights that it began with, which are kept for it. ``restart``: it begins
-again at its prompt."""
+"""What a running request does when weights are published. ``switch``: it goes on with them, and with the keys and
+values that it has (in-flight updates: PipelineRL, Piche et al. 2025). ``recompute``: it goes on with them once they
+have computed its tokens anew. ``finish``: it ends with the weights that it began with, which are kept for it.
+``restart``: it begins again at its prompt."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -125,7 +125,9 @@ class Scheduler:
         self._held: dict[Request, Request] = {}  # who waits for what another computes, and for whom
         self.new_weights = new_weights
         self._version = 0
-        self._bound: Counter[int] = Counter()  # under ``finish``: requests that began with a version and are not finished
+        self._bound: Counter[int] = (
+            Counter()
+        )  # under ``finish``: requests that began with a version and are not finished
         self._turns: dict[int, int] = {}  # plans before the last one for a version
         self._arrived = self._planned = 0
 

@@ -17,8 +17,8 @@ class Pieces(Protocol):
 class Text:
     """What is sure of a text that grows. What may be the beginning of a stop is held back until it is known.
 
-    pieces: makes what turns tokens into text. stops: texts that end it and are no part of it. least: tokens before which
-    none does. sure: the text so far. stopped: whether a stop came.
+    pieces: makes what turns tokens into text. stops: texts that end it and are no part of it. least: tokens before
+    which none does. sure: the text so far. stopped: whether a stop came.
     """
 
     def __init__(self, pieces: Callable[[], Pieces], stops: Sequence[str] = (), least: int = 0):
