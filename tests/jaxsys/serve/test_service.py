@@ -104,7 +104,7 @@ def test_who_waits_and_who_runs_can_leave(service, monkeypatch):
     for request, _ in [*waiting, running[0]]:
         service.cancel(request)
     gate.open.set()
-    for request, heard in [*running, *waiting]:
+    for _, heard in [*running, *waiting]:
         assert heard.finished.wait(SECONDS)
         assert heard.times == 1
     assert [request.finish_reason for request, _ in waiting] == ["cancelled"] * 4
