@@ -36,7 +36,7 @@ BODY_SECONDS = 60.0
 
 
 class Front:
-    """The HTTP application ``app`` over one model, and the service that runs its requests.
+    """The HTTP application (ASGI) over one model, and the service that runs its requests.
 
     name: of the model, as clients ask for it. keys: API keys, any of which is needed; none: everybody may ask.
     max_queue: requests that may wait. max_body: bytes of a body. Close it when the application has ended.
@@ -46,7 +46,7 @@ class Front:
         self, llm: LLM, *, name: str, keys: Sequence[str] = (), max_queue: int = 1024, max_body: int = 4 << 20
     ):
         self.llm, self.name, self.max_body = llm, name, max_body
-        self.calls = 0  # of generation, that are being answered
+        self.calls = 0  # that are being answered
         self.draining = False
         self._keys = [_digest(key) for key in keys]
         self._metrics = Metrics()
@@ -70,7 +70,14 @@ class Front:
         }
         routes = [Route(path, self._counted(path, f), methods=["POST"]) for path, f in posts.items()]
         routes += [Route(path, self._counted(path, f), methods=["GET"]) for path, f in gets.items()]
-        self.app = Starlette(routes=routes, exception_handlers={HTTPException: _answer, Exception: _answer})
+        self._routed = Starlette(routes=routes, exception_handlers={HTTPException: _answer, Exception: _answer})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.calls += 1
+        try:
+            await self._routed(scope, receive, send)
+        finally:
+            self.calls -= 1
 
     def close(self) -> None:
         """Ends the service; what still runs is cancelled."""
@@ -82,21 +89,19 @@ class Front:
     async def _generate(self, request: HTTPRequest, kind: Kind) -> Response:
         key = self._authorised(request)
         if self.draining:
-            raise Refused("the server is shutting down", status=503, code="unavailable", retry=5.0)
+            raise Refused(self.service.reason, status=503, code="unavailable", retry=5.0)
         raw = await self._body(request)
         call, sequences = await run_in_threadpool(self._prepare, kind, raw, key)
         watch = Watch(self.service, sequences, call.stream)
         answer = Answer(call, sequences, self.llm.tokenizer, self.name)
         watch.submit()
-        self.calls += 1
         if call.stream:
-            return _Stream(answer, watch, self._answered)
+            return _Stream(answer, watch)
         try:
             await _unless_gone(request.receive, watch.finished())
             return _json(await run_in_threadpool(answer.whole))
         finally:
             watch.cancel()
-            self._answered()
 
     def _prepare(self, kind: Kind, raw: bytes, key: str) -> tuple[Call, list[Request]]:
         """What a body asks for; on a thread of its own, as texts may be long."""
@@ -105,9 +110,6 @@ class Front:
         for each in sequences:
             each.client = call.user or key
         return call, sequences
-
-    def _answered(self) -> None:
-        self.calls -= 1
 
     # ------------------------------------------------------------------------------------------------- the rest
 
@@ -142,13 +144,12 @@ class Front:
 
     async def _health(self, request: HTTPRequest) -> Response:
         if self.service.error is not None:
-            raise Refused(f"the engine failed: {self.service.error}", status=503, code="unavailable")
+            raise Refused(self.service.reason, status=503, code="unavailable")
         return _json({"status": "ok"})
 
     async def _ready(self, request: HTTPRequest) -> Response:
         if self.draining or self.service.error is not None:
-            reason = "the server is shutting down" if self.draining else f"the engine failed: {self.service.error}"
-            raise Refused(reason, status=503, code="unavailable")
+            raise Refused(self.service.reason, status=503, code="unavailable")
         return _json({"status": "ready"})
 
     async def _metrics_text(self, request: HTTPRequest) -> Response:
@@ -212,10 +213,10 @@ class Front:
 class _Stream(Response):
     """Server-sent events: a chunk a line, ``[DONE]`` at the end. Who goes away before has their requests dropped."""
 
-    def __init__(self, answer: Answer, watch: Watch, ended: Callable[[], None]):
+    def __init__(self, answer: Answer, watch: Watch):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._answer, self._watch, self._ended = answer, watch, ended
+        self._answer, self._watch = answer, watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -224,7 +225,6 @@ class _Stream(Response):
             pass
         finally:
             self._watch.cancel()
-            self._ended()
 
     async def _write(self, send: Send) -> None:
         async def event(data: str) -> None:

@@ -25,7 +25,7 @@ _ERRORS = {400: "refused", 401: "no valid key", 404: "no such model", 408: "the 
 
 def document(keys: bool) -> dict[str, Any]:
     """The document. keys: whether an API key is needed."""
-    security = [{"key": []}] if keys else []
+    security: list[Any] = [{"key": []}] if keys else []
     paths: dict[str, Any] = {}
     for path, (summary, schema, stream) in _POSTS.items():
         content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}

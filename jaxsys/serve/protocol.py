@@ -186,7 +186,7 @@ class Call:
 
 
 def parse(raw: bytes, schema: Schema, model: str) -> dict[str, Any]:
-    """The fields of a body, null ones left out. Raises Refused for what the schema or the model's name does not allow."""
+    """The fields of a body, null ones left out. Raises Refused for what the schema does not allow, or another model."""
     try:
         body = json.loads(raw, parse_constant=_no_constant)
     except RecursionError:

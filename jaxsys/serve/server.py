@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from starlette.concurrency import run_in_threadpool
 
 from jaxsys.serve.http import Front
 from parallelism.errors import UserError
@@ -21,7 +22,9 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, front: Front, listening: socket.socket, drain_seconds: float, begun: Callable[[str], None]):
-        super().__init__(uvicorn.Config(front.app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
+        super().__init__(
+            uvicorn.Config(front, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        )
         self._front, self._socket, self._seconds, self._begun = front, listening, drain_seconds, begun
         self._until: float | None = None
 
@@ -42,8 +45,11 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Uvicorn's clock, ten times a second; whether to end."""
-        if self._until is not None and (not self._front.calls or time.monotonic() > self._until):
-            self.should_exit = True
+        if self._until is not None and not self.should_exit:
+            late = time.monotonic() > self._until
+            if late:  # whoever still waits is told why nothing more comes
+                await run_in_threadpool(self._front.close)
+            self.should_exit = late or not self._front.calls
         return await super().on_tick(counter)
 
     def run_until_ended(self) -> None:

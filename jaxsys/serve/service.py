@@ -78,9 +78,7 @@ class Service:
         """
         with self._change:
             if self._closing or self.error is not None:
-                raise Closed(
-                    "the server is shutting down" if self.error is None else f"the engine failed: {self.error}"
-                )
+                raise Closed(self.reason)
             waiting = self.queued
             if waiting + len(requests) > self.max_queue:
                 raise Busy(waiting, max(1.0, 0.05 * waiting))
@@ -95,6 +93,11 @@ class Service:
             self._change.notify()
 
     @property
+    def reason(self) -> str:
+        """Why no request is taken any more, where that is so."""
+        return "the server is shutting down" if self.error is None else f"the engine failed: {self.error}"
+
+    @property
     def queued(self) -> int:
         """Requests that wait."""
         return len(self._new) + self.engine.scheduler.queued
@@ -106,13 +109,10 @@ class Service:
 
     def close(self, seconds: float = 0.0) -> bool:
         """Takes no more requests, waits so long for those there are, and cancels the rest; whether all finished."""
-        deadline = time.monotonic() + seconds
         with self._change:
             self._closing = True
             self._change.notify()
-            self._change.wait_for(
-                lambda: not self.active or self.error is not None, max(deadline - time.monotonic(), 0)
-            )
+            self._change.wait_for(lambda: not self.active or self.error is not None, seconds)
             left = [*self._jobs, *(job.request for job in self._new)]
             self._cancelled.extend(left)
             self._change.notify()

@@ -54,9 +54,7 @@ class Watch:
             self._changed.clear()
             states = [self._states[request] for request in self._requests]
             if any(state.finish_reason == "cancelled" for state in states):
-                error = self._service.error
-                reason = "the server is shutting down" if error is None else f"the engine failed: {error}"
-                raise Refused(reason, status=503, code="unavailable", retry=5.0)
+                raise Refused(self._service.reason, status=503, code="unavailable", retry=5.0)
             done = all(state.finish_reason is not None for state in states)
             yield states
 

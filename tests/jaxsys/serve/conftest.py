@@ -1,8 +1,10 @@
 """One engine for all tests that change nothing about it."""
 
 import pytest
+from http_server import make_llm
 from serve_engines import CONFIG, Reference, make_engine
 
+from jaxsys.llm import LLM
 from jaxsys.serve.engine import Engine
 
 
@@ -22,3 +24,9 @@ def engine(shared_engine) -> Engine:
     yield shared_engine
     assert not shared_engine.busy
     assert [pages.used for pages in shared_engine.scheduler.pages] == [0]
+
+
+@pytest.fixture(scope="session")
+def llm() -> LLM:
+    """A tiny model of bytes for servers, one after the other."""
+    return make_llm()

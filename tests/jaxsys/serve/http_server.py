@@ -79,7 +79,7 @@ class Running:
         while self.front.calls or self.front.service.active or scheduler.busy:
             assert time.monotonic() < until, (self.front.calls, self.front.service.active, scheduler.busy)
             time.sleep(0.005)
-        assert scheduler.pages.used == 0
+        assert [pages.used for pages in scheduler.pages] == [0]
 
     def wait(self) -> None:
         """Until it has ended."""

@@ -6,14 +6,9 @@ import threading
 import httpx
 import openai
 import pytest
-from http_server import SECONDS, Gate, make_llm, running
+from http_server import SECONDS, Gate, running
 
 from jaxsys.serve.answers import spell
-
-
-@pytest.fixture(scope="module")
-def llm():
-    return make_llm()
 
 
 @pytest.fixture(scope="module")

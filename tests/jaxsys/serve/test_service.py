@@ -167,7 +167,7 @@ def test_an_engine_that_fails_is_heard_of_by_all():
     with pytest.raises(Closed, match="the engine failed: the device is gone"):
         ask(service, [1])
     assert not service.close(SECONDS)
-    assert engine.scheduler.pages.used == 0
+    assert engine.scheduler.pages[0].used == 0
 
 
 def test_closing_waits_for_those_who_run_and_takes_no_more(engine, monkeypatch):
