@@ -69,10 +69,14 @@ class _Books(Collector):
         for name, what, value in (
             ("requests_waiting", "Requests in the queue", self._service.queued),
             ("requests_running", "Requests in the batch", len(engine.scheduler.running)),
-            ("kv_pages", "Pages of the KV pool", pages.count - 1),
-            ("kv_pages_used", "Pages of the KV pool that requests hold", pages.used),
-            ("kv_pages_cached", "Pages of the KV pool that nobody holds and can be used again", pages.cached),
-            ("kv_pages_host", "Pages in host memory", pages.hosted),
+            ("kv_pages", "Pages of the KV pool", sum(each.count - 1 for each in pages)),
+            ("kv_pages_used", "Pages of the KV pool that requests hold", sum(each.used for each in pages)),
+            (
+                "kv_pages_cached",
+                "Pages that nobody holds and that can be used again",
+                sum(each.cached for each in pages),
+            ),
+            ("kv_pages_host", "Pages in host memory", sum(each.hosted for each in pages)),
             ("weight_version", "Of the weights that serve", engine.live.version),
         ):
             yield GaugeMetricFamily(f"jaxsys_{name}", what, value)
