@@ -48,7 +48,7 @@ class Front:
         self.llm, self.name, self.max_body = llm, name, max_body
         self.calls = 0  # that are being answered
         self.draining = False
-        self._keys = [_digest(key) for key in keys]
+        self._keys = [_digest(key.encode()) for key in keys]
         self._metrics = Metrics()
         self._document = document(bool(keys))
         self._began = int(time.time())
@@ -105,10 +105,10 @@ class Front:
 
     def _prepare(self, kind: Kind, raw: bytes, key: str) -> tuple[Call, list[Request]]:
         """What a body asks for; on a thread of its own, as texts may be long."""
-        call = protocol.read(kind, raw, self.llm, self.name)
+        call = protocol.read(kind, raw, self.llm, self.name, self.service.max_queue)
         sequences = call.requests(self.llm)
         for each in sequences:
-            each.client = call.user or key
+            each.client = f"{key}/{call.user}"  # a user is one of the key's, so that nobody can pass for another's
         return call, sequences
 
     # ------------------------------------------------------------------------------------------------- the rest
@@ -182,11 +182,11 @@ class Front:
         return counted
 
     def _authorised(self, request: HTTPRequest) -> str:
-        """Which key the call has, empty if none is needed. Raises Refused, 401, without one."""
+        """Which key the call has, none if none is needed. Raises Refused, 401, without one."""
         if not self._keys:
-            return ""
+            return "no key"
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        digest = _digest(given.strip())
+        digest = _digest(given.strip().encode("latin-1"))  # as Starlette decoded it
         # All are compared, each in a time that does not depend on where it differs.
         found = [i for i, key in enumerate(self._keys) if hmac.compare_digest(key, digest)]
         if scheme.lower() != "bearer" or not found:
@@ -285,5 +285,5 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
     return Response(json.dumps(value, allow_nan=False), status, headers, "application/json")
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

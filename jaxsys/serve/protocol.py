@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxsys.llm import LLM
 from jaxsys.serve.errors import Refused
 from jaxsys.serve.request import Request
-from jaxsys.serve.sampling import ALTERNATIVES, BIASES, Sampling
+from jaxsys.serve.sampling import ALTERNATIVES, BIASES, LARGEST, Sampling
 from jaxsys.serve.schema import Schema, check
 
 Kind = Literal["completion", "chat"]
@@ -22,7 +23,7 @@ Kind = Literal["completion", "chat"]
 TOKENS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
 _TEXT: Schema = {"type": "string"}
 _BOOLEAN: Schema = {"type": "boolean"}
-_NUMBER: Schema = {"type": "number"}
+_PENALTY: Schema = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
 _COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _TOP: Schema = {"type": "integer", "minimum": 0, "maximum": ALTERNATIVES}
 _STOP: Schema = {"type": "string", "minLength": 1}
@@ -43,10 +44,10 @@ COMMON: dict[str, Schema] = {
         "properties": {"include_usage": _BOOLEAN, "include_obfuscation": _only(False)},
         "additionalProperties": False,
     },
-    "temperature": {"type": "number", "minimum": 0},
+    "temperature": {"type": "number", "minimum": 0, "maximum": LARGEST},
     "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "frequency_penalty": _NUMBER,
-    "presence_penalty": _NUMBER,
+    "frequency_penalty": _PENALTY,
+    "presence_penalty": _PENALTY,
     "logit_bias": {
         "type": "object",
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
@@ -57,7 +58,7 @@ COMMON: dict[str, Schema] = {
     # Not OpenAI's.
     "top_k": _COUNT,
     "min_p": {"type": "number", "minimum": 0, "maximum": 1},
-    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
+    "repetition_penalty": {"type": "number", "minimum": 1 / LARGEST, "maximum": LARGEST},
     "min_tokens": _COUNT,
     "stop_token_ids": TOKENS,
     "allowed_token_ids": {**TOKENS, "minItems": 1},
@@ -156,6 +157,9 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+_TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids")
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """What a body asks for.
@@ -189,14 +193,14 @@ def parse(raw: bytes, schema: Schema, model: str) -> dict[str, Any]:
     """The fields of a body, null ones left out. Raises Refused for what the schema does not allow, or another model."""
     try:
         body = json.loads(raw, parse_constant=_no_constant)
+        if isinstance(body, dict):
+            known = schema["properties"]
+            body = {name: value for name, value in body.items() if value is not None or name not in known}
+        check(body, schema)
     except RecursionError:
         raise Refused("the body is nested too deeply") from None
     except ValueError as error:
         raise Refused(f"the body is not JSON: {' '.join(str(error).split()):.120}") from None
-    if isinstance(body, dict):
-        known = schema["properties"]
-        body = {name: value for name, value in body.items() if value is not None or name not in known}
-    check(body, schema)
     asked = body.get("model", model)
     if asked != model:
         raise Refused(
@@ -205,9 +209,13 @@ def parse(raw: bytes, schema: Schema, model: str) -> dict[str, Any]:
     return dict(body)
 
 
-def read(kind: Kind, raw: bytes, llm: LLM, model: str) -> Call:
-    """The call that a body makes of the server of ``model``. Raises UserError for what cannot be honoured."""
+def read(kind: Kind, raw: bytes, llm: LLM, model: str, most: int) -> Call:
+    """The call that a body makes of the server of ``model``, of ``most`` choices at most.
+
+    Raises UserError for what cannot be honoured.
+    """
     body = parse(raw, CHAT if kind == "chat" else COMPLETION, model)
+    _check_choices(body, most)
     if "stream_options" in body and not body.get("stream"):
         raise Refused("stream_options without stream: ask for a stream, or leave it out", param="stream_options")
     prompts = [_chat_prompt(body["messages"], llm)] if kind == "chat" else _prompts(body["prompt"], llm)
@@ -215,13 +223,15 @@ def read(kind: Kind, raw: bytes, llm: LLM, model: str) -> Call:
     prompt_logprobs = body.get("prompt_logprobs")
     scored = prompt_logprobs is not None or (echo and logprobs is not None)
     ignored = body.get("ignore_eos", False)
-    stop = body.get("stop", ())
+    stop, logit_bias = body.get("stop", ()), _logit_bias(body.get("logit_bias", {}))
+    for name, tokens in (("logit_bias", logit_bias), *((name, body.get(name, ())) for name in _TOKEN_LISTS)):
+        _check_known(name, tokens, llm)
     settings = {name: body[name] for name in _SETTINGS if name in body}
     sampling = Sampling(
         max_tokens=_max_tokens(kind, body, prompts, llm),
         stop=tuple(dict.fromkeys([*(() if ignored else llm.tokenizer.eos_ids), *body.get("stop_token_ids", ())])),
         stop_text=(stop,) if isinstance(stop, str) else tuple(stop),
-        logit_bias=_logit_bias(body.get("logit_bias", {})),
+        logit_bias=logit_bias,
         allowed_tokens=tuple(body["allowed_token_ids"]) if "allowed_token_ids" in body else None,
         logprobs=max(logprobs or 0, prompt_logprobs or 0),
         prompt_logprobs=scored,
@@ -251,11 +261,26 @@ def tokenize(raw: bytes, llm: LLM, model: str) -> list[int]:
 
 def detokenize(raw: bytes, llm: LLM, model: str) -> str:
     """The text that /detokenize is asked for, special tokens included."""
-    tokens = parse(raw, DETOKENIZE, model)["tokens"]
-    vocabulary = llm.config.vocab_size
-    if wrong := [token for token in tokens if token >= vocabulary]:
-        raise Refused(f"tokens: {wrong[0]} is not in the vocabulary, expected 0 to {vocabulary - 1}", param="tokens")
+    tokens: list[int] = parse(raw, DETOKENIZE, model)["tokens"]
+    _check_known("tokens", tokens, llm)
     return llm.tokenizer.decode(tokens)
+
+
+def _check_choices(body: Mapping[str, Any], most: int) -> None:
+    """Before anything is made of it: a small body can ask for very many."""
+    prompt, n = body.get("prompt"), body.get("n", 1)
+    prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+    if prompts * n > most:
+        raise Refused(
+            f"{prompts * n} choices in one call, expected at most {most}, as many as may wait",
+            param="n" if prompts == 1 else "prompt",
+        )
+
+
+def _check_known(name: str, tokens: Iterable[int], llm: LLM) -> None:
+    vocabulary = llm.config.vocab_size
+    if (largest := max(tokens, default=0)) >= vocabulary:
+        raise Refused(f"{name}: token {largest} is not in the vocabulary, expected 0 to {vocabulary - 1}", param=name)
 
 
 def _no_constant(name: str) -> None:
@@ -291,7 +316,8 @@ def _logprobs(kind: Kind, body: Mapping[str, Any]) -> int | None:
 def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
     if len(given) > BIASES:
         raise Refused(f"logit_bias: found {len(given)} tokens, expected at most {BIASES}", param="logit_bias")
-    if wrong := [token for token in given if not (token.isascii() and token.isdigit() and len(token) < 11)]:
+    # 01 would be a second name of 1.
+    if wrong := [token for token in given if not re.fullmatch("0|[1-9][0-9]{0,9}", token)]:
         raise Refused(f"logit_bias: found {wrong[0]!r:.60}, expected token ids as its names", param="logit_bias")
     return {int(token): bias for token, bias in given.items()}
 

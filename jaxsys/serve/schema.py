@@ -47,6 +47,8 @@ def check(value: Any, schema: Schema, at: str = "") -> None:
     elif kind == "array":
         if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", math.inf):
             raise Refused(f"{at}: found {len(value)} entries, expected {expected(schema)}", param=at)
+        if _all_within(value, schema["items"]):
+            return
         for i, each in enumerate(value):
             check(each, schema["items"], f"{at}[{i}]")
     elif kind == "object":
@@ -70,6 +72,13 @@ def expected(schema: Schema) -> str:
         if "maxItems" in schema:
             words += f" of at most {schema['maxItems']}"
     return words
+
+
+def _all_within(values: list[Any], schema: Schema) -> bool:
+    """Whether all are whole numbers that the schema allows, found without a look at each: prompts may be long."""
+    if schema.get("type") != "integer" or not values or set(map(type, values)) != {int}:
+        return False
+    return bool(min(values) >= schema["minimum"] and max(values) <= schema["maximum"])
 
 
 def _is(value: Any, kind: str) -> bool:
@@ -105,10 +114,10 @@ def _check_object(value: dict[str, Any], schema: Schema, at: str) -> None:
         elif others:
             check(each, others, f"{inside}{name}")
         else:
-            known = ", ".join(sorted(properties))
+            known, found = ", ".join(sorted(properties)), inside + json.dumps(name[:60])[1:-1]
             raise Refused(
-                f"{inside}{name:.60}: no such field, or not supported; the fields are {known}",
-                param=f"{inside}{name:.60}",
+                f"{found}: no such field, or not supported; the fields are {known}",
+                param=found,
                 code="unknown_parameter",
             )
 

@@ -27,9 +27,6 @@ class Watch:
 
     def submit(self) -> None:
         """Queues the requests. Raises Refused: 429 where too many wait, 503 where none is taken any more."""
-        limit = self._service.max_queue
-        if len(self._requests) > limit:
-            raise Refused(f"{len(self._requests)} requests in one call, expected at most {limit}", param="n")
         try:
             self._service.submit(self._requests, self._progress)
         except Busy as busy:

@@ -1,7 +1,9 @@
 """One engine for all tests that change nothing about it."""
 
+import httpx
+import openai
 import pytest
-from http_server import make_llm
+from http_server import SECONDS, make_llm, running
 from serve_engines import CONFIG, Reference, make_engine
 
 from jaxsys.llm import LLM
@@ -30,3 +32,28 @@ def engine(shared_engine) -> Engine:
 def llm() -> LLM:
     """A tiny model of bytes for servers, one after the other."""
     return make_llm()
+
+
+@pytest.fixture(scope="module")
+def shared(llm):
+    with running(llm) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared):
+    """A server of ``llm``, which every test must leave idle and with all its pages."""
+    yield shared
+    shared.idle()
+
+
+@pytest.fixture(scope="module")
+def http(shared):
+    with httpx.Client(base_url=shared.address, timeout=SECONDS) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(shared):
+    with openai.OpenAI(base_url=f"{shared.address}/v1", api_key="none", timeout=SECONDS, max_retries=0) as client:
+        yield client

@@ -1,38 +1,16 @@
 """The server as OpenAI's own client sees it."""
 
+import dataclasses
 import json
 import threading
 
 import httpx
 import openai
 import pytest
-from http_server import SECONDS, Gate, running
+from http_server import SECONDS, Gate
 
 from jaxsys.serve.answers import spell
-
-
-@pytest.fixture(scope="module")
-def shared(llm):
-    with running(llm) as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared):
-    yield shared
-    shared.idle()
-
-
-@pytest.fixture(scope="module")
-def http(shared):
-    with httpx.Client(base_url=shared.address, timeout=SECONDS) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(shared):
-    with openai.OpenAI(base_url=f"{shared.address}/v1", api_key="none", timeout=SECONDS, max_retries=0) as client:
-        yield client
+from jaxsys.serve.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -205,21 +183,14 @@ def test_every_parameter_reaches_the_engine(server, http, monkeypatch):
     assert http.post("/v1/completions", json={"model": "tiny", "prompt": "abc", **SETTINGS}).status_code == 200
     (request,) = seen
     asked = request.sampling
-    for name in (
-        "temperature",
-        "top_p",
-        "seed",
-        "presence_penalty",
-        "frequency_penalty",
-        "top_k",
-        "min_p",
-        "max_tokens",
-    ):
-        assert getattr(asked, name) == SETTINGS[name], name
-    assert (asked.repetition_penalty, asked.min_tokens, asked.processed_logprobs) == (1.1, 1, True)
-    assert (asked.logit_bias, asked.stop_text, asked.stop) == ({1: 2.0}, ("x",), (257, 4))
-    assert (asked.allowed_tokens, asked.logprobs, asked.prompt_logprobs) == ((1, 2, 4), 2, True)
-    assert (request.priority, request.client) == (3, "somebody")
+    named_otherwise = {
+        "logit_bias": {1: 2.0}, "stop_text": ("x",), "stop": (257, 4), "allowed_tokens": (1, 2, 4),
+        "prompt_logprobs": True,
+    }  # fmt: skip
+    for field in dataclasses.fields(Sampling):
+        expected = {**SETTINGS, **named_otherwise}[field.name]
+        assert getattr(asked, field.name) == expected != field.default, field.name
+    assert (request.priority, request.client) == (3, "no key/somebody")
     assert http.post("/v1/completions", json={**GREEDY, "prompt": "abc", "ignore_eos": True}).status_code == 200
     assert seen[1].sampling.stop == ()
 
@@ -242,6 +213,18 @@ def test_every_parameter_reaches_the_engine(server, http, monkeypatch):
         ("logit_bias", {"x": 1}, "logit_bias: found 'x', expected token ids as its names"),
         ("logit_bias", {"1": 101}, "logit_bias.1: found 101"),
         ("logit_bias", {"999": 1}, "logit_bias: token 999 is not in the vocabulary, expected 0 to 257"),
+        ("logit_bias", {"1": 1, "01": 2}, "logit_bias: found '01', expected token ids as its names"),
+        ("logit_bias", {str(i): 1 for i in range(321)}, "logit_bias: found 321 tokens, expected at most 320"),
+        ("stop_token_ids", [1, 258], "stop_token_ids: token 258 is not in the vocabulary, expected 0 to 257"),
+        ("allowed_token_ids", [258], "allowed_token_ids: token 258 is not in the vocabulary, expected 0 to 257"),
+        ("min_tokens", 13, "min_tokens=13, expected at most max_tokens, 12"),
+        ("temperature", 1e39, "temperature: found 1e+39, expected a number of at least 0 and at most 1000000.0"),
+        ("repetition_penalty", 0, "repetition_penalty: found 0, expected a number of at least 1e-06"),
+        ("prompt", ["a"] * 1025, "1025 choices in one call, expected at most 1024, as many as may wait"),
+        ("prompt", [[[]]], "prompt[0][0]: found [], expected a whole number"),
+        ("a\nb", 1, "a\\nb: no such field"),
+        ("suffix", "x" * 1000, 'suffix: found "xxx'),
+        ("user", 3, "user: found 3, expected a text"),
         ("allowed_token_ids", [], "allowed_token_ids: found 0 entries, expected a list of at least 1"),
         ("stream_options", {"include_usage": True}, "stream_options without stream"),
         ("processed_logprobs", True, "processed_logprobs without logprobs"),
@@ -290,13 +273,23 @@ def test_fields_that_change_nothing_and_nulls_are_taken(server, http, alone):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 100000, b'{"a": 1e999}', b"null"]
-)
+    "content",
+    [
+        b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 100000, b'{"a": 1e999}', b"null",
+        b'{"model": "\xc3\x28"}', b'{"model": "tiny", "model": 5}', b"1" * 5000, b'{"prompt": "\xed\xa0\x80"}',
+    ],
+)  # fmt: skip
 def test_a_body_that_is_not_what_it_should_be_is_refused(server, http, content):
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
         answer = http.post(path, content=content)
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_no_depth_of_nesting_is_too_much_for_the_server(server, http):
+    for depth in [*range(900, 1000, 2), 20_000]:
+        content = b'{"model": "tiny", "prompt": "a", "n": ' + b"[" * depth + b"]" * depth + b"}"
+        assert http.post("/v1/completions", content=content).status_code == 400
 
 
 def test_other_paths_and_methods_are_errors_of_the_same_shape(server, http):
