@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,14 +61,19 @@ class ServeArgs:
             if value < 1:
                 raise UserError(f"serve: --{option} {value}, expected at least 1")
         keys = self._keys()
-        from jaxsys.serve.server import Server, listen
+        from jaxsys.serve.server import listen
 
         # Before the model is loaded, so that a port that is taken is said at once.
-        listening = listen(self.host, self.port)
+        with listen(self.host, self.port) as listening:
+            self._serve(listening, keys)
+        return 0
+
+    def _serve(self, listening: socket.socket, keys: list[str]) -> None:
         from jaxsys.console import Console
         from jaxsys.llm import load
         from jaxsys.serve.http import Front
         from jaxsys.serve.policies import FairShare
+        from jaxsys.serve.server import Server
 
         console = Console()
         with console.stage(f"load {self.model}") as said:
@@ -83,7 +89,6 @@ class ServeArgs:
             front, listening, self.drain_seconds, lambda address: console.line(f"serving {name} on {address}")
         ).run_until_ended()
         console.line("ended")
-        return 0
 
     def _keys(self) -> list[str]:
         keys = list(self.api_key)

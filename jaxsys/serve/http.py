@@ -76,6 +76,8 @@ class Front:
         self.calls += 1
         try:
             await self._routed(scope, receive, send)
+        except asyncio.CancelledError:  # by uvicorn, which ends and would call it a defect
+            pass
         finally:
             self.calls -= 1
 

@@ -30,11 +30,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Uvicorn's handler of signals."""
-        if self._until is None:
-            self._until = time.monotonic() + self._seconds
-            self._front.draining = True
-        else:
-            self.should_exit = self.force_exit = True
+        self._until = time.monotonic() + (self._seconds if self._until is None else 0)
+        self._front.draining = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Uvicorn's beginning."""
@@ -47,7 +44,7 @@ class Server(uvicorn.Server):
         """Uvicorn's clock, ten times a second; whether to end."""
         if self._until is not None and not self.should_exit:
             late = time.monotonic() > self._until
-            if late:  # whoever still waits is told why nothing more comes
+            if late:  # whoever still waits is told why nothing more comes; who does not read is left a second later
                 await run_in_threadpool(self._front.close)
             self.should_exit = late or not self._front.calls
         return await super().on_tick(counter)
@@ -66,7 +63,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]  # where it says the rest again
         raise UserError(
             f"cannot listen on host {host} port {port}: {reason}; name others with --host, --port"
         ) from error

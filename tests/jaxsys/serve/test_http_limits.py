@@ -217,20 +217,35 @@ def test_who_is_not_finished_in_time_is_told(llm, monkeypatch):
         reader.close()
 
 
+@contextlib.contextmanager
+def who_does_not_read(server):
+    """Asks for much, and reads nothing of it."""
+    body = json.dumps({**LONG, "n": 8, "stream": True, "logprobs": 20, "prompt": ["x" * 20] * 4}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    server.server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections have it too
+    with socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.connect(server.server._socket.getsockname())
+        line.sendall(head + body)
+        until(lambda: server.front.service.active > 0)
+        yield
+
+
 def test_who_does_not_read_holds_nobody_up(llm):
     with running(llm) as server:
-        body = json.dumps({**LONG, "n": 8, "stream": True, "logprobs": 20, "prompt": ["x" * 20] * 4}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        server.server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections have it too
-        with socket.socket() as line:
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            line.connect(server.server._socket.getsockname())
-            line.sendall(head + body)
-            until(lambda: server.front.service.active > 0)
+        with who_does_not_read(server):
             assert post(server).status_code == 200
             until(lambda: not server.front.service.active)  # its requests end, though nobody reads
             assert server.front.calls == 1
         server.idle()
+
+
+def test_who_does_not_read_does_not_keep_the_server_from_ending(llm, caplog):
+    with running(llm, drain_seconds=0.1) as server, who_does_not_read(server):
+        server.server.handle_exit(15, None)
+        server.wait()
+        assert server.front.calls == 0
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.parametrize("times", [40, pytest.param(5000, marks=pytest.mark.slow)])
