@@ -124,8 +124,7 @@ class Service:
     def _run(self) -> None:
         try:
             while self._take():
-                finished = self.engine.step(self._max_steps)
-                self._tell([*self.engine.scheduler.running, *finished])
+                self._step()
         except BaseException as error:
             self._fail(error)
 
@@ -149,6 +148,10 @@ class Service:
             engine.cancel(request)
         self._tell([request for request in (*cancelled, *(job.request for job in new)) if request.finish_reason])
         return True
+
+    def _step(self) -> None:
+        finished = self.engine.step(self._max_steps)
+        self._tell([*self.engine.scheduler.running, *finished])
 
     def _tell(self, requests: Sequence[Request]) -> None:
         """Passes on what requests came to, with the time of it."""

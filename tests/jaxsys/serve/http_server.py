@@ -1,6 +1,7 @@
 """A tiny random model of bytes, and a server of it on a free port in a thread of this process."""
 
 import contextlib
+import logging
 import threading
 import time
 
@@ -55,7 +56,10 @@ def make_llm() -> LLM:
 
 
 class Running:
-    """A server in a thread. front, server: what runs there. address: as ``http://127.0.0.1:PORT``."""
+    """A server in a thread. front, server: what runs there. address: as ``http://127.0.0.1:PORT``.
+
+    defects: tracebacks that went to its log.
+    """
 
     def __init__(self, llm: LLM, drain_seconds: float = SECONDS, **options):
         self.front = Front(llm, name="tiny", **options)
@@ -63,10 +67,19 @@ class Running:
         self.server = Server(
             self.front, listen("127.0.0.1", 0), drain_seconds, lambda a: (addresses.append(a), begun.set())
         )
-        self._thread = threading.Thread(target=self.server.run_until_ended)
+        self.defects: list[logging.LogRecord] = []
+        self._handler = logging.Handler()
+        self._handler.addFilter(lambda record: record.exc_info is not None)
+        self._handler.emit = self.defects.append
+        logging.getLogger("uvicorn.error").addHandler(self._handler)
+        self._thread = threading.Thread(target=self._run)
         self._thread.start()
         assert begun.wait(SECONDS)
         self.address = addresses[0]
+
+    def _run(self) -> None:
+        self.server.run_until_ended()
+        logging.getLogger("uvicorn.error").removeHandler(self._handler)
 
     @property
     def ended(self) -> bool:
@@ -94,11 +107,12 @@ class Running:
 
 @contextlib.contextmanager
 def running(llm: LLM, **options):
-    """A server that is idle at the end, with all its pages."""
+    """A server that is idle at the end, with all its pages, and had no defect."""
     server = Running(llm, **options)
     try:
         yield server
         server.idle()
+        assert not server.defects, logging.Formatter().format(server.defects[0])
     finally:
         if not server.ended:
             server.stop()
