@@ -50,7 +50,7 @@ class Front:
         self.draining = False
         self._keys = [_digest(key.encode()) for key in keys]
         self._metrics = Metrics()
-        self._document = document(bool(keys))
+        self._document = document(name, bool(keys))
         self._began = int(time.time())
         self.service = Service(llm.engine, max_queue=max_queue, finished=self._metrics.finished)
         self._metrics.watch(self.service)

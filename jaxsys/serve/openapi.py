@@ -23,8 +23,8 @@ _ERRORS = {400: "refused", 401: "no valid key", 404: "no such model", 408: "the 
            413: "a body too large", 429: "too many wait", 500: "a defect", 503: "shutting down, or failed"}  # fmt: skip
 
 
-def document(keys: bool) -> dict[str, Any]:
-    """The document. keys: whether an API key is needed."""
+def document(model: str, keys: bool) -> dict[str, Any]:
+    """The document of a server of ``model``. keys: whether an API key is needed."""
     security: list[Any] = [{"key": []}] if keys else []
     paths: dict[str, Any] = {}
     for path, (summary, schema, stream) in _POSTS.items():
@@ -35,7 +35,10 @@ def document(keys: bool) -> dict[str, Any]:
             "post": {
                 "summary": summary,
                 "security": security,
-                "requestBody": {"required": True, "content": {"application/json": {"schema": _nullable(schema)}}},
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": _published(schema, model)}},
+                },
                 "responses": {"200": {"description": "done", "content": content}, **_errors(_ERRORS)},
             }
         }
@@ -78,11 +81,11 @@ def _errors(statuses: Any) -> dict[str, Any]:
     return {str(status): {"description": _ERRORS[status], "content": content} for status in statuses}
 
 
-def _nullable(schema: Schema) -> dict[str, Any]:
-    """With fields that need not be given allowed to be null, which is the same."""
+def _published(schema: Schema, model: str) -> dict[str, Any]:
+    """With the model's name, and fields that need not be given allowed to be null, which is the same."""
     required = schema.get("required", ())
     properties = {
         name: each if name in required else {"anyOf": [each, {"type": "null"}]}
-        for name, each in schema["properties"].items()
+        for name, each in {**schema["properties"], "model": {"enum": [model]}}.items()
     }
     return {**schema, "properties": properties}

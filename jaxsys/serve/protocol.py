@@ -192,15 +192,13 @@ class Call:
 def parse(raw: bytes, schema: Schema, model: str) -> dict[str, Any]:
     """The fields of a body, null ones left out. Raises Refused for what the schema does not allow, or another model."""
     try:
-        body = json.loads(raw, parse_constant=_no_constant)
+        body = _load(raw)
         if isinstance(body, dict):
             known = schema["properties"]
             body = {name: value for name, value in body.items() if value is not None or name not in known}
         check(body, schema)
     except RecursionError:
         raise Refused("the body is nested too deeply") from None
-    except ValueError as error:
-        raise Refused(f"the body is not JSON: {' '.join(str(error).split()):.120}") from None
     asked = body.get("model", model)
     if asked != model:
         raise Refused(
@@ -283,8 +281,19 @@ def _check_known(name: str, tokens: Iterable[int], llm: LLM) -> None:
         raise Refused(f"{name}: token {largest} is not in the vocabulary, expected 0 to {vocabulary - 1}", param=name)
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+def _load(raw: bytes) -> Any:
+    def real(text: str) -> float:
+        value = float(text)
+        whole = value.is_integer() and abs(value) < 2**53
+        return int(value) if whole else value  # to JSON 3.0 and 3 are the same number
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        return json.loads(raw, parse_float=real, parse_constant=constant)
+    except ValueError as error:
+        raise Refused(f"the body is not JSON: {' '.join(str(error).split()):.120}") from None
 
 
 def _prompts(prompt: Any, llm: LLM) -> list[list[int]]:

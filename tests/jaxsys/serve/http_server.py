@@ -23,6 +23,7 @@ from parallelism import PARAMETERS, MeshSpec, plan, put
 
 SECONDS = 60.0
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}{% endfor %}<s>"
+SIZES = (Size(4, 4), Size(32, 4, queries=8))
 CONFIG = ModelConfig("llama", 258, 32, 2, 6, 2, 8, 48, max_seq_len=128, tie_embeddings=True)
 
 
@@ -36,7 +37,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend, bos_id=256, eos_ids=[257], chat_template=TEMPLATE)
 
 
-def make_llm() -> LLM:
+def make_llm(**options) -> LLM:
+    """options: of the engine's configuration."""
     devices = MeshSpec.parse("").build()
     model = build(CONFIG)
     placed = plan(model.layout, devices, PARAMETERS, model.units)
@@ -47,8 +49,8 @@ def make_llm() -> LLM:
     }
     graphs = Graphs(devices)
     params = put(placed, lambda logical, box: arrays[logical.name][box])
-    sizes = (Size(4, 4), Size(32, 4, queries=8))
-    config = EngineConfig(page_size=8, max_steps=8, kv_bytes=1 << 20, sizes=sizes)
+    options = {"page_size": 8, "max_steps": 8, "kv_bytes": 1 << 20, "sizes": SIZES} | options
+    config = EngineConfig(**options)
     engine = Engine(model.with_layout(placed.layout), Live(params, graphs), graphs, config)
     graphs.freeze()
     engine.scheduler.waiting = FairShare()

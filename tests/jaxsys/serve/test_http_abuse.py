@@ -47,7 +47,8 @@ def allowed(schema: dict) -> st.SearchStrategy:
             return st.booleans()
         case "integer":
             low, high = schema["minimum"], schema["maximum"]
-            return st.integers(low, min(high, 300)) | st.integers(low, high)
+            likely = st.integers(low, min(high, 100))  # to be a token, or to fit the context
+            return st.one_of(*[likely] * 5, st.integers(low, high))
         case "number":
             low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema["maximum"]
             return st.floats(low, high, exclude_min="exclusiveMinimum" in schema)
@@ -65,11 +66,10 @@ def allowed(schema: dict) -> st.SearchStrategy:
 
 @st.composite
 def bodies(draw: st.DrawFn, schema: dict) -> dict:
-    """What a schema allows with the right model, mostly; some fields wrong, missing or unknown."""
+    """What a schema allows, mostly; some fields wrong, missing or unknown."""
     properties = schema["properties"]
     names = draw(st.lists(st.sampled_from(sorted(properties)), max_size=5, unique=True))
     body = {name: draw(allowed(properties[name])) for name in {*names, *schema.get("required", ())}}
-    body["model"] = "tiny"
     for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
         if body and draw(st.booleans()):
             body.pop(draw(st.sampled_from(sorted(body))))
@@ -280,7 +280,7 @@ def test_clients_that_come_and_go_leave_nothing(server, http, times):
     comers.run(times)
     server.idle()
     after = left(server)
-    assert after == before
+    assert all(after[what] <= before[what] for what in after), (before, after)
     assert (after["pages"], after["scheduler"], after["fair share"], after["jobs"]) == (0, 0, 0, 0)
     assert after["Request"] == after["Watch"] == 0
     assert resident() - memory < 64 << 20
