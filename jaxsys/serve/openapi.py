@@ -30,7 +30,7 @@ def document(model: str, keys: bool) -> dict[str, Any]:
     for path, (summary, schema, stream) in _POSTS.items():
         content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
         if stream is not None:
-            content[stream] = {"schema": {"type": "string"}}
+            content[stream] = {}
         paths[path] = {
             "post": {
                 "summary": summary,
