@@ -296,7 +296,19 @@ def test_the_command_prints_one_json_object_a_prompt(directory, llm, capsys):
 def test_the_command_runs_on_its_mesh_in_its_dtype(directory, monkeypatch, capsys):
     loaded, load = [], jaxsys.llm.load
     monkeypatch.setattr(jaxsys.llm, "load", lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[0])
-    words = ["--max-tokens", "3", "--mesh", "tensor=2", "--dtype", "bfloat16", "--max-context", "16", "--json"]
+    words = [
+        "--max-tokens",
+        "3",
+        "--seed",
+        "0",
+        "--mesh",
+        "tensor=2",
+        "--dtype",
+        "bfloat16",
+        "--max-context",
+        "16",
+        "--json",
+    ]
     assert main(["generate", "--model", str(directory), "--prompt", "abc", *words]) == 0
     engine, values = loaded[0].engine, json.loads(capsys.readouterr().out)
     assert len(values["tokens"]) == 3 and engine.max_context == 16
