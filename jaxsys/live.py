@@ -56,6 +56,7 @@ class Live:
         self._held: dict[tuple[object, str | None], frozenset[int]] = {}
         self._kept: dict[tuple[str | None, int], Lease] = {}
         self.kept_peak = 0
+        self._donated = False  # some of the newest parameters are gone, and newer ones not there yet
 
     @property
     def version(self) -> int:
@@ -66,7 +67,7 @@ class Live:
 
         def swap() -> int:
             self._keep(None, self._lease)
-            self._lease = Lease(self._lease.version + 1, params)
+            self._lease, self._donated = Lease(self._lease.version + 1, params), False
             return self._lease.version
 
         return dispatcher().call(swap)
@@ -151,6 +152,10 @@ class Live:
             stale = self.views[view].lease if view is not None else None
             return stale if stale is not None and stale.version == version else self._kept[view, version]
         if view is None:
+            if self._donated:
+                raise RuntimeError(
+                    "parameters that an update donates are leased by nobody: declare a view, or hold them"
+                )
             return self._lease
         here = self.views[view]
         if here.lease is None or here.lease.version != self.version:
@@ -162,12 +167,14 @@ class Live:
             here.lease = Lease(self.version, params)
         return here.lease
 
-    def whole(self, view: str | None) -> bool:
-        """Whether a lease can be taken while an update donates the newest parameters one group after the other."""
-        if view is None:
-            return self.held
-        here = self.views[view].lease
-        return here is not None and here.version == self.version
+    def begin_update(self) -> tuple[bool, bool]:
+        """Before the newest parameters are donated one group after the other, until ``publish``: whether they are held,
+        and so must be kept instead, and whether leases can be taken meanwhile: of those that are kept, or of views that
+        were refreshed before. On the dispatcher's thread, in the piece of work that updates the first group."""
+        fresh = [view.lease is not None and view.lease.version == self.version for view in self.views.values()]
+        whole = self.held or (bool(fresh) and all(fresh))
+        self._donated = not self.held
+        return self.held, whole
 
     def release(self, view: str | None) -> None:
         """Frees a view's copy until it is leased again."""

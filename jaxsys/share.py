@@ -1,8 +1,8 @@
 """Who has the devices: training and serving in turns, each with a share of the time.
 
-A device runs what it is given in order, so whoever gives it much at once has it all. Here each asks for a turn, waits in
-it until the devices are done, and leaves it when it is the other's: the one with the least time behind it for its share
-is next (start-time fair queueing, Goyal et al. 1996). What one does not use is the other's, and nobody saves up.
+A device runs what it is given in order, so whoever gives it much at once has it all. Here each asks for a turn, waits
+in it until the devices are done, and leaves it when it is the other's: the one with the least time behind it for its
+share is next (start-time fair queueing, Goyal et al. 1996). What one does not use is the other's; nobody saves up.
 """
 
 from __future__ import annotations

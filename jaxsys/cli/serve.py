@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from jaxsys.serve import access
 from parallelism.errors import UserError
-
-_NEEDS = ("starlette", "uvicorn", "prometheus_client")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +51,7 @@ class ServeArgs:
     """How long what runs may take to finish after the first SIGTERM."""
 
     def run(self) -> int:
-        if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
-            raise UserError(f"serve: {missing[0]} is not installed: pip install 'jaxsys[serve]'")
+        access.require()
         if self.drain_seconds < 0:
             raise UserError(f"serve: --drain-seconds {self.drain_seconds}, expected 0 or more")
         for option, value in (("max-queue", self.max_queue), ("max-body", self.max_body)):
@@ -91,11 +88,6 @@ class ServeArgs:
         console.line("ended")
 
     def _keys(self) -> list[str]:
-        keys = list(self.api_key)
-        if self.api_keys_file is not None:
-            keys += [line.strip() for line in self.api_keys_file.read_text("utf-8").splitlines() if line.strip()]
-            if not keys:
-                raise UserError(f"{self.api_keys_file}: found no key, expected one a line")
-        if any(not key for key in keys):
+        if any(not key for key in self.api_key):
             raise UserError("serve: found an empty --api-key, expected a text")
-        return keys
+        return [*self.api_key, *(access.read_keys(self.api_keys_file) if self.api_keys_file is not None else [])]

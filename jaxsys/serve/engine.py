@@ -21,7 +21,7 @@ from jaxsys.serve.batch import empty_batch, pack
 from jaxsys.serve.forward import Numerics, Output, make_forward
 from jaxsys.serve.moves import Mover
 from jaxsys.serve.pages import Pages
-from jaxsys.serve.pool import make_pool, page_bytes, pool_dtype
+from jaxsys.serve.pool import least_bytes, make_pool, page_bytes, pool_dtype
 from jaxsys.serve.request import Made, Request, Top
 from jaxsys.serve.sampling import Sampling, token_ids, whole
 from jaxsys.serve.scheduler import Chunk, NewWeights, Plan, Scheduler, Size
@@ -80,6 +80,10 @@ class EngineConfig:
         return self.sizes or SIZES[self.numerics]
 
 
+class NonFiniteLogits(UserError):
+    """The weights give NaN or infinite logits."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Launched:
     """A batch on its way."""
@@ -111,9 +115,7 @@ class Engine:
         self.model, self.live, self.graphs, self.view, self.name = model, live, graphs, view, name
         params = live.like(view)
         dtype = pool_dtype(params)
-        replicas = 1
-        if graphs.mesh is not None:  # as many as there are groups of devices that split a batch
-            replicas = math.prod(graphs.mesh.shape[axis] for axis in graphs.rules["replica"].mesh_axes)
+        replicas = replicas_of(graphs)
         self.max_context, pages = _pool_size(model, config, dtype, replicas)
         self._width = -(-self.max_context // config.page_size)
         slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype) // replicas
@@ -165,14 +167,15 @@ class Engine:
         setting, largest = sampling.largest_token()
         if largest >= vocabulary:
             raise UserError(f"{setting}: token {largest} is not in the vocabulary, expected 0 to {vocabulary - 1}")
-        room, wanted = self.max_context - len(tokens), min(sampling.max_tokens, 1)
+        # The last token of a score needs no position.
+        room, wanted = self.max_context - len(tokens), min(sampling.max_tokens, 1) or -1
         if room < wanted:
             raise UserError(
                 f"prompt of {len(tokens)} tokens, expected at most {self.max_context - wanted} in a context of "
                 f"{self.max_context}: give a shorter prompt, or raise max_context if the model "
                 f"({self.model.config.max_seq_len}) and the KV pool allow"
             )
-        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, max(room, 0)))
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         return Request(len(tokens), tokens, sampling, seed)
 
@@ -192,7 +195,7 @@ class Engine:
         """Runs the next packed batch; returns the requests that finished with it.
 
         max_steps: tokens a sequence at most, where fewer than the configured number are wanted at once.
-        Raises UserError if what the weights give is not finite.
+        Raises NonFiniteLogits if what the weights give is not finite.
         """
         launched = self.launch(max_steps)
         return [] if launched is None else self.finish(launched)
@@ -227,7 +230,7 @@ class Engine:
         sampled = [(r, n) for r, chunks in enumerate(plan.chunks) for n, chunk in enumerate(chunks) if chunk.samples]
         logprobs = host.logprobs[:ran, [r for r, _ in sampled], [n for _, n in sampled]]
         if not all(np.isfinite(a).all() for a in (logprobs, host.target_logprobs)):
-            raise UserError(
+            raise NonFiniteLogits(
                 f"{self.name}: its logits are not finite, so no token can be chosen or scored: its weights hold NaN or "
                 "infinite values, or overflow their dtype; check the file, or take an earlier checkpoint"
             )
@@ -320,17 +323,24 @@ def _top(tokens: np.ndarray, logprobs: np.ndarray, wanted: int) -> Top:
     return [(int(t), float(p)) for t, p in zip(tokens[:wanted], logprobs[:wanted], strict=True) if p > -np.inf]
 
 
+def replicas_of(graphs: Graphs) -> int:
+    """How many replicas of an engine there are: the groups of devices that split a batch."""
+    if graphs.mesh is None:
+        return 1
+    return math.prod(graphs.mesh.shape[axis] for axis in graphs.rules["replica"].mesh_axes)
+
+
 def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype, replicas: int) -> tuple[int, int]:
     """Positions of the longest sequence, and pages of each replica."""
     size = config.page_size
     affordable = config.kv_bytes // page_bytes(model, size, dtype) // replicas
     if affordable < 2:  # page 0 belongs to no sequence
-        least = 2 * page_bytes(model, size, dtype) * replicas
+        least = least_bytes(model, replicas, 1, size, dtype)
         raise UserError(f"kv_bytes={config.kv_bytes}, expected at least {least}: the smallest pool of this model")
     longest = min(model.config.max_seq_len, (affordable - 1) * size)
     wanted = longest if config.max_context is None else config.max_context
     if wanted > longest:
-        need = (-(-wanted // size) + 1) * page_bytes(model, size, dtype) * replicas
+        need = least_bytes(model, replicas, wanted, size, dtype)
         raise UserError(
             f"max_context {wanted}: expected 1 to {longest}: the model was trained with {model.config.max_seq_len} "
             f"positions, and a KV pool of {config.kv_bytes} bytes holds {(affordable - 1) * size} "

@@ -29,6 +29,7 @@ from jaxsys.serve.protocol import Call, Kind
 from jaxsys.serve.request import Request
 from jaxsys.serve.service import Service
 from jaxsys.serve.watch import Watch
+from jaxsys.share import DeviceShare
 from parallelism.errors import UserError
 
 # For a client to send its body.
@@ -39,11 +40,19 @@ class Front:
     """The HTTP application (ASGI) over one model, and the service that runs its requests.
 
     name: of the model, as clients ask for it. keys: API keys, any of which is needed; none: everybody may ask.
-    max_queue: requests that may wait. max_body: bytes of a body. Close it when the application has ended.
+    max_queue: requests that may wait. max_body: bytes of a body. share: of the devices with others. Close it when the
+    application has ended.
     """
 
     def __init__(
-        self, llm: LLM, *, name: str, keys: Sequence[str] = (), max_queue: int = 1024, max_body: int = 4 << 20
+        self,
+        llm: LLM,
+        *,
+        name: str,
+        keys: Sequence[str] = (),
+        max_queue: int = 1024,
+        max_body: int = 4 << 20,
+        share: DeviceShare | None = None,
     ):
         self.llm, self.name, self.max_body = llm, name, max_body
         self.calls = 0  # that are being answered
@@ -52,7 +61,7 @@ class Front:
         self._metrics = Metrics()
         self._document = document(name, bool(keys))
         self._began = int(time.time())
-        self.service = Service(llm.engine, max_queue=max_queue, finished=self._metrics.finished)
+        self.service = Service(llm.engine, max_queue=max_queue, finished=self._metrics.finished, share=share)
         self._metrics.watch(self.service)
         posts: dict[str, Callable[[HTTPRequest], Awaitable[Response]]] = {
             "/v1/completions": lambda request: self._generate(request, "completion"),
@@ -94,6 +103,12 @@ class Front:
             raise Refused(self.service.reason, status=503, code="unavailable", retry=5.0)
         raw = await self._body(request)
         call, sequences = await run_in_threadpool(self._prepare, kind, raw, key)
+        if call.stream and self.llm.engine.config.new_weights == "restart":
+            raise Refused(
+                "stream: requests begin again here when the weights change, so nothing can be sent before the end: "
+                "leave it out",
+                param="stream",
+            )
         watch = Watch(self.service, sequences, call.stream)
         answer = Answer(call, sequences, self.llm.tokenizer, self.name)
         watch.submit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -32,6 +33,10 @@ class Server(uvicorn.Server):
         """Uvicorn's handler of signals."""
         self._until = time.monotonic() + (self._seconds if self._until is None else 0)
         self._front.draining = True
+
+    def drain(self) -> None:
+        """What a signal does; from any thread."""
+        self.handle_exit(signal.SIGTERM, None)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Uvicorn's beginning."""

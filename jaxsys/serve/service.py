@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.request import Request
+from jaxsys.share import DeviceShare
 
 Progress = Callable[[Request], None]
 
@@ -48,6 +50,7 @@ class Service:
     max_queue: requests that may wait. max_steps: tokens a sequence makes between two looks of the host, which is
     also how long one that comes may have to wait.
     finished: called with each request that is finished and its times, on the engine's thread.
+    share: of the devices with others; the service's part in it is "serve".
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class Service:
         max_queue: int = 1024,
         max_steps: int = 4,
         finished: Callable[[Request, Times], None] | None = None,
+        share: DeviceShare | None = None,
     ):
         self.engine, self.max_queue, self._max_steps, self._finished = engine, max_queue, max_steps, finished
+        self.share = share
         self.error: BaseException | None = None
         self._jobs: dict[Request, _Job] = {}
         self._new: deque[_Job] = deque()
@@ -85,6 +90,35 @@ class Service:
             now = time.monotonic()
             self._new.extend(_Job(request, progress, Times(now)) for request in requests)
             self._change.notify()
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Runs requests of the process itself, others with them, and waits for them; no limit holds them up.
+
+        Raises Closed if none is taken any more, and what the engine failed with.
+        """
+        left, ended = len(requests), threading.Event()
+
+        def progress(request: Request) -> None:
+            nonlocal left
+            left -= request.finish_reason is not None
+            if not left:
+                ended.set()
+
+        with self._change:
+            if self._closing or self.error is not None:
+                raise Closed(self.reason)
+            now = time.monotonic()
+            self._new.extend(_Job(request, progress, Times(now)) for request in requests)
+            self._change.notify()
+        try:
+            if requests:
+                ended.wait()
+        except BaseException:
+            for request in requests:
+                self.cancel(request)
+            raise
+        if self.error is not None:
+            raise self.error
 
     def cancel(self, request: Request) -> None:
         """Drops a request, whatever its state; its pages are free after the batch that runs."""
@@ -124,9 +158,23 @@ class Service:
     def _run(self) -> None:
         try:
             while self._take():
-                self._step()
+                with contextlib.nullcontext() if self.share is None else self.share.turn("serve"):
+                    self._turn()
         except BaseException as error:
             self._fail(error)
+
+    def _turn(self) -> None:
+        """Runs batches until there is nothing to do, or the devices are another's."""
+        engine, done = self.engine, list[Request]()
+        while engine.busy:
+            launched = engine.launch(self._max_steps)
+            self._tell(done)  # of the batch before, while the devices compute
+            done = [] if launched is None else [*engine.finish(launched), *engine.scheduler.running]
+            if self.share is not None and self.share.over("serve"):
+                break
+            if engine.busy and not self._take():
+                break
+        self._tell(done)
 
     def _take(self) -> bool:
         """Brings in what other threads asked for, waiting if there is nothing else to do; False at the end."""
@@ -148,10 +196,6 @@ class Service:
             engine.cancel(request)
         self._tell([request for request in (*cancelled, *(job.request for job in new)) if request.finish_reason])
         return True
-
-    def _step(self) -> None:
-        finished = self.engine.step(self._max_steps)
-        self._tell([*self.engine.scheduler.running, *finished])
 
     def _tell(self, requests: Sequence[Request]) -> None:
         """Passes on what requests came to, with the time of it."""

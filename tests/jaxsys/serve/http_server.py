@@ -124,11 +124,11 @@ class Gate:
     """Holds the engine's thread before its next step until it is opened; how many steps there were."""
 
     def __init__(self, engine, monkeypatch):
-        self.open, self.reached, step = threading.Event(), threading.Event(), engine.step
+        self.open, self.reached, launch = threading.Event(), threading.Event(), engine.launch
 
         def held(max_steps=None):
             self.reached.set()
             assert self.open.wait(SECONDS)
-            return step(max_steps)
+            return launch(max_steps)
 
-        monkeypatch.setattr(engine, "step", held)
+        monkeypatch.setattr(engine, "launch", held)

@@ -296,7 +296,7 @@ def test_replicas_send_each_other_nothing_of_their_keys_and_values():
         ([-1], GREEDY, "token -1"),
         ([1], Sampling(1, stop=(97,)), "stop: token 97 is not in the vocabulary, expected 0 to 96"),
         ([1] * 96, GREEDY, "prompt of 96 tokens, expected at most 95 in a context of 96"),
-        ([1] * 97, Sampling(0), "prompt of 97 tokens, expected at most 96"),
+        ([1] * 98, Sampling(0), "prompt of 98 tokens, expected at most 97"),
         ([1.9], GREEDY, "found 1.9 among its tokens, expected whole numbers"),
         ([1, True], GREEDY, "found True among its tokens"),
         (["1"], GREEDY, "found '1' among its tokens"),

@@ -146,7 +146,7 @@ def test_an_engine_that_fails_is_told_to_all(llm, monkeypatch):
         def fails(max_steps=None):
             raise RuntimeError("the device is gone")
 
-        monkeypatch.setattr(llm.engine, "step", fails)
+        monkeypatch.setattr(llm.engine, "launch", fails)
         gate.open.set()
         thread.join(SECONDS)
         assert results[0].status_code == 503

@@ -47,14 +47,14 @@ class Gate:
     """Holds the engine's thread before its next step until it is opened."""
 
     def __init__(self, engine, monkeypatch):
-        self.open, self.reached, step = threading.Event(), threading.Event(), engine.step
+        self.open, self.reached, launch = threading.Event(), threading.Event(), engine.launch
 
         def held(max_steps=None):
             self.reached.set()
             assert self.open.wait(SECONDS)
-            return step(max_steps)
+            return launch(max_steps)
 
-        monkeypatch.setattr(engine, "step", held)
+        monkeypatch.setattr(engine, "launch", held)
 
 
 def test_requests_of_many_threads_come_out_as_alone(service, reference):
@@ -146,15 +146,15 @@ def test_a_full_queue_takes_all_or_none(engine, monkeypatch):
 
 def test_an_engine_that_fails_is_heard_of_by_all():
     engine = make_engine(kv_bytes=1 << 19)
-    step, steps = engine.step, []
+    launch, steps = engine.launch, []
 
     def fails(max_steps=None):
         steps.append(1)
         if len(steps) == 3:
             raise RuntimeError("the device is gone")
-        return step(max_steps)
+        return launch(max_steps)
 
-    engine.step = fails
+    engine.launch = fails
     service = Service(engine)
     asked = [engine.make_request([i, 2], Sampling(max_tokens=50)) for i in range(8)]
     heard = {request: Heard() for request in asked}
