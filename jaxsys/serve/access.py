@@ -17,12 +17,11 @@ def require() -> None:
 
 
 def read_keys(path: Path) -> list[str]:
-    """API keys, one a line. Raises UserError for a file that has none or cannot be read."""
+    """API keys, one a line. Raises UserError for a file that has none."""
     try:
         keys = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"{path}: cannot be read: {reason}; give a file of keys, one a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: found no UTF-8 text, expected API keys, one a line") from error
     if not keys:
         raise UserError(f"{path}: found no key, expected one a line")
     return keys

@@ -24,7 +24,7 @@ from jaxsys.serve.pages import Pages
 from jaxsys.serve.pool import least_bytes, make_pool, page_bytes, pool_dtype
 from jaxsys.serve.request import Made, Request, Top
 from jaxsys.serve.sampling import Sampling, token_ids, whole
-from jaxsys.serve.scheduler import Chunk, NewWeights, Plan, Scheduler, Size
+from jaxsys.serve.scheduler import Chunk, Counts, NewWeights, Plan, Scheduler, Size
 from parallelism.errors import UserError, unknown_name
 
 # A pool of so many times what its sequences can use at once keeps enough of what was said before.
@@ -98,7 +98,8 @@ class Engine:
     model: with the layout of those parameters; view: the name of a view of ``live`` to serve instead of them.
     name: of the model, in errors.
     The constructor compiles every graph and makes the pool; freeze ``graphs`` after it.
-    Raises UserError if the pool's bytes do not hold one sequence of ``max_context``.
+    Raises UserError if the pool's bytes do not hold one sequence of ``max_context``, and where ``invariant`` numerics
+    do not hold, which is tried.
     """
 
     def __init__(
@@ -139,6 +140,8 @@ class Engine:
         self._mover = Mover(graphs, pool, slots)
         self._pool: Pool | None = self._make_pool()
         self._holding: frozenset[int] = frozenset()
+        if config.numerics == "invariant":
+            self._try_invariance()
 
     # -------------------------------------------------------------------------------------------------- requests
 
@@ -252,6 +255,29 @@ class Engine:
         if self.scheduler.versions != self._holding:
             self._holding = self.scheduler.versions
             dispatcher().call(self.live.hold, self, self.view, self._holding)
+
+    def _try_invariance(self) -> None:
+        """Some tokens alone, with others, and scored. Raises UserError where a log-probability differs by a bit."""
+        vocabulary, room = self.model.config.vocab_size, self.max_context
+        made, prompt = min(6, room // 2), [(37 * i + 11) % vocabulary for i in range(min(20, room - room // 2))]
+        settings = Sampling(made, temperature=0.0)
+        alone = self.add_request(prompt, settings)
+        self.run([alone])
+        others = [self.add_request([i % vocabulary] * (1 + 7 * i % (room - made)), settings) for i in range(1, 6)]
+        among = self.add_request(prompt, settings)
+        self.run([*others, among])
+        score = self.add_request(alone.tokens[:room], Sampling(max_tokens=0, prompt_logprobs=True))
+        self.run([score])
+        scored = score.prompt_logprobs[len(prompt) - 1 :]
+        for what, there in (("among others", among.logprobs), ("scored", scored)):
+            for i, (a, b) in enumerate(zip(alone.logprobs, there, strict=False)):
+                if a != b:
+                    raise UserError(
+                        f"numerics 'invariant' does not hold here: token {i + 1} of {made} has log-probability {a!r} "
+                        f"alone and {b!r} {what}: use 'fast'"
+                    )
+        self.scheduler.evict()
+        self.scheduler.counts = Counts()
 
     def give_back(self) -> int:
         """Frees the memory of the pool and of the view that is served, until the next batch; returns the pool's bytes.

@@ -85,10 +85,10 @@ class LiveServer:
     def report(self) -> str:
         """What serving and training cost each other, in a line."""
         train, serve = self.share.parties["train"], self.share.parties["serve"]
+        rate, alone = (self._tokens / max(seconds, 1e-9) for seconds in (train.used + train.waited, train.used))
         line = (
-            f"serving had {serve.used:.1f} s of the devices, training {train.used:.1f} s "
-            f"and waited {train.waited:.1f} s for it: {self._tokens / max(train.used + train.waited, 1e-9):,.0f} tokens/s, "
-            f"{self._tokens / max(train.used, 1e-9):,.0f} without"
+            f"serving had {serve.used:.1f} s of the devices, training {train.used:.1f} s and waited "
+            f"{train.waited:.1f} s for it: {rate:,.0f} tokens/s, {alone:,.0f} without"
         )
         if serve.turns:
             each, most = 1e3 * serve.waited / serve.turns, 1e3 * serve.longest

@@ -223,7 +223,7 @@ def test_bfloat16_weights_are_close_to_float32(llm, directory):
         (lambda llm: llm.generate(["abc", "x" * 64]), "prompt of 64 tokens, expected at most 63"),
         (lambda llm: llm.generate([[1, 2]], chat=True), "expected text"),
         (lambda llm: llm.generate(["abc"], temperature=-1.0), "temperature"),
-        (lambda llm: llm.score([[1, 2], [3] * 65]), "prompt of 65 tokens, expected at most 64"),
+        (lambda llm: llm.score([[1, 2], [3] * 66]), "prompt of 66 tokens, expected at most 65"),
         (lambda llm: llm.generate(None), "found None, expected a list of prompts"),
         (lambda llm: llm.generate(["abc", 5]), "found 5, expected text or a list of token ids"),
         (lambda llm: llm.generate([b"abc"]), "found b'abc'"),

@@ -12,6 +12,7 @@ from tiny_models import x64
 from jaxsys.graphs import Graphs, LateCompileError, no_compiles
 from jaxsys.live import Live
 from jaxsys.models.state import build
+from jaxsys.serve import engine as engine_module
 from jaxsys.serve.engine import Engine, EngineConfig
 from jaxsys.serve.forward import make_forward
 from jaxsys.serve.pages import Pages
@@ -283,6 +284,18 @@ def test_replicas_send_each_other_nothing_of_their_keys_and_values():
     (forward,) = engine._forward.values()
     read = engine._pool.k[0, 0, 0].nbytes * SIZES[2].sequences  # a page for each sequence, more than their logits
     assert all(each.nbytes < read for each in collectives(forward.text, engine.graphs.mesh))
+
+
+def test_invariance_is_tried_at_the_start(monkeypatch):
+    made = engine_module._made
+
+    def by_row(host, at, chunk):
+        out = made(host, at, chunk)
+        return out._replace(logprob=out.logprob * (1 + 1e-7 * at[2]))
+
+    monkeypatch.setattr(engine_module, "_made", by_row)
+    with pytest.raises(UserError, match="numerics 'invariant' does not hold here: token 1 of 6 has log-probability"):
+        make_engine(numerics="invariant", sizes=None)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -122,7 +122,7 @@ def test_a_port_that_is_taken_and_a_job_of_several_processes_are_refused_at_once
     assert not (tmp_path / "other").exists()
     from jaxsys.train import live_server
 
-    with pytest.raises(UserError, match="serve.port=8000 in a job of 2 processes, expected one"):
+    with pytest.raises(UserError, match=r"serve\.port=8000 in a job of 2 processes, expected one"):
         live_server.prepare(ServeConfig(port=8000), 2)
 
 
