@@ -66,6 +66,6 @@ def render(
             documents=None,
             **special_tokens,
         )
-    except (jinja2.TemplateError, TypeError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # a template is a program, and can fail in any way that one can
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"chat: the model's template cannot render these messages: {reason}") from error

@@ -43,21 +43,23 @@ def load(
     max_context: int | None = None,
     kv_bytes: int = EngineConfig.kv_bytes,
     numerics: Numerics = "fast",
+    host_kv_bytes: int = 0,
 ) -> LLM:
     """A model ready to generate: weights on their devices, every graph compiled.
 
     model: a native checkpoint or run, a Hugging Face directory, a GGUF file, a Hub id, or a name that a package
     resolves (``smollm2-135m-instruct``). mesh: as ``tensor=2``; empty is one device. dtype: of the weights,
     ``float32`` or ``bfloat16``. max_context: tokens of a sequence, prompt included; None is as many as the model and
-    the pool allow. kv_bytes: what the pool of keys and values may take. numerics: ``fast``, or ``invariant``, in which
-    a token's log-probability is bitwise the same sampled or scored, whatever shares its batch.
+    the pool allow. kv_bytes: what the pool of keys and values may take; host_kv_bytes: host memory for what it has no
+    room for. numerics: ``fast``, or ``invariant``, in which a token's log-probability is bitwise the same sampled or
+    scored, whatever shares its batch.
     Raises UserError for anything wrong with these.
     """
     if str(dtype) not in DTYPES:
         raise unknown_name("dtype", str(dtype), DTYPES)
     if not isinstance(mesh, str):
         raise UserError(f"mesh: found {mesh!r:.40}, expected text such as 'tensor=2', or '' for one device")
-    config = EngineConfig(max_context=max_context, kv_bytes=kv_bytes, numerics=numerics)
+    config = EngineConfig(max_context, kv_bytes, host_kv_bytes, numerics=numerics)
     source = resolve(model)
     spec = MeshSpec.parse(mesh)
     tokenizer = Tokenizer.of(source)
@@ -144,7 +146,7 @@ class LLM:
     def request(self, tokens: Sequence[int], sampling: Sampling) -> Request:
         """A request whose text is kept; not queued yet."""
         request = self.engine.make_request(tokens, sampling)
-        request.text = Text(self.tokenizer.stream(skip_special=True), sampling.stop_text, sampling.min_tokens)
+        request.text = Text(lambda: self.tokenizer.stream(skip_special=True), sampling.stop_text, sampling.min_tokens)
         return request
 
     def pieces(self, request: Request) -> Iterator[str]:

@@ -5,6 +5,8 @@ The oracle is one device in float64 with optax itself: no mesh, no storage, no l
 
 import dataclasses
 import functools
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +33,9 @@ from jaxsys.train.config import DataConfig, TrainConfig
 from jaxsys.train.launch import batch_grid
 from parallelism import put, to_host
 from parallelism.sequence import METHODS
+
+# Whoever would lease live weights.
+NOBODY: Any = SimpleNamespace(held=False, begin_update=lambda: (False, False), publish=lambda params: None)
 
 MODELS = {
     "llama": LLAMA,
@@ -159,7 +164,7 @@ def steps(config):
         run.prepare()
         batch, found = run.launcher.place(host_batch(config, run)), []
         for n in range(STEPS):
-            params, state, metrics, _ = run.launcher.launch(params, state, batch, n, lambda _: 0.0, lambda _: None)
+            params, state, metrics, _ = run.launcher.launch(params, state, batch, n, lambda _: 0.0, NOBODY)
             for placed, arrays in ((run.stored, params), (run.optimizer_plan, state)):
                 for key, array in arrays.items():
                     want = placed.shardings[key]

@@ -15,12 +15,14 @@ import tyro
 from jaxsys.cli.generate import GenerateArgs
 from jaxsys.cli.graphs import GraphsArgs
 from jaxsys.cli.reshard import ReshardArgs
+from jaxsys.cli.serve import ServeArgs
 from jaxsys.cli.train import TrainArgs
 from parallelism.errors import UserError, unknown_name
 
 COMMANDS: dict[str, Any] = {
     "train": TrainArgs,
     "generate": GenerateArgs,
+    "serve": ServeArgs,
     "reshard": ReshardArgs,
     "graphs": GraphsArgs,
 }

@@ -28,6 +28,8 @@ class TrainArgs:
     """START:STOP: write a trace of these steps to the run directory."""
     print_config: bool = False
     """Print the resolved configuration as JSON, and do nothing else."""
+    serve: int | None = None
+    """PORT: answer HTTP requests from the weights in training, as jaxsys serve does; short for serve.port."""
     explain: bool = False
     """Compile the step, print every array with its sharding, what the step sends and what fills a device's memory,
     and do nothing else."""
@@ -45,6 +47,8 @@ class TrainArgs:
         config = configuration.override(recipes.find(self.config), self.set)
         if self.profile is not None:
             config = dataclasses.replace(config, profile=self.profile)
+        if self.serve is not None:
+            config = configuration.override(config, [f"serve.port={self.serve}"])
         if self.print_config:
             print(configuration.dumps(config))
             return 0

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -14,16 +14,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graphs
+from jaxsys.kernels.attention import Pool
 from jaxsys.live import Live
 from jaxsys.models.state import Model
 from jaxsys.serve.batch import empty_batch, pack
 from jaxsys.serve.forward import Numerics, Output, make_forward
 from jaxsys.serve.moves import Mover
 from jaxsys.serve.pages import Pages
-from jaxsys.serve.pool import make_pool, page_bytes, pool_dtype
+from jaxsys.serve.pool import least_bytes, make_pool, page_bytes, pool_dtype
 from jaxsys.serve.request import Made, Request, Top
 from jaxsys.serve.sampling import Sampling, token_ids, whole
-from jaxsys.serve.scheduler import Chunk, Scheduler, Size
+from jaxsys.serve.scheduler import Chunk, Counts, NewWeights, Plan, Scheduler, Size
 from parallelism.errors import UserError, unknown_name
 
 # A pool of so many times what its sequences can use at once keeps enough of what was said before.
@@ -44,9 +45,10 @@ class EngineConfig:
     sequences can use at once, the rest being for what can be used again. host_kv_bytes: host memory for more of that.
     page_size: positions a page; what attention reads at once. max_steps: tokens a sequence makes between two looks of
     the host. numerics: see ``jaxsys.serve.forward.Numerics``. sizes: the shapes that are compiled; None is those that
-    suit the numerics, and ``invariant`` has one, through which everything goes.
-    Raises UserError for a number that is not whole and positive, for numerics that there are not, or that the sizes do
-    not allow.
+    suit the numerics, and ``invariant`` has one, through which everything goes. new_weights: what running requests do
+    when weights are published, see ``jaxsys.serve.scheduler.NewWeights``.
+    Raises UserError for a number that is not whole and positive, for names that there are not, and for numerics that
+    the sizes do not allow.
     """
 
     max_context: int | None = None
@@ -56,6 +58,7 @@ class EngineConfig:
     max_steps: int = 16
     numerics: Numerics = "fast"
     sizes: tuple[Size, ...] | None = None
+    new_weights: NewWeights = "switch"
 
     def __post_init__(self) -> None:
         for name in ("max_context", "kv_bytes", "page_size", "max_steps"):
@@ -64,6 +67,8 @@ class EngineConfig:
         whole("host_kv_bytes", self.host_kv_bytes, 0)
         if str(self.numerics) not in SIZES:
             raise unknown_name("numerics", str(self.numerics), SIZES)
+        if str(self.new_weights) not in get_args(NewWeights):
+            raise unknown_name("new_weights", str(self.new_weights), get_args(NewWeights))
         if self.numerics == "invariant" and len(self.shapes) != 1:
             raise UserError(
                 f"numerics 'invariant' with {len(self.shapes)} sizes, expected one that everything goes through"
@@ -75,13 +80,26 @@ class EngineConfig:
         return self.sizes or SIZES[self.numerics]
 
 
+class NonFiniteLogits(UserError):
+    """The weights give NaN or infinite logits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A batch on its way."""
+
+    plan: Plan
+    output: Output
+
+
 class Engine:
     """Serves the parameters in ``live`` through graphs of its own in ``graphs``. For one thread.
 
     model: with the layout of those parameters; view: the name of a view of ``live`` to serve instead of them.
     name: of the model, in errors.
     The constructor compiles every graph and makes the pool; freeze ``graphs`` after it.
-    Raises UserError if the pool's bytes do not hold one sequence of ``max_context``.
+    Raises UserError if the pool's bytes do not hold one sequence of ``max_context``, and where ``invariant`` numerics
+    do not hold, which is tried.
     """
 
     def __init__(
@@ -96,18 +114,16 @@ class Engine:
     ):
         self.config = config = config or EngineConfig()
         self.model, self.live, self.graphs, self.view, self.name = model, live, graphs, view, name
-        params = dispatcher().call(lambda: dict(live.lease(view).params))
+        params = live.like(view)
         dtype = pool_dtype(params)
-        replicas = 1
-        if graphs.mesh is not None:  # as many as there are groups of devices that split a batch
-            replicas = math.prod(graphs.mesh.shape[axis] for axis in graphs.rules["replica"].mesh_axes)
+        replicas = replicas_of(graphs)
         self.max_context, pages = _pool_size(model, config, dtype, replicas)
         self._width = -(-self.max_context // config.page_size)
         slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype) // replicas
         allocators = [Pages(pages, config.page_size, slots) for _ in range(replicas)]
-        self.scheduler = Scheduler(allocators, config.shapes, config.max_steps)
-        make = graphs.compile("kv_pool", make_pool(model, replicas, pages, config.page_size, dtype))
-        pool = make.outputs
+        self.scheduler = Scheduler(allocators, config.shapes, config.max_steps, new_weights=config.new_weights)
+        self._make_pool = graphs.compile("kv_pool", make_pool(model, replicas, pages, config.page_size, dtype))
+        pool = self._make_pool.outputs
         everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
         shardings = None if everywhere is None else (everywhere, jax.tree.map(lambda a: a.sharding, pool))
         self._forward = {}
@@ -122,7 +138,10 @@ class Engine:
                 name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
             )
         self._mover = Mover(graphs, pool, slots)
-        self._pool = make()
+        self._pool: Pool | None = self._make_pool()
+        self._holding: frozenset[int] = frozenset()
+        if config.numerics == "invariant":
+            self._try_invariance()
 
     # -------------------------------------------------------------------------------------------------- requests
 
@@ -151,20 +170,22 @@ class Engine:
         setting, largest = sampling.largest_token()
         if largest >= vocabulary:
             raise UserError(f"{setting}: token {largest} is not in the vocabulary, expected 0 to {vocabulary - 1}")
-        room, wanted = self.max_context - len(tokens), min(sampling.max_tokens, 1)
+        # The last token of a score needs no position.
+        room, wanted = self.max_context - len(tokens), min(sampling.max_tokens, 1) or -1
         if room < wanted:
             raise UserError(
                 f"prompt of {len(tokens)} tokens, expected at most {self.max_context - wanted} in a context of "
                 f"{self.max_context}: give a shorter prompt, or raise max_context if the model "
                 f"({self.model.config.max_seq_len}) and the KV pool allow"
             )
-        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, max(room, 0)))
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         return Request(len(tokens), tokens, sampling, seed)
 
     def cancel(self, request: Request) -> None:
         """Drops a request and frees its pages."""
         self.scheduler.cancel(request)
+        self._hold()
 
     @property
     def busy(self) -> bool:
@@ -177,29 +198,42 @@ class Engine:
         """Runs the next packed batch; returns the requests that finished with it.
 
         max_steps: tokens a sequence at most, where fewer than the configured number are wanted at once.
-        Raises UserError if what the weights give is not finite.
+        Raises NonFiniteLogits if what the weights give is not finite.
         """
-        self.scheduler.publish(self.live.version)
-        plan = self.scheduler.schedule(max_steps)
-        if plan is None:
-            return []
-        batch = pack(plan, self._width, self.config.page_size, self.model.config.vocab_size)
-        graph = self._forward[plan.size]
+        launched = self.launch(max_steps)
+        return [] if launched is None else self.finish(launched)
 
-        def launch() -> tuple[int, Output]:
-            lease = self.live.lease(self.view)
-            self._pool = self._mover.launch(self._pool, plan.moves)
-            output, self._pool = graph(dict(lease.params), self._pool, batch)
-            return lease.version, output
+    def launch(self, max_steps: int | None = None) -> Launched | None:
+        """The first half of ``step``, which does not wait for the devices; None if there is nothing to do.
 
-        version, output = dispatcher().call(launch)
-        host = jax.device_get(output)
+        It is planned and launched in one piece of the dispatcher's work, so that weights do not change between.
+        """
+
+        def work() -> Launched | None:
+            self.scheduler.publish(self.live.version)
+            plan = self.scheduler.schedule(max_steps)
+            self._hold()
+            if plan is None:
+                return None
+            batch = pack(plan, self._width, self.config.page_size, self.model.config.vocab_size)
+            lease = self.live.lease(self.view, plan.version)
+            pool = self._make_pool() if self._pool is None else self._pool
+            pool = self._mover.launch(pool, plan.moves)
+            output, self._pool = self._forward[plan.size](dict(lease.params), pool, batch)
+            return Launched(plan, output)
+
+        return dispatcher().call(work)
+
+    def finish(self, launched: Launched) -> list[Request]:
+        """The second half of ``step``: waits for a batch; before the next is launched."""
+        plan = launched.plan
+        host = jax.device_get(launched.output)
         self._mover.settle()
         ran = int(host.steps)
         sampled = [(r, n) for r, chunks in enumerate(plan.chunks) for n, chunk in enumerate(chunks) if chunk.samples]
         logprobs = host.logprobs[:ran, [r for r, _ in sampled], [n for _, n in sampled]]
         if not all(np.isfinite(a).all() for a in (logprobs, host.target_logprobs)):
-            raise UserError(
+            raise NonFiniteLogits(
                 f"{self.name}: its logits are not finite, so no token can be chosen or scored: its weights hold NaN or "
                 "infinite values, or overflow their dtype; check the file, or take an earlier checkpoint"
             )
@@ -212,7 +246,53 @@ class Engine:
             ]
             for step in range(ran)
         ]
-        return self.scheduler.advance(plan, made, version)
+        finished = self.scheduler.advance(plan, made)
+        self._hold()
+        return finished
+
+    def _hold(self) -> None:
+        """Says which weights requests are bound to."""
+        if self.scheduler.versions != self._holding:
+            self._holding = self.scheduler.versions
+            dispatcher().call(self.live.hold, self, self.view, self._holding)
+
+    def _try_invariance(self) -> None:
+        """Some tokens alone, with others, and scored. Raises UserError where a log-probability differs by a bit."""
+        vocabulary, room = self.model.config.vocab_size, self.max_context
+        made, prompt = min(6, room // 2), [(37 * i + 11) % vocabulary for i in range(min(20, room - room // 2))]
+        settings = Sampling(made, temperature=0.0)
+        alone = self.add_request(prompt, settings)
+        self.run([alone])
+        others = [self.add_request([i % vocabulary] * (1 + 7 * i % (room - made)), settings) for i in range(1, 6)]
+        among = self.add_request(prompt, settings)
+        self.run([*others, among])
+        score = self.add_request(alone.tokens[:room], Sampling(max_tokens=0, prompt_logprobs=True))
+        self.run([score])
+        scored = score.prompt_logprobs[len(prompt) - 1 :]
+        for what, there in (("among others", among.logprobs), ("scored", scored)):
+            for i, (a, b) in enumerate(zip(alone.logprobs, there, strict=False)):
+                if a != b:
+                    raise UserError(
+                        f"numerics 'invariant' does not hold here: token {i + 1} of {made} has log-probability {a!r} "
+                        f"alone and {b!r} {what}: use 'fast'"
+                    )
+        self.scheduler.evict()
+        self.scheduler.counts = Counts()
+
+    def give_back(self) -> int:
+        """Frees the memory of the pool and of the view that is served, until the next batch; returns the pool's bytes.
+
+        Requests that run go on then, after their keys and values are computed again. Between batches.
+        """
+
+        def free() -> int:
+            freed = sum(a.nbytes for a in jax.tree.leaves(self._pool))
+            self._pool = None
+            self.live.release(self.view)
+            return freed
+
+        self.scheduler.evict()
+        return dispatcher().call(free)
 
     def _take_scores(self, host: Any, replica: int, chunks: Sequence[Chunk]) -> None:
         """Log-probabilities of the prompts' own tokens."""
@@ -221,10 +301,12 @@ class Engine:
             request = chunk.request
             if request.sampling.prompt_logprobs:
                 here = replica, slice(row, row + max(min(chunk.count, request.prompt_tokens - 1 - chunk.start), 0))
-                request.prompt_logprobs += host.target_logprobs[here].tolist()
+                # In place: a request that had to leave the pool may compute its prompt twice.
+                at = slice(chunk.start, chunk.start + chunk.count)
+                request.prompt_logprobs[at] = host.target_logprobs[here].tolist()
                 if wanted := request.sampling.logprobs:
                     of_rows = host.target_top_tokens[here], host.target_top_logprobs[here]
-                    request.prompt_top += [_top(*of_row, wanted) for of_row in zip(*of_rows, strict=True)]
+                    request.prompt_top[at] = [_top(*of_row, wanted) for of_row in zip(*of_rows, strict=True)]
             row += chunk.count
 
     def run(self, requests: Iterable[Request]) -> None:
@@ -267,17 +349,24 @@ def _top(tokens: np.ndarray, logprobs: np.ndarray, wanted: int) -> Top:
     return [(int(t), float(p)) for t, p in zip(tokens[:wanted], logprobs[:wanted], strict=True) if p > -np.inf]
 
 
+def replicas_of(graphs: Graphs) -> int:
+    """How many replicas of an engine there are: the groups of devices that split a batch."""
+    if graphs.mesh is None:
+        return 1
+    return math.prod(graphs.mesh.shape[axis] for axis in graphs.rules["replica"].mesh_axes)
+
+
 def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype, replicas: int) -> tuple[int, int]:
     """Positions of the longest sequence, and pages of each replica."""
     size = config.page_size
     affordable = config.kv_bytes // page_bytes(model, size, dtype) // replicas
     if affordable < 2:  # page 0 belongs to no sequence
-        least = 2 * page_bytes(model, size, dtype) * replicas
+        least = least_bytes(model, replicas, 1, size, dtype)
         raise UserError(f"kv_bytes={config.kv_bytes}, expected at least {least}: the smallest pool of this model")
     longest = min(model.config.max_seq_len, (affordable - 1) * size)
     wanted = longest if config.max_context is None else config.max_context
     if wanted > longest:
-        need = (-(-wanted // size) + 1) * page_bytes(model, size, dtype) * replicas
+        need = least_bytes(model, replicas, wanted, size, dtype)
         raise UserError(
             f"max_context {wanted}: expected 1 to {longest}: the model was trained with {model.config.max_seq_len} "
             f"positions, and a KV pool of {config.kv_bytes} bytes holds {(affordable - 1) * size} "

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
@@ -89,6 +90,7 @@ class FairShare:
         self._order: dict[int, list[tuple[float, int, str]]] = {}  # heaps of clients; some entries are out of date
         self._queued: set[Request] = set()
         self._known: set[Request] = set()
+        self._enough = 1024  # clients before some are forgotten
 
     def push(self, request: Request) -> None:
         client = request.client
@@ -140,6 +142,8 @@ class FairShare:
             self._present[request.client] -= 1
             if not self._present[request.client]:
                 del self._present[request.client]
+            if len(self._served) > self._enough:
+                self._forget()
 
     def served(self, client: str) -> float:
         """What a client was charged, and lifted by."""
@@ -147,6 +151,12 @@ class FairShare:
 
     def __len__(self) -> int:
         return len(self._queued)
+
+    def _forget(self) -> None:
+        """Drops the counters of clients that are away and would not be ahead of anybody when they came back."""
+        lowest = min((self._served[client] for client in self._present), default=math.inf)
+        self._served = {c: served for c, served in self._served.items() if c in self._present or served > lowest}
+        self._enough = max(1024, 2 * len(self._served))
 
     def _rank(self, priority: int, client: str) -> None:
         """A client's entry as it is now; those before it are out of date."""

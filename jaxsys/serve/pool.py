@@ -33,6 +33,11 @@ def page_bytes(model: Model, page_size: int, dtype: np.dtype) -> int:
     return page_size * (2 * c.n_layers * kv_heads(model) * c.head_dim * dtype.itemsize + 4)
 
 
+def least_bytes(model: Model, replicas: int, positions: int, page_size: int, dtype: np.dtype) -> int:
+    """Of the smallest pool that holds a sequence of so many positions on every replica."""
+    return replicas * (-(-positions // page_size) + 1) * page_bytes(model, page_size, dtype)
+
+
 def pool_dtype(params: Mapping[str, jax.Array]) -> np.dtype:
     """Keys and values are kept as activations are; bfloat16 kernels on CPU: float32, which is what it is fast in."""
     return np.dtype(activation_dtype(params["embed.kernel"].dtype))

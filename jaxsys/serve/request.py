@@ -38,7 +38,8 @@ class Request:
     client: whose it is, for fairness. priority: the lower the more urgent. leader: one with the same prompt that goes
     before it, so that it is computed once.
     The scheduler's own: number, in order of arrival; replica, where it runs; version, of the weights that made its
-    keys and values; root and digests, of its full pages (see ``jaxsys.serve.pages``).
+    keys and values; bound, of those that it is to end with; root and digests, of its full pages (see
+    ``jaxsys.serve.pages``).
     """
 
     prompt_tokens: int
@@ -61,6 +62,7 @@ class Request:
     number: int = 0
     replica: int = 0
     version: int | None = None
+    bound: int | None = None
     root: bytes = b""
     digests: list[bytes] = dataclasses.field(default_factory=list)
 
@@ -77,6 +79,14 @@ class Request:
     def longest(self) -> int:
         """Positions of the pool that it can come to use."""
         return max(self.prompt_tokens + self.sampling.max_tokens - 1, 0)
+
+    def restart(self) -> None:
+        """Forgets what was made."""
+        del self.tokens[self.prompt_tokens :]
+        for made in (self.logprobs, self.versions, self.processed, self.top, self.prompt_logprobs, self.prompt_top):
+            made.clear()
+        if self.text is not None:
+            self.text.restart()
 
     def take(self, made: Made, version: int) -> None:
         """Appends a made token, and finishes if it is the last."""

@@ -13,6 +13,8 @@ from parallelism.errors import UserError
 
 # What one graph has room for, for each sequence.
 STOPS, BIASES, ALTERNATIVES = 16, 320, 20
+# Settings as large as they may be keep logits, of float32 and of bfloat16, far from what is infinite.
+LARGEST = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Sampling:
         ``ALTERNATIVES``. processed_logprobs: the log-probabilities under the distribution that was drawn from, too.
     prompt_logprobs: those of the prompt's own tokens, too.
 
-    Raises UserError for a value out of range.
+    Raises UserError for a value out of range; numbers that have no range of their own are at most ``LARGEST``.
     """
 
     max_tokens: int = 16
@@ -63,16 +65,18 @@ class Sampling:
         whole("sampling: logprobs", self.logprobs, 0, ALTERNATIVES)
         if self.seed is not None:
             whole("sampling: seed", self.seed, 0, 2**32 - 1)
-        _real("temperature", self.temperature, 0.0, math.inf)
+        _real("temperature", self.temperature, 0.0, LARGEST)
         _real("top_p", self.top_p, math.ulp(0.0), 1.0)
         _real("min_p", self.min_p, 0.0, 1.0)
-        _real("repetition_penalty", self.repetition_penalty, math.ulp(0.0), math.inf)
-        _real("presence_penalty", self.presence_penalty, -math.inf, math.inf)
-        _real("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
+        _real("repetition_penalty", self.repetition_penalty, 1 / LARGEST, LARGEST)
+        _real("presence_penalty", self.presence_penalty, -LARGEST, LARGEST)
+        _real("frequency_penalty", self.frequency_penalty, -LARGEST, LARGEST)
         for name in ("processed_logprobs", "prompt_logprobs"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"sampling: {name}={getattr(self, name)!r}, expected True or False")
         self._check_tokens()
+        if self.min_tokens > self.max_tokens:
+            raise UserError(f"sampling: min_tokens={self.min_tokens}, expected at most max_tokens, {self.max_tokens}")
         if self.min_tokens and len(self.stop) > STOPS:
             raise UserError(f"sampling: min_tokens with {len(self.stop)} stop tokens, expected at most {STOPS}")
 
@@ -94,7 +98,7 @@ class Sampling:
             raise UserError(f"sampling: logit_bias of {len(self.logit_bias)} tokens, expected at most {BIASES}")
         for token, bias in self.logit_bias.items():
             whole("sampling: token of logit_bias", token, 0, 2**31 - 1)
-            _real("logit_bias", bias, -math.inf, math.inf)
+            _real("logit_bias", bias, -LARGEST, LARGEST)
 
     def largest_token(self) -> tuple[str, int]:
         """The largest token id that is named, and by which setting; -1 if none is."""
@@ -127,7 +131,6 @@ def token_ids(name: str, value: object, expected: str = "a list of token ids") -
 
 def _real(name: str, value: Any, low: float, high: float) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not low <= float(value) <= high or not math.isfinite(value):
-        most = "" if high == math.inf else f" and at most {high:g}"
-        least = "" if low == -math.inf else " of more than 0" if low == math.ulp(0.0) else f" of at least {low:g}"
-        raise UserError(f"sampling: {name}={value!r}, expected a number{least}{most}")
+    if not number or not low <= value <= high:
+        least = " of more than 0" if low == math.ulp(0.0) else f" of at least {low:g}"
+        raise UserError(f"sampling: {name}={value!r}, expected a number{least} and at most {high:g}")

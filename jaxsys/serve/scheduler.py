@@ -5,12 +5,16 @@ of rows; requests that lack one token come first, so that long prompts, which ta
 stall them (Sarathi-Serve, Agrawal et al. 2024). A request begins with pages for the tokens there are and gets more as
 it grows; when there are none left somebody leaves the pool, waits, and comes back to as much of its keys and values
 as is still there. Who that is, who comes first and who is let in, is decided by ``jaxsys.serve.policies``.
+
+A plan is for one version of the weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 from jaxsys.serve.pages import Move, Pages, root_of
 from jaxsys.serve.policies import Admission, FirstComeFirstServed, LastCome, Ordering, Preemption, Watermark
@@ -18,6 +22,12 @@ from jaxsys.serve.request import Made, Request
 from parallelism.errors import UserError
 
 MIXED = -1  # the version of keys and values that different weights made
+
+NewWeights = Literal["switch", "recompute", "finish", "restart"]
+"""What a running request does when weights are published. ``switch``: it goes on with them, and with the keys and
+values that it has (in-flight updates: PipelineRL, Piche et al. 2025). ``recompute``: it goes on with them once they
+have computed its tokens anew. ``finish``: it ends with the weights that it began with, which are kept for it.
+``restart``: it begins again at its prompt."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -55,13 +65,14 @@ class Chunk:
 class Plan:
     """One packed batch. chunks: of each replica. moves: of each replica's pages, to be done before it, in order.
 
-    steps: how many tokens each sampling chunk may make before the host has to look.
+    steps: how many tokens each sampling chunk may make before the host has to look. version: of the weights.
     """
 
     size: Size
     chunks: tuple[tuple[Chunk, ...], ...]
     steps: int
     moves: tuple[tuple[Move, ...], ...] = ()
+    version: int = 0
 
 
 @dataclasses.dataclass
@@ -84,7 +95,7 @@ class Scheduler:
     """Requests, waiting and running. One queue; each request runs on one of the replicas, which are in step.
 
     pages: of each replica. sizes: the shapes there are; max_steps: device steps of one plan. budget: rows of a replica
-    in a plan at most, None is those of the largest shape.
+    in a plan at most, None is those of the largest shape. new_weights: see ``NewWeights``.
     """
 
     def __init__(
@@ -97,6 +108,7 @@ class Scheduler:
         ordering: Ordering | None = None,
         admission: Admission | None = None,
         preemption: Preemption | None = None,
+        new_weights: NewWeights = "switch",
     ):
         self.pages, self.sizes, self.max_steps = tuple(pages), sorted(sizes), max_steps
         self.waiting: Ordering = FirstComeFirstServed() if ordering is None else ordering
@@ -111,8 +123,13 @@ class Scheduler:
             raise ValueError(f"a budget of {self.budget} rows for {self.max_sequences} sequences would stall some")
         self._running: tuple[list[Request], ...] = tuple([] for _ in self.pages)
         self._held: dict[Request, Request] = {}  # who waits for what another computes, and for whom
-        self._version, self._root = 0, root_of(0)
-        self._arrived = 0
+        self.new_weights = new_weights
+        self._version = 0
+        self._bound: Counter[int] = (
+            Counter()
+        )  # under ``finish``: requests that began with a version and are not finished
+        self._turns: dict[int, int] = {}  # plans before the last one for a version
+        self._arrived = self._planned = 0
 
     @property
     def busy(self) -> bool:
@@ -128,12 +145,34 @@ class Scheduler:
         """Requests that wait."""
         return len(self.waiting) + len(self._held)
 
+    @property
+    def versions(self) -> frozenset[int]:
+        """Versions of the weights that requests are bound to."""
+        return frozenset(self._bound)
+
     def publish(self, version: int) -> None:
-        """Keys and values of other weights are not used for requests that begin from now on."""
-        if version != self._version:
+        """There are new weights. Keys and values of others are not used for requests that begin from now on."""
+        if version == self._version:
+            return
+        before, self._version = self._version, version
+        self._forget(before)
+        if self.new_weights in ("recompute", "restart"):
+            for request in self.running:
+                self._preempt(request)
+
+    def _forget(self, version: int) -> None:
+        """Nothing that was computed with a version will be asked for, unless a request is bound to it."""
+        if version != self._version and version not in self._bound:
+            self._turns.pop(version, None)
             for pages in self.pages:
-                pages.forget(self._root)
-            self._version, self._root = version, root_of(version)
+                pages.forget(root_of(version))
+
+    def _version_of(self, request: Request) -> int:
+        """Of the weights that it is to be computed with."""
+        return self._version if request.bound is None else request.bound
+
+    def _root(self, request: Request) -> bytes:
+        return root_of(self._version_of(request))
 
     def add(self, request: Request) -> None:
         """Queues a request, unless it was cancelled before. Raises UserError if it could never run."""
@@ -162,13 +201,39 @@ class Scheduler:
             self._held.pop(request, None)
             if request.pages:
                 self._leave(request)
-            self.waiting.end(request)
+            self._end(request)
+
+    def evict(self) -> None:
+        """Nobody has pages any more, and nothing that was computed is known. Between plans."""
+        for request in self.running:
+            self._preempt(request)
+        for version in {self._version, *self._bound}:
+            for pages in self.pages:
+                pages.forget(root_of(version))
+        for pages in self.pages:
+            pages.moves = []
 
     # ------------------------------------------------------------------------------------------------------- plans
 
     def schedule(self, max_steps: int | None = None) -> Plan | None:
         """The next batch, or None if there is nothing to do. max_steps: fewer device steps than usual."""
         self._make_way()
+        for version in self._candidates():
+            if (plan := self._plan(version, max_steps)) is not None:
+                self._planned += 1
+                self._turns[version] = self._planned
+                return plan
+        return None
+
+    def _candidates(self) -> list[int]:
+        """Versions of which there may be something to do, the one first that has waited longest."""
+        if not self._bound:
+            return [self._version]
+        head = self.waiting.head()
+        present = {self._version_of(r) for r in (*self.running, *([head] if head is not None else []))}
+        return sorted(present | {self._version}, key=lambda version: self._turns.get(version, -1))
+
+    def _plan(self, version: int, max_steps: int | None) -> Plan | None:
         plan: list[list[Chunk]] = [[] for _ in self.pages]
         left = [self.budget] * len(self.pages)
 
@@ -179,19 +244,21 @@ class Scheduler:
 
         for n, running in enumerate(self._running):
             for request in self._in_turn(running):
+                if self._version_of(request) != version:
+                    continue
                 if left[n] and request in running and self._room(request):  # not if somebody before it took its place
                     take(request)
         self._let_go()
-        while (new := self._admit(left)) is not None:
+        while (new := self._admit(version, left)) is not None:
             take(new)
         if not any(plan):
             return None
         size = self._size(self.budget - min(left), max(map(len, plan)))
-        steps = self._steps(size, plan, min(max_steps or self.max_steps, self.max_steps))
+        steps = self._steps(version, size, plan, min(max_steps or self.max_steps, self.max_steps))
         moves = tuple(tuple(pages.moves) for pages in self.pages)
         for pages in self.pages:
             pages.moves = []
-        return Plan(size, tuple(map(tuple, plan)), steps, moves)
+        return Plan(size, tuple(map(tuple, plan)), steps, moves, version)
 
     def _in_turn(self, running: list[Request]) -> list[Request]:
         """Those who lack one token, then the others; each the most urgent first, then in order of arrival."""
@@ -205,10 +272,11 @@ class Scheduler:
     def _size(self, rows: int, sequences: int) -> Size:
         return next(size for size in self.sizes if size.rows >= rows and size.sequences >= sequences)
 
-    def _steps(self, size: Size, plan: list[list[Chunk]], most: int) -> int:
+    def _steps(self, version: int, size: Size, plan: list[list[Chunk]], most: int) -> int:
         """More than one only if all go on for as long, one row each is what the shape is for, and there are pages."""
         for chunks, running in zip(plan, self._running, strict=True):
-            if len(chunks) < len(running) or not all(chunk.samples for chunk in chunks):
+            wanted = sum(self._version_of(request) == version for request in running)
+            if len(chunks) < wanted or not all(chunk.samples for chunk in chunks):
                 return 1
         widest = max(map(len, plan))
         if size != self._size(widest, widest):
@@ -253,19 +321,22 @@ class Scheduler:
 
     def _fits(self, request: Request, replica: int) -> bool:
         pages = self.pages[replica]
-        return pages.fits(pages.match(request, self._root), *self._wanted(request, replica))
+        return pages.fits(pages.match(request, self._root(request)), *self._wanted(request, replica))
 
     def _wanted(self, request: Request, replica: int) -> tuple[int, int]:
         pages = self.pages[replica]
         known, longest = pages.needed(request.goal), pages.needed(request.longest)
         return self.admission.pages(known, longest, pages.count, len(self._running[replica]))
 
-    def _admit(self, left: list[int]) -> Request | None:
-        """Lets the next request in, if there is room. Who waits for another's pages is passed over.
+    def _admit(self, version: int, left: list[int]) -> Request | None:
+        """Lets the next request in, if there is room and it is one for this version. Who waits for another's pages is
+        passed over.
 
         It goes where most of it is there already, or else where most is free. left: rows of each replica.
         """
-        while (request := self.waiting.head()) is not None:
+        while (request := self.waiting.head()) is not None and self._version_of(request) == version:
+            if self.new_weights == "restart" and request.versions and request.versions[0] != version:
+                request.restart()
             open = [n for n, running in enumerate(self._running) if left[n] and len(running) < self.max_sequences]
             if not open:
                 return None
@@ -275,10 +346,11 @@ class Scheduler:
                 self.waiting.discard(request)
                 self._held[request] = owner
                 continue
-            matches = {n: self.pages[n].match(request, self._root) for n in open}
+            root = self._root(request)
+            matches = {n: self.pages[n].match(request, root) for n in open}
             open.sort(key=lambda n: (-matches[n].reach(self.pages[n].page_size), -self.pages[n].free))
             for n in open:
-                if self.pages[n].begin(request, self._root, matches[n], *self._wanted(request, n)):
+                if self.pages[n].begin(request, root, matches[n], *self._wanted(request, n)):
                     self._begin(request, n)
                     return request
             return None
@@ -288,7 +360,10 @@ class Scheduler:
         self.waiting.discard(request)
         request.replica = replica
         self._running[replica].append(request)
-        request.version = self._version if request.computed else None
+        if self.new_weights == "finish" and request.bound is None:
+            request.bound = self._version
+            self._bound[request.bound] += 1
+        request.version = self._version_of(request) if request.computed else None
         self.counts.reused += request.computed
 
     def _owner(self, request: Request) -> Request | None:
@@ -296,7 +371,7 @@ class Scheduler:
         leader = request.leader
         if leader is not None and leader.pages and leader.computed < leader.prompt_tokens:
             return leader
-        matches = [pages.match(request, self._root) for pages in self.pages]
+        matches = [pages.match(request, self._root(request)) for pages in self.pages]
         return max(matches, key=lambda match: (len(match.full), match.computing is not None)).computing
 
     def _let_go(self) -> None:
@@ -313,17 +388,26 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         self._running[request.replica].remove(request)
-        self.pages[request.replica].end(request, self._root if request.version == self._version else None)
+        known = request.version == self._version_of(request)
+        self.pages[request.replica].end(request, self._root(request) if known else None)
         request.version = None
+
+    def _end(self, request: Request) -> None:
+        """The request is finished."""
+        self.waiting.end(request)
+        if request.bound is not None:
+            self._bound[request.bound] -= 1
+            self._bound += Counter()  # without those that nobody is bound to
+            self._forget(request.bound)
 
     # ----------------------------------------------------------------------------------------------------- results
 
-    def advance(self, plan: Plan, made: Sequence[Sequence[Sequence[Made]]], version: int) -> list[Request]:
+    def advance(self, plan: Plan, made: Sequence[Sequence[Sequence[Made]]]) -> list[Request]:
         """Takes the result of a plan; returns the requests that finished.
 
-        made: [steps that ran][replica][chunk], looked at for chunks that sample. version: of the weights.
+        made: [steps that ran][replica][chunk], looked at for chunks that sample.
         """
-        self.publish(version)
+        version = plan.version
         done = []
         for r, n, chunk in [(r, n, chunk) for r, chunks in enumerate(plan.chunks) for n, chunk in enumerate(chunks)]:
             request = chunk.request
@@ -340,8 +424,8 @@ class Scheduler:
             elif not request.sampling.max_tokens and request.computed == request.goal:
                 request.finish_reason = "length"
             request.version = version if request.version in (None, version) else MIXED
-            if request.version == version:
-                self.pages[r].computed(request, self._root, computed)
+            if request.version == version == self._version_of(request):
+                self.pages[r].computed(request, root_of(version), computed)
             self.waiting.charge(request, request.computed - computed, request.made - tokens)
             self.counts.computed += request.computed - computed
             self.counts.made += request.made - tokens
@@ -349,6 +433,6 @@ class Scheduler:
                 done.append(request)
         for request in done:
             self._leave(request)
-            self.waiting.end(request)
+            self._end(request)
         self.counts.finished += len(done)
         return done

@@ -33,11 +33,12 @@ class SimulatedExecutor:
         self._page_size, self._vocabulary, self._cost = page_size, vocabulary, cost or Cost()
         self._device: dict[tuple[int, int], dict[int, int]] = {}  # by replica and page
         self._host: dict[tuple[int, int], dict[int, int]] = {}
-        self.version = 0
+        self._version = 0
         self.seconds = 0.0
 
     def run(self, plan: Plan) -> list[list[list[Made]]]:
         """What a plan makes, [steps that ran][replica][chunk]; it ends early where a chunk makes a stop token."""
+        self._version = plan.version
         for replica, moves in enumerate(plan.moves):
             for move in moves:
                 self._move(replica, move)
@@ -73,12 +74,12 @@ class SimulatedExecutor:
 
     def _write(self, request: Request, position: int, token: int) -> None:
         page = self._device.setdefault((request.replica, request.pages[position // self._page_size]), {})
-        page[position % self._page_size] = hash((self.version, position, token))
+        page[position % self._page_size] = hash((self._version, position, token))
 
     def _token(self, request: Request, end: int) -> int:
         size = self._page_size
         pages = [self._device.get((request.replica, page), {}) for page in request.pages[: -(-end // size)]]
-        return hash((self.version, *(pages[at // size].get(at % size) for at in range(end)))) % self._vocabulary
+        return hash((self._version, *(pages[at // size].get(at % size) for at in range(end)))) % self._vocabulary
 
 
 @dataclasses.dataclass
@@ -106,14 +107,15 @@ def serve(
         for at, request in each:
             heapq.heappush(events, (at, len(events), kind, request))
     times: dict[Request, Served] = {}
+    version = 0
     while events or scheduler.busy:
         if not scheduler.busy:
             executor.seconds = max(executor.seconds, events[0][0])
         while events and events[0][0] <= executor.seconds:
             at, _, kind, request = heapq.heappop(events)
             if kind == "publish":
-                executor.version += 1
-                scheduler.publish(executor.version)
+                version += 1
+                scheduler.publish(version)
             elif kind == "cancel":
                 assert request is not None
                 scheduler.cancel(request)
@@ -127,7 +129,7 @@ def serve(
                 raise RuntimeError("requests wait, and nothing runs")
             continue
         before = {chunk.request: chunk.request.made for chunks in plan.chunks for chunk in chunks}
-        scheduler.advance(plan, executor.run(plan), executor.version)
+        scheduler.advance(plan, executor.run(plan))
         for request, made in before.items():
             served = times[request]
             if request.made > made:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 
@@ -17,12 +17,17 @@ class Pieces(Protocol):
 class Text:
     """What is sure of a text that grows. What may be the beginning of a stop is held back until it is known.
 
-    stops: texts that end it and are no part of it. least: tokens before which none does.
-    sure: the text so far. stopped: whether a stop came.
+    pieces: makes what turns tokens into text. stops: texts that end it and are no part of it. least: tokens before
+    which none does. sure: the text so far. stopped: whether a stop came.
     """
 
-    def __init__(self, pieces: Pieces, stops: Sequence[str] = (), least: int = 0):
-        self._pieces, self._stops, self._least = pieces, tuple(stops), least
+    def __init__(self, pieces: Callable[[], Pieces], stops: Sequence[str] = (), least: int = 0):
+        self._make, self._stops, self._least = pieces, tuple(stops), least
+        self.restart()
+
+    def restart(self) -> None:
+        """There are no tokens any more."""
+        self._pieces = self._make()
         self._held, self._tokens = "", 0
         self.sure, self.stopped, self._finished = "", False, False
 

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from jaxsys.configuration import expect, expect_at_least, expect_positive, expect_text
 from jaxsys.models.config import ModelConfig
 from jaxsys.optim import OptimConfig
+from jaxsys.serve.engine import EngineConfig
+from jaxsys.serve.forward import Numerics
+from jaxsys.serve.scheduler import NewWeights
 from parallelism import sequence, target
 from parallelism.errors import UserError
 from parallelism.liveness import Limits
@@ -112,6 +115,36 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """A server, as ``jaxsys serve`` is one, that answers from the weights in training as long as the run goes on.
+
+    port: where it listens, 0 for a free one; None serves nobody. host: 0.0.0.0 listens to other machines too.
+    share: of the devices' time that it has when training wants them too. new_weights: what its requests do when a step
+    gives new weights, see ``jaxsys.serve.scheduler.NewWeights``.
+    max_context: tokens of a prompt with its continuation; None is as many as the model and the pool allow. kv_bytes,
+    host_kv_bytes: of the pool of keys and values, and host memory for more. max_queue: requests that may wait.
+    api_keys_file: a file of keys, one a line, of which a client must have one.
+    """
+
+    port: int | None = None
+    host: str = "127.0.0.1"
+    share: float = 0.2
+    new_weights: NewWeights = "switch"
+    max_context: int | None = None
+    kv_bytes: int = EngineConfig.kv_bytes
+    host_kv_bytes: int = 0
+    max_queue: int = 1024
+    api_keys_file: str | None = None
+
+    def __post_init__(self) -> None:
+        expect(self, "0 to 65535", lambda port: port is None or 0 <= port < 2**16, "port")
+        expect(self, "above 0 and below 1", lambda share: 0 < share < 1, "share")
+        expect_at_least(self, 1, "max_context", "kv_bytes", "max_queue")
+        expect_at_least(self, 0, "host_kv_bytes")
+        expect_text(self, "host", "api_keys_file")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
@@ -124,7 +157,8 @@ class TrainConfig:
     offload: what lives in host memory, such as ``optimizer=0.5,parameters,activations=residual``; see docs/offload.md.
     context_method: how attention works on a mesh with context > 1, see ``parallelism.sequence``.
     eval_every: steps between evaluations on held-out text (0: only before and after), of ``eval_batches`` batches.
-    sample: prompts to continue along the way, from the live weights.
+    sample: prompts to continue along the way, from the live weights. serve: a server of them. numerics: of evaluation,
+    samples and server, which run the same programs, see ``jaxsys.serve.forward.Numerics``.
     target: named hardware whose peak utilisation is stated against; None finds it, or states none.
     liveness: after how long a job of several processes ends because one of them is dead or hangs.
     profile: ``START:STOP`` writes a trace of these steps to the run directory.
@@ -143,6 +177,7 @@ class TrainConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
+    serve: ServeConfig = ServeConfig()
     steps: int = 100
     seed: int = 0
     accumulate: int = 1
@@ -154,6 +189,7 @@ class TrainConfig:
     parameter_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     compute_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     storage: Literal["listed", "stacked"] | None = None
+    numerics: Numerics = "fast"
     eval_every: int = 50
     eval_batches: int = 4
     log_every: int = 1

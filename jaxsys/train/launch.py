@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graph, Graphs
+from jaxsys.live import Live
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.step import Arrays, Step, groups
 from parallelism import Plan, Rules, balance, placement, sequence
@@ -49,11 +50,6 @@ class Launcher:
         self.programs: list[tuple[Graph, int]] = []
 
     @property
-    def microbatch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What a graph of one microbatch of rows in order [B, T] is compiled for."""
-        return self._abstract(self._rows, self._config.data.seq_len, sharding=self._micro)
-
-    @property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A whole batch [A, B, T], as the fused step takes it."""
         return self._abstract(self._config.accumulate, *self._shape, sharding=self._whole)
@@ -62,11 +58,6 @@ class Launcher:
     def rows(self) -> list[slice]:
         """The rows of a batch that this process's devices hold, as runs in order."""
         return self._runs(self._config.accumulate, self._shape[0])
-
-    @property
-    def rows_in_order(self) -> list[slice]:
-        """As ``rows``, of one microbatch of rows in order (held-out text)."""
-        return self._runs(1, self._rows)
 
     @property
     def share(self) -> float:
@@ -82,10 +73,6 @@ class Launcher:
         rows = [i * each + row for i in range(microbatches) for row in self._held(each)]
         ends = [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
         return [slice(rows[a], rows[b - 1] + 1) for a, b in zip([0, *ends], [*ends, len(rows)], strict=True)]
-
-    def place_in_order(self, host: dict[str, np.ndarray]) -> Arrays:
-        """A microbatch of rows in order on its devices, from the rows ``rows_in_order`` of it."""
-        return {k: self._put(host[k], self._rows, self._micro) for k in BATCH_ARRAYS}
 
     def place(self, host: dict[str, np.ndarray]) -> Any:
         """The batch on its devices, for ``launch``: the size of its split region, None where it has none, and one array
@@ -108,24 +95,31 @@ class Launcher:
 
         return jax.make_array_from_callback((*held.shape[:-2], rows, held.shape[-1]), sharding, part)
 
-    def prepare(self, params: Any, state: Any) -> None:
-        """Compiles every graph of the step, for arrays like these.
+    def prepare(self, params: Any, state: Any, keeping: bool = False) -> None:
+        """Compiles every graph of the step, for arrays like these. keeping: also one that does not donate parameters.
 
         Raises UserError where the programs do not move what the configuration offloads.
         """
-        c, step = self._config, np.int32(0)
+        c, step, self._keeping = self._config, np.int32(0), keeping
         if c.step_form == "split":
             self._compile_split(params, state, step)
             return
         out = (*_shardings((params, state)), None)
         self._fused = {
-            split: self._graphs.compile(
-                _named("train_step", split), f.fused, params, state, step, self.batch, donate=(0, 1), out_shardings=out
+            (split, kept): self._graphs.compile(
+                _named("train_step", split, kept), f.fused, params, state, step, self.batch,
+                donate=(1,) if kept else (0, 1), out_shardings=out,
             )
             for split, f in self._steps.items()
-        }
-        self.programs = [(self._fused[self._largest], 1)]
+            for kept in self._variants
+        }  # fmt: skip
+        self.programs = [(self._fused[self._largest, False], 1)]
         self._check_offload((graph, (params, state)) for graph in self._fused.values())
+
+    @property
+    def _variants(self) -> tuple[bool, ...]:
+        """Whether parameters are kept, of the programs that can donate them."""
+        return (False, True) if self._keeping else (False,)
 
     def _compile_split(self, params: Any, state: Any, step: Any) -> None:
         f, graphs = self._functions, self._graphs
@@ -159,24 +153,26 @@ class Launcher:
         def update(params: Any, own: Any, shared: Any, grads: Any, scale: Any, step: Any) -> Any:
             return f.update(params, {**own, **shared}, grads, scale, step)
 
-        self._updates: list[Graph] = []
+        self._updates: dict[tuple[int, bool], Graph] = {}
         programs: list[tuple[Graph, Any]] = [(self._grads[self._largest], params)]
         for i, keys in enumerate(self._groups):
             group, own, shared = self._group(params, state, keys)
             grads = {k: acc[0][k] for k in keys}
             out = _shardings((group, {**own, **shared}))
-            self._updates.append(
-                graphs.compile(
-                    f"update[{i}]", update, group, own, shared, grads, scale, step, donate=(0, 1), out_shardings=out
-                )
-            )
-            programs.append((self._updates[i], (group, own)))
+            for kept in self._variants:
+                donate = (1,) if kept else (0, 1)
+                self._updates[i, kept] = graphs.compile(
+                    _named(f"update[{i}]", None, kept), update, group, own, shared, grads, scale, step, donate=donate,
+                    out_shardings=out,
+                )  # fmt: skip
+                programs.append((self._updates[i, kept], (group, own)))
         more, once = self._config.accumulate - 1, [self._grads, *([self._count] if whole else [])]
         again = [self._accumulate, *([self._count_more] if whole else [])] if more else []
         self.programs = [
             *((graphs[self._largest], 1) for graphs in once),
             *((graphs[self._largest], more) for graphs in again),
-            *((graph, 1) for graph in (self._finish, *self._updates)),
+            (self._finish, 1),
+            *((graph, 1) for (_, kept), graph in self._updates.items() if not kept),
         ]
         self._check_offload(programs)
 
@@ -200,12 +196,14 @@ class Launcher:
         batches: Any,
         step: int,
         copied: Callable[[Iterable[str] | None], float],
-        publish: Callable[[Arrays], Any],
+        live: Live,
+        pause: Callable[[Any], None] = lambda arrays: None,
     ) -> tuple[Arrays, Arrays, Arrays, float]:
         """One step on the dispatcher's thread: new parameters, optimizer state, metrics, and seconds waited.
 
         copied: waits until a snapshot has copied these keys (None: all), before they are donated; returns seconds.
-        publish: called with the new parameters in the piece of work that donates the old.
+        live: where the new parameters are published, in the piece of work that donates the last of the old.
+        pause: called after each piece of the step with what it made; other work may come in between.
         """
         number = np.int32(step)
         split, arrays = batches
@@ -213,29 +211,48 @@ class Launcher:
             waited = copied(None)
 
             def work() -> tuple[Arrays, Arrays, Arrays]:
-                new = self._fused[split](params, state, number, arrays)
-                publish(new[0])
+                new = self._fused[split, live.held](params, state, number, arrays)
+                live.publish(new[0])
                 return new
 
-            return *dispatcher().call(work), waited
-        whole = self._counts(params, split, arrays)
-        sums = self._grads[split](params, arrays[0], *whole)
+            new = dispatcher().call(work)
+            pause(new[2])
+            return *new, waited
+        counts = self._counts(params, split, arrays)
+        sums = self._grads[split](params, arrays[0], *counts)
         for more in arrays[1:]:
-            sums = self._accumulate[split](sums, params, more, *whole)
+            pause(sums[1])
+            sums = self._accumulate[split](sums, params, more, *counts)
         scale, metrics = self._finish(sums, number)
+        pause(metrics)
+        waited, new_params, new_state = 0.0, dict(params), dict(state)
 
-        def update() -> tuple[Arrays, Arrays, Arrays, float]:
-            # One piece of work: a lease taken between two groups would hold donated arrays.
-            waited, new_params, new_state = 0.0, dict(params), dict(state)
-            for keys, graph in zip(self._groups, self._updates, strict=True):
-                group, own, shared = self._group(params, state, keys)
-                waited += copied([*group, *own])
-                new, opt = graph(group, own, shared, {k: sums[0][k] for k in keys}, scale, number)
-                new_params, new_state = {**new_params, **new}, {**new_state, **opt}
-            publish(new_params)
-            return new_params, new_state, metrics, waited
+        def update(i: int, held: bool) -> Arrays:
+            nonlocal waited
+            keys = self._groups[i]
+            group, own, shared = self._group(params, state, keys)
+            waited += copied([*group, *own])
+            new, opt = self._updates[i, held](group, own, shared, {k: sums[0][k] for k in keys}, scale, number)
+            new_params.update(new)
+            new_state.update(opt)
+            return opt
 
-        return dispatcher().call(update)
+        def begin() -> tuple[bool, bool]:
+            held, whole = live.begin_update()
+            if not whole:  # in one piece of work: a lease taken between two groups would hold donated arrays
+                for i in range(len(self._groups)):
+                    update(i, held)
+                live.publish(new_params)
+            return held, whole
+
+        held, whole = dispatcher().call(begin)
+        if whole:
+            for i in range(len(self._groups)):
+                pause(update(i, held))
+            live.publish(new_params)
+        else:
+            pause(new_params)
+        return new_params, new_state, metrics, waited
 
     @property
     def _counted(self) -> bool:
@@ -269,8 +286,8 @@ def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda array: placement.of_result(array.sharding), tree)
 
 
-def _named(graph: str, split: int | None) -> str:
-    return graph if split is None else f"{graph}[split={split}]"
+def _named(graph: str, split: int | None, kept: bool = False) -> str:
+    return graph + ("" if split is None else f"[split={split}]") + ("[kept]" if kept else "")
 
 
 def batch_grid(config: TrainConfig, mesh: Mesh, rules: Rules) -> balance.Grid:

@@ -81,11 +81,6 @@ class Step:
         routed = (c.experts_of(layer) for layer in range(c.n_layers))
         return any(e is not None and bool(e.balance_loss or e.z_loss) for e in routed)
 
-    def losses(self, params: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Sum of -log p over the targets of one microbatch [B, T], and their number."""
-        loss, targets, _ = self._forward(params, batch)
-        return loss, targets
-
     def _forward(self, params: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array, RouterSums | None]:
         dtypes = self.model.compute_dtypes(self.compute_dtype)
         # What lies in host memory is fetched, and cast, by the layer that it belongs to.

@@ -28,15 +28,17 @@ from jaxsys.live import Live
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.optim import OptimConfig, Optimizer
+from jaxsys.serve.engine import NonFiniteLogits
 from jaxsys.tokenizer import Tokenizer
-from jaxsys.train import resume
+from jaxsys.train import live_server, resume
 from jaxsys.train.abstract import AbstractRun, starting_model
 from jaxsys.train.agreement import agree, facts, model_files
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.explain import explained
+from jaxsys.train.inference import Inference
 from jaxsys.train.launch import batch_grid
+from jaxsys.train.live_server import LiveServer
 from jaxsys.train.metrics import Metrics, NoMetrics
-from jaxsys.train.samples import Samples
 from jaxsys.train.stop import Stop
 from parallelism import balance, create, detect, put, target
 from parallelism.coordinator import default_coordinator, in_turns, together
@@ -90,6 +92,7 @@ class Trainer:
             )
         self.watch.launches = dispatcher().launches
         self.lead = self.watch.processes.index == 0
+        listening = live_server.prepare(config.serve, expected)
         self.config, self.console = config, console or Console(shown=self.lead)
         self.watch.phase("comparing with the other processes", setup=True)
         if found > 1:
@@ -112,7 +115,13 @@ class Trainer:
                 self._restore_or_begin(pretrained)
                 self.live = Live(self.params, self.graphs)
                 self._compile()
+            self.server: LiveServer | None = None
+            if listening is not None:
+                assert self.inference is not None
+                self.server = LiveServer(config, self.inference, listening, self.console)
         except BaseException:
+            if listening is not None:
+                listening.close()
             self.manager.close()
             raise
         self.stop, self._stopped = Stop(), False
@@ -248,17 +257,16 @@ class Trainer:
         c, f = self.config, self.step_functions
         self.watch.phase("compiling", setup=True)
         with self.console.stage("compile") as said:
-            if c.eval_batches:
-                self.evaluate_graph = self.graphs.compile("evaluate", f.losses, self.params, self.launcher.microbatch)
             self.finite_graph = self.graphs.compile("finite", f.finite, {**self.params, **self.opt_state})
-            self.launcher.prepare(self.params, self.opt_state)
-            self.samples: Samples | None = None
-            if c.sample.prompts:
-                self.samples = Samples(
-                    c.sample, self.model, self.live, self.graphs, self.tokenizer, c.compute_dtype, c.seed,
+            self.inference: Inference | None = None
+            if c.eval_batches or c.sample.prompts or c.serve.port is not None:
+                self.inference = Inference(
+                    c, self.model, self.live, self.graphs, self.tokenizer,
                     self.plan.shardings if self.step_functions.offload.parameters else None,
                 )  # fmt: skip
-                said.append(f"view for samples {self.samples.view_bytes / 1e6:.0f} MB")
+                said.append(f"view for inference {self.inference.view_bytes / 1e6:.0f} MB")
+            keeping = self.inference is not None and self.inference.keeps
+            self.launcher.prepare(self.params, self.opt_state, keeping)
             said.append(f"{len(self.graphs)} graphs")
             self._meet()
         self.graphs.freeze()
@@ -303,6 +311,8 @@ class Trainer:
                 "model_flops_per_second": host["flops"] / seconds,
                 "seconds": seconds,
             }
+            if self.server is not None:
+                values |= self.server.trained(host["tokens"])
             if step > begun:  # the first step of a start includes loading its programs
                 spent, tokens, flops = spent + seconds, tokens + host["tokens"], flops + host["flops"]
             if (step + 1) % c.log_every == 0:
@@ -361,6 +371,8 @@ class Trainer:
             self.manager.wait()
             written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
             metrics.write(self.step, {"stall_seconds": stall, "checkpoint_bytes": written})
+        if self.server is not None:
+            self.console.line(self.server.report())
         peak = self._peak()
         lost = [str(f.error) for f in self.manager.failures if f.step == saved]
         return Summary(
@@ -390,9 +402,15 @@ class Trainer:
         def copied(keys: Iterable[str] | None) -> float:
             return self._save.copied(keys) if self._save else 0.0
 
-        self.params, self.opt_state, self._metrics, waited = self.launcher.launch(
-            self.params, self.opt_state, batches, step, copied, self.live.publish
-        )
+        def pause(arrays: Any) -> None:
+            if self.server is not None:
+                jax.block_until_ready(arrays)
+                self.server.share.pause("train")
+
+        with contextlib.nullcontext() if self.server is None else self.server.share.turn("train"):
+            self.params, self.opt_state, self._metrics, waited = self.launcher.launch(
+                self.params, self.opt_state, batches, step, copied, self.live, pause
+            )
         return waited
 
     def _checkpoint(self, final: bool) -> float:
@@ -410,11 +428,16 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean loss over the first ``eval_batches`` held-out batches, in nats a token."""
         total = count = 0.0
-        for i in range(min(self.config.eval_batches, self.heldout_data.steps_per_epoch)):
-            self.watch.phase(f"evaluating batch {i + 1}", self.step)
-            batch = self.launcher.place_in_order(self.heldout_data.batch(i, self.launcher.rows_in_order))
-            loss, targets = self.evaluate_graph(self.params, batch)
-            total, count = total + float(loss), count + float(targets)
+        assert self.inference is not None
+        try:
+            for i in range(min(self.config.eval_batches, self.heldout_data.steps_per_epoch)):
+                self.watch.phase(f"evaluating batch {i + 1}", self.step)
+                loss, targets = self.inference.losses(self.heldout_data.batch(i))
+                total, count = total + loss, count + targets
+        except NonFiniteLogits:
+            return math.nan
+        finally:
+            self.inference.rest()
         return total / max(count, 1.0)
 
     def _evaluated(self, metrics: Metrics | NoMetrics) -> float:
@@ -427,11 +450,12 @@ class Trainer:
         return loss
 
     def _sampled(self, metrics: Metrics | NoMetrics) -> None:
-        if self.samples is None:
+        if self.inference is None or not self.config.sample.prompts:
             return
         self.watch.phase("sampling", self.step)
         with self.console.stage(f"samples at step {self.step}") as said:
-            taken = self.samples.take()
+            taken = self.inference.samples()
+            self.inference.rest()
             said.append(f"weights of version {self.live.version}")
         pairs = [
             {"prompt": prompt, "text": result.text}
@@ -508,7 +532,9 @@ class Trainer:
         at(None)
 
     def close(self) -> None:
-        """Finishes pending saves and gives the run's directory back."""
+        """Ends the server, finishes pending saves and gives the run's directory back."""
+        if self.server is not None:
+            self.server.close()
         self.manager.close()
 
     def __enter__(self) -> Trainer:

@@ -418,6 +418,8 @@ def test_template_has_what_hugging_face_templates_use(template, text):
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% if %}", "cannot render"),
+        ("{{ 1 // 0 }}", "cannot render these messages: integer division"),
+        ("{% for i in range(1000000) %}{% endfor %}", "cannot render these messages: Range too big"),
         ("{{ raise_exception('one\\ntwo') }}", "one two"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
     ],

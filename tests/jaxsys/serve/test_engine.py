@@ -12,6 +12,7 @@ from tiny_models import x64
 from jaxsys.graphs import Graphs, LateCompileError, no_compiles
 from jaxsys.live import Live
 from jaxsys.models.state import build
+from jaxsys.serve import engine as engine_module
 from jaxsys.serve.engine import Engine, EngineConfig
 from jaxsys.serve.forward import make_forward
 from jaxsys.serve.pages import Pages
@@ -285,6 +286,18 @@ def test_replicas_send_each_other_nothing_of_their_keys_and_values():
     assert all(each.nbytes < read for each in collectives(forward.text, engine.graphs.mesh))
 
 
+def test_invariance_is_tried_at_the_start(monkeypatch):
+    made = engine_module._made
+
+    def by_row(host, at, chunk):
+        out = made(host, at, chunk)
+        return out._replace(logprob=out.logprob * (1 + 1e-7 * at[2]))
+
+    monkeypatch.setattr(engine_module, "_made", by_row)
+    with pytest.raises(UserError, match="numerics 'invariant' does not hold here: token 1 of 6 has log-probability"):
+        make_engine(numerics="invariant", sizes=None)
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -296,7 +309,7 @@ def test_replicas_send_each_other_nothing_of_their_keys_and_values():
         ([-1], GREEDY, "token -1"),
         ([1], Sampling(1, stop=(97,)), "stop: token 97 is not in the vocabulary, expected 0 to 96"),
         ([1] * 96, GREEDY, "prompt of 96 tokens, expected at most 95 in a context of 96"),
-        ([1] * 97, Sampling(0), "prompt of 97 tokens, expected at most 96"),
+        ([1] * 98, Sampling(0), "prompt of 98 tokens, expected at most 97"),
         ([1.9], GREEDY, "found 1.9 among its tokens, expected whole numbers"),
         ([1, True], GREEDY, "found True among its tokens"),
         (["1"], GREEDY, "found '1' among its tokens"),

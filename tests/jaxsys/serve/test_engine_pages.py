@@ -67,6 +67,19 @@ def test_who_leaves_the_pool_comes_back_by_way_of_host_memory(cramped, alone):
         assert (request.tokens, request.logprobs) == expected
 
 
+def test_a_prompt_that_is_computed_twice_is_scored_once(cramped, alone):
+    sampling = dataclasses.replace(SAMPLING, max_tokens=20, prompt_logprobs=True, logprobs=2)
+    before = cramped.scheduler.counts.preempted
+    requests = [cramped.add_request([i] * 40, sampling) for i in range(5)]
+    cramped.run(requests)
+    assert cramped.scheduler.counts.preempted > before
+    once = cramped.add_request([4] * 40, sampling)
+    cramped.run([once])
+    for request in requests:
+        assert (len(request.prompt_logprobs), len(request.prompt_top)) == (39, 39)
+    assert (requests[4].prompt_logprobs, requests[4].prompt_top) == (once.prompt_logprobs, once.prompt_top)
+
+
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_any_mix_ends_as_each_request_alone_and_gives_back_every_page(cramped, alone, seed):
     """20 requests a mix: common beginnings, siblings, priorities, some cancelled."""

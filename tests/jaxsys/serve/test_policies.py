@@ -54,6 +54,45 @@ def test_nobody_saves_up_while_away():
     assert queue.served("late") == 100
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_clients_that_do_not_come_back_are_forgotten(busy):
+    queue = FairShare()
+    stays = request(0, "stays")
+    if busy:
+        queue.push(stays)
+    for i in range(1, 10_000):
+        once = request(i, f"client {i}")
+        queue.push(once)
+        queue.discard(once)
+        queue.charge(once, 1, 0)
+        if busy:
+            queue.charge(stays, 1, 0)
+        queue.end(once)
+    assert len(queue._served) < 2500
+    if busy:
+        assert queue.served("stays") == 9999
+
+
+def test_who_was_served_more_than_those_who_wait_is_not_forgotten():
+    queue = FairShare()
+    waits, greedy = request(0, "waits"), request(1, "greedy")
+    for r in (waits, greedy):
+        queue.push(r)
+    queue.charge(greedy, 1000, 0)
+    for i in range(2, 5000):
+        queue.push(once := request(i, f"client {i}"))
+        queue.discard(once)
+        queue.end(once)
+    queue.discard(greedy)
+    queue.end(greedy)
+    for i in range(5000, 9000):
+        queue.push(once := request(i, f"client {i}"))
+        queue.discard(once)
+        queue.end(once)
+    assert queue.served("greedy") == 1000
+    assert len(queue._served) < 2500
+
+
 def test_a_client_with_few_requests_does_not_wait_behind_one_with_many():
     """Under overload, against first come first served; and both get the same work done."""
     sizes = (Size(1, 1), Size(4, 4), Size(16, 4, queries=4))

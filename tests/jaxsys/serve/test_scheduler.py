@@ -34,7 +34,7 @@ def execute(s, plan):
         tokens.append(row)
         if any(c.samples and t in c.request.sampling.stop for c, t in zip(plan.chunks[0], row, strict=True)):
             break
-    return s.advance(plan, [[[Made(token, 0.0) for token in row]] for row in tokens], version=7)
+    return s.advance(plan, [[[Made(token, 0.0) for token in row]] for row in tokens])
 
 
 def chunks(plan):
@@ -194,16 +194,17 @@ def test_other_weights_use_nothing_of_what_was_computed():
         s.add(request(20, 1))
         plan = s.schedule()
         assert chunks(plan) == [(0, 16, False)]
-        s.advance(plan, [[[Made(0, 0.0)]]], version)
-        s.advance(s.schedule(), [[[Made(0, 0.0)]]], version)
+        s.advance(plan, [[[Made(0, 0.0)]]])
+        s.advance(s.schedule(), [[[Made(0, 0.0)]]])
     assert s.counts.reused == 0
 
 
 def test_what_different_weights_computed_is_used_by_nobody_else():
     s = scheduler()
     s.add(request(20, 1))
-    s.advance(s.schedule(), [[[Made(0, 0.0)]]], 0)
-    s.advance(s.schedule(), [[[Made(0, 0.0)]]], 1)
+    s.advance(s.schedule(), [[[Made(0, 0.0)]]])
+    s.publish(1)
+    s.advance(s.schedule(), [[[Made(0, 0.0)]]])
     s.add(request(20, 1))
     assert chunks(s.schedule()) == [(0, 16, False)]
 

@@ -41,7 +41,7 @@ class Checked(SimulatedExecutor):
             # What is written belongs to nobody else.
             written = set(c.request.pages[c.start // pages.page_size : -(-reach // pages.page_size)])
             assert not written & {page for r in running if r is not c.request for page in r.pages}
-        lacking_one = [r for r in running if r.goal - r.computed == 1]
+        lacking_one = [r for r in running if r.goal - r.computed == 1 and r.bound in (None, plan.version)]
         assert {c.request for c in chunks} >= set(lacking_one)  # nobody who makes tokens is stalled
 
 
@@ -65,7 +65,7 @@ def mixed(draw):
     return arrivals, cancels
 
 
-def some_scheduler(draw):
+def some_scheduler(draw, **options):
     size = draw.choice([1, 2, 4, 8])
     count, slots = -(-60 // size) + 1 + draw.randrange(20), draw.choice([0, 0, 1, 3, 30])
     return Scheduler(
@@ -74,13 +74,15 @@ def some_scheduler(draw):
         draw.choice([1, 4, 8]),
         ordering=draw.choice([FirstComeFirstServed, FairShare])(),
         admission=draw.choice([Watermark(), Watermark(0), Reserve()]),
+        **options,
     )
 
 
-def alone(request):
-    """The tokens and the reason of its end of a request that nobody is beside."""
+def alone(request, version=0):
+    """The tokens and the reason of its end of a request that nobody is beside, by one version of the weights."""
     copy = Request(request.prompt_tokens, request.tokens[: request.prompt_tokens], request.sampling, 0)
     scheduler = Scheduler([Pages(62, 1)], SIZES[:1], 1)
+    scheduler.publish(version)
     serve(scheduler, SimulatedExecutor(1, VOCABULARY), [(0.0, copy)])
     return copy.tokens, copy.finish_reason
 
@@ -110,16 +112,47 @@ def test_a_thousand_mixes(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_weights_that_change_meanwhile_lose_no_request_and_no_page(seed):
+@pytest.mark.parametrize("policy", ["switch", "recompute", "finish", "restart"])
+def test_weights_that_change_meanwhile_lose_no_request_and_no_page(seed, policy):
     draw = random.Random(seed)
-    scheduler = some_scheduler(draw)
+    scheduler = some_scheduler(draw, new_weights=policy)
     arrivals, _ = mixed(draw)
-    serve(scheduler, Checked(scheduler), arrivals, publishes=[i * 0.01 for i in range(60)])
+    serve(scheduler, Checked(scheduler), arrivals, publishes=[i * 0.02 for i in range(30)])
     assert (scheduler.queued, {pages.used for pages in scheduler.pages}) == (0, {0})
+    assert not scheduler.versions
     for _, request in arrivals:
         assert request.finish_reason in ("stop", "length")
         assert len(request.versions) == request.made
         assert request.versions == sorted(request.versions)
+        if policy in ("finish", "restart"):
+            assert len(set(request.versions)) <= 1
+            assert request.tokens == alone(request, *request.versions[:1])[0]
+        if policy == "recompute":
+            for end, version in enumerate(request.versions, request.prompt_tokens):
+                values = [hash((version, at, token)) for at, token in enumerate(request.tokens[:end])]
+                assert request.tokens[end] == hash((version, *values)) % VOCABULARY
+    if policy in ("switch", "recompute"):
+        assert any(len(set(request.versions)) > 1 for _, request in arrivals)
+
+
+def test_versions_that_requests_are_bound_to_take_turns():
+    scheduler = Scheduler([Pages(62, 8)], SIZES, 1, new_weights="finish")
+    requests = [Request(1, [i], Sampling(20), 0) for i in range(3)]
+    executor, seen = Checked(scheduler), []
+    for version, request in enumerate(requests):
+        scheduler.publish(version)
+        scheduler.add(request)
+        plan = scheduler.schedule()
+        scheduler.advance(plan, executor.run(plan))
+    for _ in range(9):
+        plan = scheduler.schedule()
+        seen.append(plan.version)
+        scheduler.advance(plan, executor.run(plan))
+    assert sorted(seen[:3]) == [0, 1, 2] and seen[3:] == seen[:3] * 2
+    assert scheduler.versions == {0, 1, 2}
+    for request in requests:
+        scheduler.cancel(request)
+    assert not scheduler.versions
 
 
 @pytest.mark.parametrize("kind", ["copy", "out", "in"])

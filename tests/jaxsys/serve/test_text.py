@@ -24,7 +24,7 @@ class Letters:
 
 def grown(text, stops, least=0):
     """What is sure after each letter, and all of it."""
-    grows, sure = Text(Letters(), stops, least), []
+    grows, sure = Text(Letters, stops, least), []
     for letter in text:
         ended = grows.push(ord(letter))
         sure.append(grows.sure)

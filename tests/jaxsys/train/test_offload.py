@@ -47,7 +47,7 @@ def train(tmp_path, material, name, stop_at=None, **changes):
     with Trainer(config, quiet()) as trainer:
         summary = trainer.run(stop_at)
         memories = set(where({**trainer.params, **trainer.opt_state}).values())
-        return summary, memories, trainer.samples.view_bytes if trainer.samples else None
+        return summary, memories, trainer.inference.view_bytes if trainer.inference else None
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_the_copy_that_samples_are_taken_from_is_reported(tmp_path, material):
     for compute in ("float32", "bfloat16"):
         console = quiet()
         with Trainer(make_config(tmp_path / compute, material, compute_dtype=compute, sample=sample), console) as t:
-            said[compute] = t.samples.view_bytes
+            said[compute] = t.inference.view_bytes
             kernels = sum(s.nbytes // 2 for k, s in t.model.layout.items() if "norm" not in s.axes)
             norms = sum(s.nbytes for s in t.model.layout.values() if "norm" in s.axes)
     assert said == {"float32": 0, "bfloat16": kernels + norms}

@@ -1,0 +1,228 @@
+"""The engine as a service: a thread of its own runs its loop; any thread hands it requests and hears how they go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from jaxsys.serve.engine import Engine
+from jaxsys.serve.request import Request
+from jaxsys.share import DeviceShare
+
+Progress = Callable[[Request], None]
+
+
+class Busy(Exception):
+    """The queue is full. seconds: when to try again."""
+
+    def __init__(self, queued: int, seconds: float):
+        super().__init__(f"{queued} requests wait already: try again in {seconds:.0f} s")
+        self.seconds = seconds
+
+
+class Closed(Exception):
+    """No request is taken any more: the service is shutting down, or its engine failed."""
+
+
+@dataclasses.dataclass
+class Times:
+    """Of one request, by ``time.monotonic``: when it came, had its first token, its last."""
+
+    came: float
+    first: float | None = None
+    last: float | None = None
+
+
+@dataclasses.dataclass
+class _Job:
+    request: Request
+    progress: Progress
+    times: Times
+
+
+class Service:
+    """Runs requests of ``engine`` as they come. Once it has begun nobody else may use the engine.
+
+    max_queue: requests that may wait. max_steps: tokens a sequence makes between two looks of the host, which is
+    also how long one that comes may have to wait.
+    finished: called with each request that is finished and its times, on the engine's thread.
+    share: of the devices with others; the service's part in it is "serve".
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_queue: int = 1024,
+        max_steps: int = 4,
+        finished: Callable[[Request, Times], None] | None = None,
+        share: DeviceShare | None = None,
+    ):
+        self.engine, self.max_queue, self._max_steps, self._finished = engine, max_queue, max_steps, finished
+        self.share = share
+        self.error: BaseException | None = None
+        self._jobs: dict[Request, _Job] = {}
+        self._new: deque[_Job] = deque()
+        self._cancelled: deque[Request] = deque()
+        self._change = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="jaxsys-serve", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------------------- from any thread
+
+    def submit(self, requests: Sequence[Request], progress: Progress) -> None:
+        """Queues requests, all or none. Raises Busy if too many wait, Closed if none is taken any more.
+
+        progress: called with a request, on the engine's thread, when it may have made tokens and once when it is
+        finished; it must return at once and raise nothing.
+        """
+        with self._change:
+            if self._closing or self.error is not None:
+                raise Closed(self.reason)
+            waiting = self.queued
+            if waiting + len(requests) > self.max_queue:
+                raise Busy(waiting, max(1.0, 0.05 * waiting))
+            now = time.monotonic()
+            self._new.extend(_Job(request, progress, Times(now)) for request in requests)
+            self._change.notify()
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Runs requests of the process itself, others with them, and waits for them; no limit holds them up.
+
+        Raises Closed if none is taken any more, and what the engine failed with.
+        """
+        left, ended = len(requests), threading.Event()
+
+        def progress(request: Request) -> None:
+            nonlocal left
+            left -= request.finish_reason is not None
+            if not left:
+                ended.set()
+
+        with self._change:
+            if self._closing or self.error is not None:
+                raise Closed(self.reason)
+            now = time.monotonic()
+            self._new.extend(_Job(request, progress, Times(now)) for request in requests)
+            self._change.notify()
+        try:
+            if requests:
+                ended.wait()
+        except BaseException:
+            for request in requests:
+                self.cancel(request)
+            raise
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self, request: Request) -> None:
+        """Drops a request, whatever its state; its pages are free after the batch that runs."""
+        with self._change:
+            self._cancelled.append(request)
+            self._change.notify()
+
+    @property
+    def reason(self) -> str:
+        """Why no request is taken any more, where that is so."""
+        return "the server is shutting down" if self.error is None else f"the engine failed: {self.error}"
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return len(self._new) + self.engine.scheduler.queued
+
+    @property
+    def active(self) -> int:
+        """Requests that are not finished."""
+        return len(self._new) + len(self._jobs)
+
+    def close(self, seconds: float = 0.0) -> bool:
+        """Takes no more requests, waits so long for those there are, and cancels the rest; whether all finished."""
+        with self._change:
+            self._closing = True
+            self._change.notify()
+            self._change.wait_for(lambda: not self.active or self.error is not None, seconds)
+            left = [*self._jobs, *(job.request for job in self._new)]
+            self._cancelled.extend(left)
+            self._change.notify()
+        self._thread.join()
+        return not left and self.error is None
+
+    # --------------------------------------------------------------------------------------- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take():
+                with contextlib.nullcontext() if self.share is None else self.share.turn("serve"):
+                    self._turn()
+        except BaseException as error:
+            self._fail(error)
+
+    def _turn(self) -> None:
+        """Runs batches until there is nothing to do, or the devices are another's."""
+        engine, done = self.engine, list[Request]()
+        while engine.busy:
+            launched = engine.launch(self._max_steps)
+            self._tell(done)  # of the batch before, while the devices compute
+            done = [] if launched is None else [*engine.finish(launched), *engine.scheduler.running]
+            if self.share is not None and self.share.over("serve"):
+                break
+            if engine.busy and not self._take():
+                break
+        self._tell(done)
+
+    def _take(self) -> bool:
+        """Brings in what other threads asked for, waiting if there is nothing else to do; False at the end."""
+        engine = self.engine
+        with self._change:
+            self._change.wait_for(
+                lambda: self._new or self._cancelled or engine.busy or (self._closing and not self._jobs)
+            )
+            new, cancelled = list(self._new), list(self._cancelled)
+            self._new.clear()
+            self._cancelled.clear()
+            for job in new:
+                self._jobs[job.request] = job
+            if self._closing and not self._jobs:
+                return False
+        for job in new:
+            engine.add(job.request)
+        for request in cancelled:
+            engine.cancel(request)
+        self._tell([request for request in (*cancelled, *(job.request for job in new)) if request.finish_reason])
+        return True
+
+    def _tell(self, requests: Sequence[Request]) -> None:
+        """Passes on what requests came to, with the time of it."""
+        now = time.monotonic()
+        for request in requests:
+            job = self._jobs.get(request)
+            if job is None:
+                continue
+            if request.made:
+                job.times.first = now if job.times.first is None else job.times.first
+                job.times.last = now
+            if request.finish_reason is not None:
+                with self._change:
+                    del self._jobs[request]
+                    self._change.notify_all()
+                if self._finished is not None:
+                    self._finished(request, job.times)
+            job.progress(request)
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing can be computed any more: everybody hears of it."""
+        with self._change:
+            self.error = error
+            jobs = [*self._jobs.values(), *self._new]
+            self._jobs.clear()
+            self._new.clear()
+            self._change.notify_all()
+        for job in jobs:
+            self.engine.cancel(job.request)  # its pages are free, though nobody will use them
+            job.progress(job.request)

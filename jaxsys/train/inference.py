@@ -1,0 +1,137 @@
+"""What the model being trained makes of text: evaluation, samples and a server, by one engine on the live weights.
+
+The programs are those that ``jaxsys.load`` and ``jaxsys serve`` run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxsys.data.packing import NO_TARGET, Batch
+from jaxsys.graphs import Graphs
+from jaxsys.live import Live
+from jaxsys.llm import LLM
+from jaxsys.models.state import Model
+from jaxsys.serve.engine import SIZES, Engine, EngineConfig, replicas_of
+from jaxsys.serve.pool import least_bytes, pool_dtype
+from jaxsys.serve.request import Request, Result
+from jaxsys.serve.sampling import Sampling
+from jaxsys.serve.service import Service
+from jaxsys.tokenizer import Tokenizer
+from jaxsys.train.config import TrainConfig
+
+VIEW = "compute"
+# Who they are, for fairness between the clients of a server.
+EVALUATION, SAMPLES = "evaluation of the run", "samples of the run"
+
+
+class Inference:
+    """An engine on a run's live weights, for what its configuration asks for.
+
+    Where training computes in another dtype than that of its masters, or keeps them in host memory (then shardings say
+    where the device has them), a view of them is served: the one copy there is, refreshed when weights moved. Compiles
+    its graphs in the constructor. Every process of a job takes part, in the same order: what is launched is a function
+    of configuration, data and weights.
+    service: that runs the engine, where there is a server; otherwise it runs when it is called, and ``rest`` gives the
+    memory of its pool and its view back.
+    Raises UserError for prompts that the model's context cannot hold and for settings that are not valid.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Model,
+        live: Live,
+        graphs: Graphs,
+        tokenizer: Tokenizer,
+        shardings: Mapping[str, NamedSharding] | None = None,
+    ):
+        c, s = config.sample, config.serve
+        self._live, self._view = live, live.view(VIEW, model.compute_dtypes(config.compute_dtype), shardings)
+        self._sampling = Sampling(c.max_tokens, c.temperature, seed=config.seed, stop=tokenizer.eos_ids)
+        encode = tokenizer.encode_message if c.chat else tokenizer.encode
+        self._prompts = [encode(prompt) for prompt in c.prompts]
+        serves = s.port is not None
+        contexts = [len(prompt) + c.max_tokens for prompt in self._prompts]
+        contexts += [config.data.seq_len] if config.eval_batches else []
+        contexts += [s.max_context or model.config.max_seq_len] if serves else []
+        context = min(max(contexts), model.config.max_seq_len)
+        # All that a server has, or those that suit what is asked for: each takes its time to compile.
+        wanted = (serves, serves or bool(self._prompts), serves or bool(config.eval_batches))
+        sizes = tuple(size for size, want in zip(SIZES["fast"], wanted, strict=True) if want)
+        least = least_bytes(
+            model, replicas_of(graphs), context, EngineConfig.page_size, pool_dtype(live.like(self._view))
+        )
+        options = EngineConfig(
+            max_context=context,
+            kv_bytes=s.kv_bytes if serves else max(EngineConfig.kv_bytes, least),
+            host_kv_bytes=s.host_kv_bytes,
+            numerics=config.numerics,
+            sizes=None if config.numerics == "invariant" else sizes,
+            new_weights=s.new_weights,
+        )
+        self.service: Service | None = None
+        self.llm = LLM(Engine(model, live, graphs, options, view=self._view), tokenizer)
+        self._samples()  # refused now rather than at the first sample
+        self.rest()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether updates may have to leave the parameters that they replace."""
+        return self._view is None and self.llm.engine.config.new_weights == "finish"
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of the copy that is served over all devices; 0 when the masters themselves are."""
+        return self._live.views[self._view].bytes if self._view else 0
+
+    def samples(self) -> list[Result]:
+        """One result a prompt of the configuration, from the newest weights."""
+        requests = self._samples()
+        self._run(requests, SAMPLES)
+        return [self.llm.result(request) for request in requests]
+
+    def losses(self, batch: Batch) -> tuple[float, int]:
+        """Sum of -log p over the targets of a packed batch [B, T], in nats, and their number.
+
+        Each piece of a document in a row is scored by itself, as rows do not see each other in training either.
+        """
+        sampling, requests = Sampling(max_tokens=0, prompt_logprobs=True), list[Request]()
+        for tokens in pieces(batch):
+            if len(tokens) > 1:
+                requests.append(self.llm.engine.make_request(tokens, sampling))
+        self._run(requests, EVALUATION)
+        scores = [request.prompt_logprobs for request in requests]
+        return -float(sum(np.sum(score, dtype=np.float64) for score in scores)), sum(map(len, scores))
+
+    def _samples(self) -> list[Request]:
+        return [self.llm.request(prompt, self._sampling) for prompt in self._prompts]
+
+    def _run(self, requests: Sequence[Request], client: str) -> None:
+        for request in requests:
+            request.client = client
+        if self.service is not None:
+            self.service.run(requests)
+            return
+        engine = self.llm.engine
+        for request in requests:
+            engine.add(request)
+        engine.run(requests)
+
+    def rest(self) -> None:
+        """Gives back the memory that evaluation and samples took, unless a server has it."""
+        if self.service is None:
+            self.llm.engine.give_back()
+
+
+def pieces(batch: Batch) -> Iterable[list[int]]:
+    """Tokens of each document in each row of a packed batch, and the target after the last where there is one."""
+    for row in range(len(batch["tokens"])):
+        segments = batch["segments"][row]
+        for segment in range(1, segments.max(initial=0) + 1):
+            (at,) = np.nonzero(segments == segment)
+            tokens, last = batch["tokens"][row, at].tolist(), int(batch["targets"][row, at[-1]])
+            yield tokens if last == NO_TARGET else [*tokens, last]

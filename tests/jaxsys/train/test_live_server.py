@@ -1,0 +1,136 @@
+"""A run that answers requests from the weights that it trains."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from tiny_runs import make_config, quiet
+
+from jaxsys.train.config import SampleConfig, ServeConfig
+from jaxsys.train.metrics import read
+from jaxsys.train.trainer import Trainer
+from parallelism.errors import UserError
+
+ROWS = {"steps": 12, "eval_every": 4, "sample": SampleConfig(("The quick",), every=4, max_tokens=8)}
+FUSED = {"step_form": "fused"}
+SPLIT = {"step_form": "split", "accumulate": 2, "update_groups": 2}
+
+
+class Clients:
+    """Ask without a pause, from threads, until they are told to stop."""
+
+    def __init__(self, trainer, threads=3, stream=True):
+        self._client = openai.OpenAI(base_url=f"{trainer.server.address}/v1", api_key="none", max_retries=0)
+        (self._model,) = (model.id for model in self._client.models.list())
+        self._stop, self._stream, self.answers = threading.Event(), stream, []
+        self._pool = ThreadPoolExecutor(threads)
+        self._asked = [self._pool.submit(self._ask, i) for i in range(threads)]
+
+    def _ask(self, i):
+        while not self._stop.is_set():
+            answer = self._client.completions.create(
+                model=self._model,
+                prompt=f"Document {i}",
+                max_tokens=12,
+                temperature=0.0,
+                stream=self._stream and i == 0,
+            )
+            text = "".join(c.choices[0].text for c in answer) if self._stream and i == 0 else answer.choices[0].text
+            self.answers.append(text)
+
+    def end(self):
+        self._stop.set()
+        for asked in self._asked:
+            asked.result()
+        return self.answers
+
+
+def trained(tmp_path, material, name, serve=None, stream=True, **options):
+    console = quiet()
+    config = make_config(tmp_path / name, material, **{**ROWS, **options})
+    if serve is not None:
+        config = type(config)(**{**vars(config), "serve": ServeConfig(port=0, **serve)})
+    with Trainer(config, console) as trainer:
+        clients = Clients(trainer, stream=stream) if serve is not None else None
+        summary = trainer.run()
+        answers = clients.end() if clients else []
+        state = {key: np.asarray(array) for key, array in trainer.params.items()}
+    return summary, state, answers, console.lines, trainer
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, material):
+    runs = {}
+
+    def run(**options):
+        key = str(options)
+        if key not in runs:
+            runs[key] = trained(tmp_path_factory.mktemp("alone"), material, "run", **options)
+        return runs[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("form", "compute", "policy"),
+    [(FUSED, "float32", "switch"), (SPLIT, "float32", "finish"), (SPLIT, "bfloat16", "recompute")],
+    ids=["fused", "split-finish", "split-view"],
+)
+def test_a_run_that_serves_is_the_run_that_does_not(tmp_path, material, alone, form, compute, policy):
+    options = {**form, "compute_dtype": compute}
+    summary, state, answers, lines, trainer = trained(
+        tmp_path, material, "run", {"share": 0.5, "new_weights": policy}, **options
+    )
+    without, expected, *_ = alone(**options)
+    assert summary.losses == without.losses
+    np.testing.assert_allclose(
+        (summary.heldout_before, summary.heldout_after), (without.heldout_before, without.heldout_after), rtol=1e-6
+    )
+    for key, array in expected.items():
+        np.testing.assert_array_equal(state[key], array)
+    assert len(answers) > 6 and all(answers)
+    rows = [row for row in read(tmp_path / "run") if "loss" in row]
+    assert sum(row["serving_seconds"] for row in rows) > 0
+    assert sum(row["waited_for_serving_seconds"] for row in rows) > 0
+    (said,) = (line for line in lines if line.startswith("serving had "))
+    assert ("weights kept for its requests took" in said) == (policy == "finish")
+    assert (trainer.live.kept_bytes, trainer.live.held) == (0, False)
+
+
+def test_requests_that_begin_again_are_not_streamed(tmp_path, material):
+    config = make_config(tmp_path / "run", material, steps=3, serve=ServeConfig(port=0, new_weights="restart"))
+    with Trainer(config, quiet()) as trainer:
+        body = {"model": "run", "prompt": "The", "max_tokens": 4}
+        url = f"{trainer.server.address}/v1/completions"
+        refused = httpx.post(url, json={**body, "stream": True})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "stream"
+        assert httpx.post(url, json=body).status_code == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.post(url, json=body)
+
+
+def test_a_port_that_is_taken_and_a_job_of_several_processes_are_refused_at_once(tmp_path, material, monkeypatch):
+    config = make_config(tmp_path / "run", material, serve=ServeConfig(port=0))
+    with Trainer(config, quiet()) as trainer:
+        port = int(trainer.server.address.rpartition(":")[2])
+        taken = type(config)(**{**vars(config), "run": str(tmp_path / "other"), "serve": ServeConfig(port=port)})
+        with pytest.raises(UserError, match=f"cannot listen on host 127.0.0.1 port {port}"):
+            Trainer(taken, quiet())
+    assert not (tmp_path / "other").exists()
+    from jaxsys.train import live_server
+
+    with pytest.raises(UserError, match=r"serve\.port=8000 in a job of 2 processes, expected one"):
+        live_server.prepare(ServeConfig(port=8000), 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [({"port": 70000}, "port"), ({"share": 1.0}, "share"), ({"share": 0.0}, "share"), ({"max_queue": 0}, "max_queue")],
+    ids=str,
+)
+def test_a_setting_of_the_server_out_of_range_is_named(values, words):
+    with pytest.raises(UserError, match=words):
+        ServeConfig(**values)
