@@ -146,12 +146,12 @@ def attend_written(q, context, keys, values, layer, together: int, form: Callabl
     K = keys.shape[3] * together
 
     def items_of(q, context):
-        """Of one replica: queries [I, Q, K, G, h], their positions [I, Q] (-1: none) and pages [I, C]."""
+        """Of one replica: queries [I, Q, K, G, h], their positions [I, Q] (-1: none) and sequences [I]."""
         I, Q = context.items.shape
         row = jnp.minimum(context.items, T - 1)
         queries = q[row].astype(keys.dtype).reshape(I, Q, K, H // K, h)
         at = jnp.where(context.items < T, context.positions[row], -1)
-        return _aside(queries, together, width), at, context.page_table[context.sequences[row[:, 0]]]
+        return _aside(queries, together, width), at, context.sequences[row[:, 0]]
 
     def rows_of(out, context):
         """Back from items to rows."""
@@ -162,14 +162,17 @@ def attend_written(q, context, keys, values, layer, together: int, form: Callabl
         reach = context.positions.max()  # over all replicas: one loop, not one for each
 
         def replica(q, context, keys, values):
-            return rows_of(form(*items_of(q, context), keys, values, layer, reach, **options), context)
+            items = items_of(q, context)
+            return rows_of(form(*items, context.page_table, keys, values, layer, reach, **options), context)
 
         return jax.vmap(replica)(q, context, keys, values)
-    # A kernel sees replicas as items and layers of their own: one launch, and the pool as it is.
-    L = keys.shape[1]
-    queries, at, table = jax.vmap(items_of)(q, context)
-    layers = jnp.repeat(jnp.arange(R, dtype=jnp.int32) * L + layer, at.shape[1])
-    out = form(*(_merged(a) for a in (queries, at, table, keys, values)), layers, **options)
+    # A kernel sees replicas as items, sequences and layers of their own: one launch, and the pool as it is.
+    queries, at, sequences = jax.vmap(items_of)(q, context)
+    each = jnp.arange(R, dtype=jnp.int32)[:, None]
+    sequences, layers = sequences + each * context.page_table.shape[1], layer + each * keys.shape[1]
+    layers = jnp.broadcast_to(layers, sequences.shape)
+    merged = map(_merged, (queries, at, sequences, layers, context.page_table, keys, values))
+    out = form(*merged, **options)
     return jax.vmap(rows_of)(out.reshape(R, -1, *out.shape[1:]), context)
 
 
@@ -201,15 +204,15 @@ def _own(out, together: int, h: int):
     return jnp.stack([out[:, :, :, n, :, n] for n in range(together)], 3).reshape(I, Q, K, G, h)
 
 
-def reference(queries, at, table, keys, values, layer, reach, *, window, scale, softcap):
-    """queries [I, Q, K, G, h] at positions ``at`` [I, Q] over the pages ``table`` [I, C] of keys and values
-    [L, P, K, page, h]: [I, Q, K, G, h] in at least float32, zeros for no query.
+def reference(queries, at, sequences, page_table, keys, values, layer, reach, *, window, scale, softcap):
+    """queries [I, Q, K, G, h] at positions ``at`` [I, Q] (-1: none) of ``sequences`` [I], whose pages of keys and
+    values [L, P, K, page, h] are in ``page_table`` [N, C]: [I, Q, K, G, h] in at least float32, zeros for no query.
 
     Goes through the pages of all items together, as far as ``reach``, the last position of any.
     """
     I, Q, K, G, h = queries.shape
     page, dtype = keys.shape[3], keys.dtype
-    last = at.max(-1)[:, None]
+    last, table = at.max(-1)[:, None], page_table[sequences]
     accumulate = jnp.promote_types(dtype, jnp.float32)
 
     def one_page(c, state):

@@ -25,18 +25,19 @@ PROGRAMS, SPLITS = 264, 32  # as many as keep a large GPU busy: two for each of 
 def attend(
     queries: jax.Array,
     at: jax.Array,
-    table: jax.Array,
+    sequences: jax.Array,
+    layers: jax.Array,
+    page_table: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    layers: jax.Array,
     *,
     window: jax.Array | int | None,
     scale: float,
     softcap: float | None,
     interpret: Any = False,
 ) -> jax.Array:
-    """queries [I, Q, K, G, h] at positions ``at`` [I, Q] (-1: none) over pages ``table`` [I, C] of layers [I] of keys
-    and values [L, P, K, page, h]: [I, Q, K, G, h] float32, zeros for no query.
+    """queries [I, Q, K, G, h] at positions ``at`` [I, Q] (-1: none) of ``sequences`` [I], whose pages of keys and
+    values [L, P, K, page, h], in ``layers`` [I], are in ``page_table`` [N, C]: [I, Q, K, G, h] float32, zeros for none.
 
     interpret: whether to run it without a GPU.
     """
@@ -44,7 +45,7 @@ def attend(
     from jax.experimental.pallas import triton
 
     I, Q, K, G, h = queries.shape
-    C, page = table.shape[1], keys.shape[3]
+    C, page = page_table.shape[1], keys.shape[3]
     rows = min(max(pl.next_power_of_2(Q * G), ROWS[0]), ROWS[1])
     groups, lanes = -(-Q * G // rows), pl.next_power_of_2(h)
 
@@ -64,13 +65,12 @@ def attend(
     def whole(a):
         return pl.BlockSpec(a.shape, lambda *_: (0,) * a.ndim)
 
-    scalars = window[None], first, last, layers
+    small = window[None], first, last, sequences, layers, page_table
     top, total, out = pl.pallas_call(
         partial(_kernel, h=h, page=page, splits=splits, scale=scale, softcap=softcap),
         grid=(I * groups, K, splits),
         in_specs=[
-            *(whole(a) for a in scalars),
-            pl.BlockSpec((None, C), lambda i, k, s: (i // groups, 0)),
+            *(whole(a) for a in small),
             pl.BlockSpec((None, None, rows), lambda i, k, s: (i // groups, i % groups, 0)),
             pl.BlockSpec((None, None, None, rows, lanes), lambda i, k, s: (i // groups, i % groups, k, 0, 0)),
             whole(keys),
@@ -87,7 +87,7 @@ def attend(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="paged_attention",
-    )(*scalars, table, grouped_at, grouped(padded, 0), keys, values)
+    )(*small, grouped_at, grouped(padded, 0), keys, values)
     weight = jnp.exp(top - top.max(0))
     out = (out * weight[..., None]).sum(0) / jnp.maximum((total * weight).sum(0), 1e-30)[..., None]
     out = jnp.moveaxis(out.reshape(I, groups, K, rows, lanes), 1, 2).reshape(I, K, groups * rows, lanes)
@@ -95,14 +95,32 @@ def attend(
 
 
 def _kernel(
-    window, first, last, layers, table, at, queries, keys, values, top, total, out, *, h, page, splits, scale, softcap
+    window,
+    first,
+    last,
+    sequences,
+    layers,
+    page_table,
+    at,
+    queries,
+    keys,
+    values,
+    top,
+    total,
+    out,
+    *,
+    h,
+    page,
+    splits,
+    scale,
+    softcap,
 ):
     """The running softmax of some rows of an item over every ``splits``th block of its keys."""
     from jax.experimental.pallas import triton
 
     groups = first.shape[1]
     item, group, head, split = pl.program_id(0) // groups, pl.program_id(0) % groups, pl.program_id(1), pl.program_id(2)
-    begins, ends, layer = first[item, group], last[item, group], layers[item]
+    begins, ends, sequence, layer = first[item, group], last[item, group], sequences[item], layers[item]
     q, places, seen_from = queries[...], at[...], window[0]
     lane = lax.broadcasted_iota(jnp.int32, (1, q.shape[1]), 1)
 
@@ -111,7 +129,7 @@ def _kernel(
         key_at = (n * splits + split) * BLOCK + jnp.arange(BLOCK)
         # What no row sees is not read: it may be anything, and zero weight times NaN would be NaN.
         there = (key_at >= begins) & (key_at <= ends)
-        pages = triton.load(table.at[key_at // page], mask=there, other=0)
+        pages = triton.load(page_table.at[sequence, key_at // page], mask=there, other=0)
         where = layer, pages[:, None], head, (key_at % page)[:, None], lane
         there = there[:, None] & (lane < h)
         k, v = (triton.load(pool.at[where], mask=there, other=0.0) for pool in (keys, values))

@@ -29,23 +29,24 @@ SUBLANES, LANES = 8, 128
 def attend(
     queries: jax.Array,
     at: jax.Array,
-    table: jax.Array,
+    sequences: jax.Array,
+    layers: jax.Array,
+    page_table: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    layers: jax.Array,
     *,
     window: jax.Array | int | None,
     scale: float,
     softcap: float | None,
     interpret: Any = False,
 ) -> jax.Array:
-    """queries [I, Q, K, G, h] at positions ``at`` [I, Q] (-1: none) over pages ``table`` [I, C] of layers [I] of keys
-    and values [L, P, K, page, h]: [I, Q, K, G, h] float32, zeros for no query.
+    """queries [I, Q, K, G, h] at positions ``at`` [I, Q] (-1: none) of ``sequences`` [I], whose pages of keys and
+    values [L, P, K, page, h], in ``layers`` [I], are in ``page_table`` [N, C]: [I, Q, K, G, h] float32, zeros for none.
 
     h: a multiple of 128. interpret: how to run it without a TPU, see ``pallas_call``.
     """
     I, Q, K, G, h = queries.shape
-    C, page = table.shape[1], keys.shape[3]
+    C, page = page_table.shape[1], keys.shape[3]
     rows = -(-G * Q // SUBLANES) * SUBLANES
     together = _pages_together(K, rows, page, h, keys.dtype.itemsize, C)
 
@@ -63,7 +64,7 @@ def attend(
     out = pl.pallas_call(
         partial(_kernel, columns=C, page=page, together=together, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=6,
+            num_scalar_prefetch=7,
             grid=(I,),
             in_specs=[
                 pl.BlockSpec((1, rows, 1), lambda i, *_: (i, 0, 0)),
@@ -87,12 +88,15 @@ def attend(
         ),
         interpret=interpret,
         name="paged_attention",
-    )(window[None], first, last, following, layers, table.reshape(-1), turned_at, turned(queries, 0), keys, values)
+    )(
+        window[None], first, last, following, sequences, layers, page_table.reshape(-1),
+        turned_at, turned(queries, 0), keys, values,
+    )  # fmt: skip
     return jnp.moveaxis(out[:, :, : G * Q].reshape(I, K, G, Q, h), 3, 1)
 
 
 def _pages_together(heads: int, rows: int, page: int, h: int, itemsize: int, most: int) -> int:
-    """Pages of a block: a power of two, so that a block begins at a multiple of its size."""
+    """Pages of a block: a power of two, as lanes are."""
     positions = min(BLOCK_BYTES // (heads * h * itemsize), SCORE_BYTES // (heads * rows * 4))
     return 1 << int(math.log2(max(1, min(positions // page, most))))
 
@@ -111,7 +115,7 @@ def _reaches(at, window):
 
 
 def _kernel(
-    window, first, last, following, layers, table, at, queries, keys, values, out,
+    window, first, last, following, sequences, layers, page_table, at, queries, keys, values, out,
     some_keys, some_values, top, total, slot, arrived, *, columns, page, together, scale, softcap,
 ):  # fmt: skip
     """One item. some_keys, some_values: [2, K, S, h], the blocks computed on and to come; top, total: [K, rows, 1], of
@@ -126,7 +130,7 @@ def _kernel(
         """Of the pages of a block that the item sees, each to its place."""
 
         def one(column, _):
-            number = table[item * columns + column]
+            number = page_table[sequences[item] * columns + column]
             here = pl.ds(pl.multiple_of((column - block * together) * page, page), page)
             for pool, some in ((keys, some_keys), (values, some_values)):
                 act(pltpu.make_async_copy(pool.at[layers[item], number], some.at[slot, :, here], arrived.at[slot]))

@@ -11,16 +11,25 @@ import numpy as np
 
 from jaxsys.kernels.matmul import activation_dtype
 from jaxsys.kernels.paged import Pool, heads_side_by_side
+from jaxsys.kernels.paged_tpu import SUBLANES
 from jaxsys.models.state import Model
+from parallelism.errors import UserError
 from parallelism.manual import axes_of
-from parallelism.sharding import constrain, current, spec_of
+from parallelism.sharding import constrain, current, platform, spec_of
 
 
 def make_pool(model: Model, replicas: int, pages: int, page_size: int, dtype: np.dtype) -> Callable[[], Pool]:
-    """Traceable: an empty pool, so many pages a replica; see ``pool_dtype``."""
+    """Traceable: an empty pool, so many pages a replica; see ``pool_dtype``.
+
+    Raises UserError, traced for TPU, for a page size that is not a multiple of 8.
+    """
     L, K, h = model.config.n_layers, kv_heads(model), model.config.head_dim
 
     def pool() -> Pool:
+        if platform() == "tpu" and page_size % SUBLANES:
+            raise UserError(
+                f"page_size {page_size}: expected a multiple of {SUBLANES} on TPU, as memory is laid out there"
+            )
         together, width = heads_side_by_side(_of_a_device(K), h)
         zeros = jnp.zeros((replicas, L, pages, K // together, page_size, width), dtype)
         k, v = (constrain(zeros, ("replica", "layers", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2))

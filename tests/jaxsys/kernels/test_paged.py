@@ -1,4 +1,7 @@
-"""Attention over pages: the kernels of TPU and GPU, interpreted, against XLA's form, and that against a loop."""
+"""Attention over pages: the kernels of TPU and GPU, interpreted, against XLA's form and a loop over rows.
+
+By default a pairwise covering set of shapes; with ``-m slow`` their full product.
+"""
 
 import dataclasses
 import functools
@@ -6,27 +9,48 @@ import functools
 import jax
 import numpy as np
 import pytest
+from covering import cases, pairwise, product
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxsys.kernels import paged, paged_gpu, paged_tpu
 from jaxsys.kernels.paged import Paged
 
 L, LAYER = 3, 1
-FORMS = {"tpu": paged_tpu.attend, "gpu": paged_gpu.attend}
+FORMS = {"xla": paged.reference, "tpu": paged_tpu.attend, "gpu": paged_gpu.attend}
+KERNELS = ("tpu", "gpu")
+FACTORS = {
+    "h": (128, 64),
+    "page": (16, 64),
+    "G": (3, 1, 8),
+    "K": (2, 3),
+    "queries": (4, 1),
+    "softcap": (None, 2.0),
+    "windowed": (False, True),
+    "programs": (264, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that a sequence has several."""
+    monkeypatch.setattr(paged_tpu, "BLOCK_BYTES", 48 << 10)
+    monkeypatch.setattr(paged_gpu, "BLOCK", 16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape: key/value heads, query heads of each, head size, page size, items, queries an item, pages a sequence."""
+    """A shape: key/value heads, query heads of each, head size, page size, queries an item; programs of a GPU."""
 
     K: int = 2
     G: int = 3
     h: int = 128
     page: int = 16
-    items: int = 5
     queries: int = 4
-    columns: int = 6
     softcap: float | None = None
     windowed: bool = False
+    programs: int = 264
+
+    items, columns = 5, 6
 
     @property
     def sequences(self):
@@ -102,22 +126,30 @@ def oracle(case, context, q, keys, values, window):
 
 
 @functools.lru_cache
-def compiled(case, name, interpret=True):
-    """``attend_written`` by a form, one compiled program a case."""
-    form = paged.reference if name == "xla" else functools.partial(FORMS[name], interpret=interpret)
+def compiled(case, name, interpret):
+    """``attend_written`` by a form: one program for all packings of a case."""
+    form = FORMS[name] if name == "xla" else functools.partial(FORMS[name], interpret=interpret)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes long
     def run(q, context, keys, values, window):
-        together = case.K // keys.shape[3]
         return paged.attend_written(
-            q, context, keys, values, LAYER, together, form,
+            q, context, keys, values, LAYER, case.K // keys.shape[3], form,
             window=window if case.windowed else None, scale=case.h**-0.5, softcap=case.softcap,
         )  # fmt: skip
 
-    return lambda *args: np.asarray(run(*args))
+    return run
 
 
-def stored(pool, width, together):
+def run(case, name, context, q, keys, values, window, interpret=True):
+    """[rows used, H, h]"""
+    if name == "tpu":
+        together = 2 if case.h == 64 and case.K % 2 == 0 else 1
+        keys, values = (side_by_side(pool, together, 128) for pool in (keys, values))
+    out = compiled(case, name, interpret)(q, context, keys, values, np.int32(window))
+    return np.asarray(out)[context.positions >= 0]
+
+
+def side_by_side(pool, together, width):
     """As a TPU keeps it: ``together`` heads in a row of ``width``."""
     R, layers, P, K, page, h = pool.shape
     pool = pool.reshape(R, layers, P, K // together, together, page, h).swapaxes(4, 5)
@@ -125,35 +157,71 @@ def stored(pool, width, together):
     return np.pad(pool, ((0, 0),) * 5 + ((0, width - together * h),))
 
 
-def run(case, name, context, q, keys, values, window, **options):
-    if name == "tpu":
-        together = 1 if case.h >= 128 or case.K % 2 else 2
-        keys, values = (stored(pool, 128, together) for pool in (keys, values))
-    return compiled(case, name, **options)(q, context, keys, values, np.int32(window))
+def equals_the_plain_form_and_a_loop(case, name, monkeypatch, trials=6):
+    monkeypatch.setattr(paged_gpu, "PROGRAMS", case.programs)
+    rng = np.random.default_rng(0)
+    for trial in range(trials):
+        context = packing(case, random_chunks(case, rng) if trial else [], rng)
+        window = int(rng.choice([1, 5, case.page, 40]))
+        q, keys, values = material(case, context, rng)
+        found, plain = (run(case, form, context, q, keys, values, window) for form in (name, "xla"))
+        np.testing.assert_allclose(found, plain, rtol=1e-6, atol=1e-6)
+        expected = oracle(case, context, q, keys, values, window if case.windowed else None)
+        np.testing.assert_allclose(found, expected[context.positions >= 0], rtol=1e-6, atol=1e-6)
 
 
-CASES = {
-    "128 wide": Case(),
-    "64 wide": Case(h=64, K=2, G=1),
-    "64 wide, odd heads": Case(h=64, K=3, G=3, page=64, columns=3),
-    "one query": Case(queries=1, items=6, G=8, page=64, columns=3),
-    "cap and window": Case(softcap=2.0, windowed=True),
-    "window, long": Case(windowed=True, page=64, columns=8, G=1, queries=8, items=3),
-}
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("case", [Case(**case) for case in pairwise(FACTORS, [])], ids=str)
+def test_a_kernel_equals_the_plain_form_and_a_loop_over_rows(name, case, monkeypatch):
+    equals_the_plain_form_and_a_loop(case, name, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("case", [Case(**case) for case in cases(FACTORS, product(FACTORS, []))], ids=str)
+def test_every_shape_equals_the_plain_form_and_a_loop_over_rows(name, case, monkeypatch):
+    equals_the_plain_form_and_a_loop(case, name, monkeypatch, trials=20)
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_kernels_equal_the_plain_form_and_a_loop_over_rows(name, case):
-    rng = np.random.default_rng(0)
-    for trial in range(5):
-        chunks = [] if trial == 0 else random_chunks(case, rng)
+def test_a_rows_result_depends_neither_on_its_batch_nor_on_where_its_pages_lie(name):
+    """To the bit: alone, as another sequence in other items among others, and in a shorter chunk."""
+    case, rng = Case(windowed=True), np.random.default_rng(1)
+    own = rng.standard_normal((3, 96, case.K * case.G, case.h)).astype(np.float32)
+
+    def results(chunks, n):
+        """Of positions 37 to 39 or less, of sequence n."""
         context = packing(case, chunks, rng)
-        window = int(rng.choice([1, 5, case.page, 40]))
         q, keys, values = material(case, context, rng)
-        found = run(case, name, context, q, keys, values, window)
-        plain = run(case, "xla", context, q, keys, values, window)
-        used = context.positions >= 0
-        np.testing.assert_allclose(found[used], plain[used], rtol=1e-6, atol=1e-6)
-        expected = oracle(case, context, q, keys, values, window if case.windowed else None)
-        np.testing.assert_allclose(found[used], expected[used], rtol=0, atol=2e-6)
+        mine = (context.sequences == n) & (context.positions >= 0)
+        for r, t in zip(*np.nonzero(mine), strict=True):
+            q[r, t] = own[0, context.positions[r, t]]
+        for position in range(context.positions[mine].max() + 1):
+            at = 0, LAYER, context.page_table[0, n, position // case.page], slice(None), position % case.page
+            keys[at], values[at] = own[1:, position, : case.K]
+        out = run(case, name, context, q, keys, values, 30)
+        return out[mine[context.positions >= 0]]
+
+    alone = results([(37, 3)], 0)
+    for chunks, n in (([(5, 4), (90, 6), (37, 3)], 2), ([(0, 1), (37, 3), (64, 1)], 1), ([(20, 2), (37, 2)], 1)):
+        np.testing.assert_array_equal(results(chunks, n), alone[: chunks[n][1]])
+
+
+def test_replicas_are_items_of_one_launch():
+    case, rng = Case(K=1, G=2), np.random.default_rng(2)
+    context = packing(case, [(30, 5), (2, 3)], rng, replicas=2)
+    q, keys, values = material(case, context, rng, replicas=2)
+    plain = run(case, "xla", context, q, keys, values, 0)
+    for name in KERNELS:
+        np.testing.assert_allclose(run(case, name, context, q, keys, values, 0), plain, rtol=1e-6, atol=1e-6)
+
+
+def test_the_tpu_kernel_reads_no_page_before_it_has_come_and_writes_none_that_is_in_use(capfd):
+    """A copy is carried out when it is waited for, memory is NaN before, and two that touch it unordered are told."""
+    case, rng = Case(windowed=True, K=1, G=1), np.random.default_rng(3)
+    interpret = pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan", detect_races=True)
+    context = packing(case, [(0, 1), (70, 7), (90, 4)], rng)
+    material_ = material(case, context, rng)
+    found = run(case, "tpu", context, *material_, 50, interpret=interpret)
+    np.testing.assert_allclose(found, run(case, "xla", context, *material_, 50), rtol=1e-6, atol=1e-6)
+    assert "RACE" not in "".join(capfd.readouterr()).upper()
