@@ -22,6 +22,7 @@ from jaxsys.kernels.masked import NEVER, cap
 from parallelism.manual import on_devices
 from parallelism.sharding import current, platform, spec_of
 
+PAGES = ("replica", "layers", "pages", "act_kv_heads", None, "head_dim")  # the logical axes of a pool's keys and values
 LANES = 128  # of a TPU's vector: a row of memory there is so many elements, or a multiple
 
 
@@ -107,7 +108,7 @@ def attend_pages(
             )
 
         if current() is not None:  # a kernel is not split by the compiler
-            pages = spec_of(pool.k.shape, ("replica", "layers", "pages", "act_kv_heads", None, "head_dim"))
+            pages = spec_of(pool.k.shape, PAGES)
             rows = PartitionSpec(pages[0], None, pages[3], None)
             specs = (rows, rows, rows, PartitionSpec(pages[0]), pages, pages, PartitionSpec(), PartitionSpec())
             local = on_devices(local, specs, (rows, pages, pages))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsys.kernels.matmul import activation_dtype
-from jaxsys.kernels.paged import Pool, heads_side_by_side
+from jaxsys.kernels.paged import PAGES, Pool, heads_side_by_side
 from jaxsys.kernels.paged_tpu import SUBLANES
 from jaxsys.models.state import Model
 from parallelism.errors import UserError
@@ -32,7 +32,7 @@ def make_pool(model: Model, replicas: int, pages: int, page_size: int, dtype: np
             )
         together, width = heads_side_by_side(_of_a_device(K), h)
         zeros = jnp.zeros((replicas, L, pages, K // together, page_size, width), dtype)
-        k, v = (constrain(zeros, ("replica", "layers", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2))
+        k, v = (constrain(zeros, PAGES) for _ in range(2))
         tokens = jnp.zeros((replicas, 1, pages, page_size), jnp.int32)
         return Pool(k, v, constrain(tokens, ("replica", None, "pages", None)))
 
