@@ -133,13 +133,13 @@ def _kernel(
         where = layer, pages[:, None], head, (key_at % page)[:, None], lane
         there = there[:, None] & (lane < h)
         k, v = (triton.load(pool.at[where], mask=there, other=0.0) for pool in (keys, values))
-        s = cap(pl.dot(q, k, trans_b=True) * scale, softcap)
+        s = cap(triton.dot(q, k.T) * scale, softcap)
         away = places[:, None] - key_at[None, :]
         seen = (away >= 0) & (away < seen_from)
         new = jnp.maximum(top, jnp.where(seen, s, NEVER).max(-1))
         p = jnp.where(seen, jnp.exp(s - new[:, None]), 0.0)
         shrink = jnp.exp(top - new)
-        return new, total * shrink + p.sum(-1), out * shrink[:, None] + pl.dot(p.astype(v.dtype), v)
+        return new, total * shrink + p.sum(-1), out * shrink[:, None] + triton.dot(p.astype(v.dtype), v)
 
     none = jnp.zeros(places.shape, jnp.float32)
     start = none + NEVER, none, jnp.zeros(q.shape, jnp.float32)
