@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -96,23 +95,18 @@ def attend_pages(
     softcap: float | None,
 ) -> tuple[jax.Array, Pool]:
     """Writes k and v [R, T, K, h] to the pool, then attends with q [R, T, H, h]: [R, T, H, h], and the pool."""
-    run = partial(_on_one_device, window=window, scale=scale, softcap=softcap)
-    if platform() == "cpu":
-        out, keys, values = run(q, k, v, context, pool.k, pool.v, layer=layer)
-    else:
+
+    def run(q, k, v, context, keys, values, layer, window):
+        options = {"layer": layer, "window": window, "scale": scale, "softcap": softcap}
+        return _on_one_device(q, k, v, context, keys, values, **options)
+
+    if platform() != "cpu" and current() is not None:  # a kernel is not split by the compiler
+        pages = spec_of(pool.k.shape, PAGES)
+        rows = PartitionSpec(pages[0], None, pages[3], None)
+        specs = (rows, rows, rows, PartitionSpec(pages[0]), pages, pages, PartitionSpec(), PartitionSpec())
         layer = jnp.asarray(layer, jnp.int32)
-
-        def local(q, k, v, context, keys, values, layer, window):
-            return _on_one_device(
-                q, k, v, context, keys, values, layer=layer, window=window, scale=scale, softcap=softcap
-            )
-
-        if current() is not None:  # a kernel is not split by the compiler
-            pages = spec_of(pool.k.shape, PAGES)
-            rows = PartitionSpec(pages[0], None, pages[3], None)
-            specs = (rows, rows, rows, PartitionSpec(pages[0]), pages, pages, PartitionSpec(), PartitionSpec())
-            local = on_devices(local, specs, (rows, pages, pages))
-        out, keys, values = local(q, k, v, context, pool.k, pool.v, layer, window)
+        run = on_devices(run, specs, (rows, pages, pages))
+    out, keys, values = run(q, k, v, context, pool.k, pool.v, layer, window)
     return out, dataclasses.replace(pool, k=keys, v=values)
 
 
