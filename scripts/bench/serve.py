@@ -37,21 +37,22 @@ FIRST, EACH = 1.0, 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """How much is measured. prompt, long: tokens. alone, together: new tokens of a sequence by itself and among
-    ``WIDTH``. rates: of the mixed load, requests/s; seconds: that it comes for. starts: of a process.
+    """How much is measured. alone, together: (tokens of the prompt, new tokens) of a sequence by itself, and of each of
+    ``WIDTH``. long: tokens of a prompt. mixed: (median of the prompts, most new tokens) of requests that come at random
+    for so many seconds, ``rates`` of them a second. starts: of a process.
     """
 
-    prompt: int = 128
+    alone: tuple[int, int] = (128, 32)
+    together: tuple[int, int] = (64, 48)
     long: int = 512
-    alone: int = 32
-    together: int = 64
-    rates: tuple[int, ...] = (1, 2, 4)
-    seconds: float = 8.0
+    mixed: tuple[int, int] = (96, 48)
+    rates: tuple[int, ...] = (2, 4, 8)
+    seconds: float = 5.0
     starts: int = 2
     context: int = 1024
 
 
-QUICK = Extent(prompt=12, long=40, alone=20, together=40, rates=(20,), seconds=0.4, starts=1, context=64)
+QUICK = Extent((12, 20), (12, 40), 40, (9, 30), rates=(20,), seconds=0.4, starts=1, context=64)
 
 
 # ------------------------------------------------------------------------------------------------------- workloads
@@ -62,8 +63,9 @@ def arrivals(extent: Extent, vocabulary: int, rate: float, seed: int) -> list[Jo
     draw, now, jobs = random.Random(seed), 0.0, []
     for _ in range(round(rate * extent.seconds)):
         now += draw.expovariate(rate)
-        length = min(max(round(draw.lognormvariate(0.0, 0.7) * extent.prompt * 0.75), 4), 3 * extent.prompt)
-        tokens = draw.randint(extent.together // 4, extent.together * 3 // 4)
+        prompt, most = extent.mixed
+        length = min(max(round(draw.lognormvariate(0.0, 0.7) * prompt), 4), 3 * prompt)
+        tokens = draw.randint(most // 3, most)
         jobs.append(Job(now, draw.choices(range(vocabulary), k=length), tokens))
     return jobs
 
@@ -76,8 +78,8 @@ def workloads(extent: Extent, vocabulary: int, seed: int) -> dict[str, list[Job]
         return Job(0.0, draw.choices(range(vocabulary), k=prompt), tokens)
 
     return {
-        "decode, 1": [job(extent.prompt, extent.alone)],
-        f"decode, {WIDTH}": [job(extent.prompt, extent.together) for _ in range(WIDTH)],
+        "decode, 1": [job(*extent.alone)],
+        f"decode, {WIDTH}": [job(*extent.together) for _ in range(WIDTH)],
         f"prefill, {extent.long}": [job(extent.long, 1)],
     }
 
@@ -130,6 +132,7 @@ class Group:
         self.vocabulary = json.loads((weights / "config.json").read_text())["vocab_size"]
         self.found: dict[str, dict[str, list[float]]] = {}
         self.made: dict[str, list[list[int]]] = {}
+        self.starts: list[float] = []
         self._workers: dict[str, Worker] = {}
         self._commands = {
             name: command(name, dtype, weights, extent.context, pythons)
@@ -138,7 +141,11 @@ class Group:
         }
 
     def measure(self, rounds: int, quiet: bool) -> None:
-        self._workers = {name: self._begin(name) for name in self._commands}
+        for name in self._commands:
+            try:
+                self._workers[name] = self._begin(name)
+            except OSError as error:
+                self._out(name, str(error))
         for name in list(self._workers):
             with self._or_out(name) as worker:
                 version = worker.ask()
@@ -146,7 +153,7 @@ class Group:
                     raise Ended(f"{CONTESTANTS[name].package} is not installed under {self._commands[name][0]}")
                 print(f"{name}: {version}", file=sys.stderr)
         with Quiet(list(self._workers.values())) if quiet else contextlib.nullcontext():
-            for seed in range(rounds + 1):  # the first does not count
+            for seed in range(rounds + 1):  # the first, a short one, does not count
                 for name in list(self._workers):
                     self._turn(name, seed)
             for rate in self.extent.rates:
@@ -157,7 +164,8 @@ class Group:
                         self.found[name][f"goodput, {rate}/s"] = [found]
         for worker in self._workers.values():
             worker.close()
-        for _ in range(self.extent.starts):
+        self._workers.clear()
+        for _ in range(self.extent.starts if "jaxsys" in self.found else 0):
             self._start()
 
     def _begin(self, name: str) -> Worker:
@@ -169,59 +177,68 @@ class Group:
         try:
             yield self._workers[name]
         except Ended as reason:
-            print(f"{name}, {self.dtype}: not measured: {reason}", file=sys.stderr)
-            self.found.pop(name, None)
+            self._out(name, str(reason))
             self._workers.pop(name).close()
+
+    def _out(self, name: str, reason: str) -> None:
+        print(f"{name}, {self.dtype}: not measured: {reason}", file=sys.stderr)
+        self.found.pop(name, None)
 
     def _turn(self, name: str, seed: int) -> None:
         with self._or_out(name) as worker:
             for what, jobs in workloads(self.extent, self.vocabulary, seed).items():
+                if not seed:
+                    served(worker, [dataclasses.replace(job, tokens=min(job.tokens, 4)) for job in jobs])
+                    continue
                 jobs = served(worker, jobs)
-                if seed:
-                    self.found.setdefault(name, {}).setdefault(what, []).append(tokens_per_second(jobs))
+                self.found.setdefault(name, {}).setdefault(what, []).append(tokens_per_second(jobs))
                 if len(jobs) == WIDTH:
                     self.made[name] = [job.made for job in jobs]
 
     def _start(self) -> None:
         """From the start of a process to its first token; what it compiles is in the cache."""
-        if "jaxsys" not in self.found:
-            return
         begin = time.perf_counter()
-        worker = self._begin("jaxsys")
-        worker.ask()
-        served(worker, [Job(0.0, [7] * min(16, self.extent.prompt), 1)], warm=False)
-        self.found["jaxsys"].setdefault("start, s", []).append(time.perf_counter() - begin)
-        worker.close()
+        self._workers["jaxsys"] = self._begin("jaxsys")
+        with self._or_out("jaxsys") as worker:
+            worker.ask()
+            served(worker, [Job(0.0, [7] * 16, 1)], warm=False)
+            self.starts.append(time.perf_counter() - begin)
+            worker.close()
 
     def table(self) -> str:
         """Markdown: median, and how many times that jaxsys has. Last, jaxsys beside the best peer."""
-        ours = self.found.get("jaxsys", {})
-        columns = [what for what in ours if what != "start, s"]
+        if not self.found:
+            return f"{self.dtype}: nothing was measured"
+        ours, columns = self.found.get("jaxsys"), list(next(iter(self.found.values())))
         lines = [
             f"| {self.dtype} | " + " | ".join(columns) + " | the same tokens |",
             "|---" * (len(columns) + 2) + "|",
         ]
         for name, found in self.found.items():
-            cells = [self._cell(name, what, ours[what], found[what]) for what in columns]
-            same = sum(a == b for a, b in zip(self.made[name], self.made["jaxsys"], strict=True))
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {same} of {WIDTH} |")
-        if peers := [name for name in self.found if name in PEERS]:
-            best = [max(peers, key=lambda name: statistics.median(self.found[name][what])) for what in columns]
-            cells = [
-                f"{_ratio(ours[what], self.found[name][what])} ({name})"
-                for what, name in zip(columns, best, strict=True)
-            ]
+            cells = [self._cell(what, found[what]) for what in columns]
+            same = ""
+            if ours is not None:
+                if name != "jaxsys":
+                    cells = [f"{c} {_ratio(ours[what], found[what])}" for c, what in zip(cells, columns, strict=True)]
+                alike = sum(a == b for a, b in zip(self.made[name], self.made["jaxsys"], strict=True))
+                same = f"{alike} of {WIDTH}"
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {same} |")
+        peers = [name for name in self.found if name in PEERS]
+        if peers and ours is not None:
+            best = {what: max(peers, key=lambda name: statistics.median(self.found[name][what])) for what in columns}
+            cells = [f"{_ratio(ours[what], self.found[name][what])} ({name})" for what, name in best.items()]
             lines.append("| jaxsys / the best peer | " + " | ".join(cells) + " | |")
-        if starts := ours.get("start, s"):
-            lines += ["", f"jaxsys, process start to first token: {', '.join(f'{s:.1f}' for s in starts)} s"]
+        if self.starts:
+            seconds = ", ".join(f"{each:.1f}" for each in self.starts)
+            lines += ["", f"jaxsys, process start to first token: {seconds} s"]
         return "\n".join(lines)
 
-    def _cell(self, name: str, what: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
+    def _cell(self, what: str, values: Sequence[float]) -> str:
         digits = 2 if what.startswith("goodput") else 1
-        text = f"{statistics.median(theirs):,.{digits}f}"
-        if len(theirs) > 1:
-            text += f" ({min(theirs):,.{digits}f}-{max(theirs):,.{digits}f})"
-        return text if name == "jaxsys" else f"{text} {_ratio(ours, theirs)}"
+        text = f"{statistics.median(values):,.{digits}f}"
+        if len(values) > 1:
+            text += f" ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+        return text
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
