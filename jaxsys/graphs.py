@@ -167,6 +167,12 @@ class Graphs:
         temporary.replace(path)
 
 
+def traced_once(fn: Callable, static: Sequence[int] = ()) -> Callable:
+    """``fn`` inside a traced function that calls it often: calls that are alike are traced once. static: arguments that
+    are no arrays."""
+    return jax.jit(fn, static_argnums=tuple(static))
+
+
 @contextlib.contextmanager
 def no_compiles(what: str) -> Iterator[None]:
     """Raises LateCompileError if anything at all, an eager operation included, was compiled inside."""

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxsys.kernels.masked import NEVER, cap
+from jaxsys.kernels.paged import Paged, Pool, attend_pages
 from parallelism import sequence
 from parallelism.sharding import platform
 
@@ -23,7 +24,6 @@ from parallelism.sharding import platform
 # pairs instead of all. Short rows are not worth the longer program.
 CHUNKED_FROM, QUERY_CHUNKS = 256, 4
 ATTENTION = "attention"  # the name of attention's output over whole rows
-NEVER = -1e30  # a masked score: finite, so that a row with no key at all gives zeros and not NaN
 
 
 @jax.tree_util.register_dataclass
@@ -57,75 +57,32 @@ class SplitRows(Rows):
     own: int = dataclasses.field(default=0, metadata={"static": True})
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Paged:
-    """Token rows of many sequences, keys and values in pages. R replicas, each with pages of its own.
-
-    positions: [R, T] int32 position of each row in its sequence, -1 for an unused row.
-    sequences: [R, T] int32, the sequence (0..N-1) of each row.
-    page_table: [R, N, C] int32, the page that holds positions c*page_size ... of a sequence.
-    items: [R, I, Q] int32, rows grouped by sequence: an item's rows all belong to one sequence; T means none.
-    places: [R, T] int32, where each used row is in its replica's items: item * Q + place in it.
-    """
-
-    positions: jax.Array
-    sequences: jax.Array
-    page_table: jax.Array
-    items: jax.Array
-    places: jax.Array
-
-    @property
-    def used(self) -> jax.Array:
-        """[R, T] bool, False for unused rows."""
-        return self.positions >= 0
-
-    def slots(self, page_size: int) -> tuple[jax.Array, jax.Array]:
-        """Where each row's keys and values lie: page (0 for unused rows) and place in it, [R, T] each."""
-        slot = jnp.where(self.used, self.positions, 0)
-        pages = jax.vmap(lambda table, row, page: table[row, page])(self.page_table, self.sequences, slot // page_size)
-        return jnp.where(self.used, pages, 0), slot % page_size
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Pool:
-    """Keys and values of all layers: [R, L, P, K, page_size, h] each. Page 0 takes the writes of unused rows.
-
-    tokens: [R, 1, P, page_size] int32, whose they are.
-    Heads come before positions, so that a page is what a batched matmul over heads reads, without a transpose.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    tokens: jax.Array
-
-
 def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     context: Rows | SplitRows | Paged,
-    carry: Any = None,
+    carry: Pool | None = None,
     *,
     layer: jax.Array | int,
     window: jax.Array | int | None,
     scale: float,
     softcap: float | None,
     dtype: Any,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Pool | None]:
     """Causal attention of q [B, T, H, h] over k, v [B, T, K, h], and over what ``carry`` holds: [B, T, H, h].
 
     window: keys a token sees, itself included; None sees all. dtype: of the operands of both matmuls over rows
     (over pages they are in the pool's); softmax and sums are in at least float32. Returns the output in q's dtype,
     and the carry.
     """
-    options = {"window": window, "scale": scale, "softcap": softcap}
+    options: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap}
     if isinstance(context, SplitRows):
         return _split_rows(q, k, v, context, **options, dtype=dtype), carry
     if isinstance(context, Rows):
         return _rows(q, k, v, context, **options, dtype=dtype), carry
-    return _paged(q, k, v, context, carry, layer=layer, **options)
+    assert carry is not None
+    return attend_pages(q, k, v, context, carry, layer=layer, **options)
 
 
 def _rows(q, k, v, context, *, window, scale, softcap, dtype):
@@ -192,7 +149,7 @@ def _masked(q, k, v, seen, scale, softcap):
 
 def _masked_scores(q, k, seen, scale, softcap):
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    s = _cap(jnp.einsum("nqkgh,nskh->nkgqs", q, k, preferred_element_type=accumulate) * scale, softcap)
+    s = cap(jnp.einsum("nqkgh,nskh->nkgqs", q, k, preferred_element_type=accumulate) * scale, softcap)
     return jnp.where(seen, s, NEVER)
 
 
@@ -236,68 +193,3 @@ def _masked_gradients(q, k, v, seen, normaliser, delta, g, scale, softcap):
 
 
 _masked.defvjp(_named_forward, _masked_backward)
-
-
-def _cap(scores, softcap):
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-
-
-def _paged(q, k, v, context, pool, *, layer, window, scale, softcap):
-    """Writes k and v to the pool, then attends page by page with a running softmax.
-
-    The running softmax (Milakov and Gimelshein 2018) makes a row's result independent of how far the
-    longest sequence of the batch reaches: a page with no key of the row changes nothing in it.
-    """
-    K, page = pool.k.shape[3:5]
-    dtype, reach = pool.k.dtype, context.positions.max()
-    pages, place = context.slots(page)
-
-    # One replica at a time, so that those of other devices are not asked for.
-    def write(pool, pages, place, new):
-        """pool [L, P, K, page, h], new [T, K, h]."""
-        return pool.at[layer, pages, :, place].set(new.astype(dtype))
-
-    writes = jax.vmap(write)
-    pool = Pool(writes(pool.k, pages, place, k), writes(pool.v, pages, place, v), pool.tokens)
-
-    def replica(q, context, keys, values):
-        """q [T, H, h], keys and values [L, P, K, page, h]."""
-        T, H, h = q.shape
-        I, Q = context.items.shape
-        G = H // K
-        row = jnp.minimum(context.items, T - 1)
-        queries = q[row].astype(dtype).reshape(I, Q, K, G, h)
-        at = jnp.where(context.items < T, context.positions[row], -1)
-        table = context.page_table[context.sequences[row[:, 0]]]
-        last = at.max(-1)[:, None]
-        accumulate = jnp.promote_types(dtype, jnp.float32)
-
-        def one_page(c, state):
-            top, total, out = state
-            k, v = keys[layer, table[:, c]], values[layer, table[:, c]]
-            s = jnp.einsum("nqkgh,nksh->nkgqs", queries, k, preferred_element_type=accumulate)
-            s = _cap(s * scale, softcap)
-            key_at = c * page + jnp.arange(page)
-            # A page may hold anything where its sequence has not come: zero weight times NaN would be NaN.
-            v = jnp.where((key_at[None, :] <= last)[:, None, :, None], v, 0)
-            seen = key_at[None, None, :] <= at[:, :, None]
-            if window is not None:
-                seen &= at[:, :, None] - key_at[None, None, :] < window
-            seen = seen[:, None, None]
-            new = jnp.maximum(top, jnp.where(seen, s, NEVER).max(-1))
-            p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
-            shrink = jnp.exp(top - new)
-            o = jnp.einsum("nkgqs,nksh->nkgqh", p.astype(dtype), v, preferred_element_type=accumulate)
-            return new, total * shrink + p.sum(-1), out * shrink[..., None] + o
-
-        start = (
-            jnp.full((I, K, G, Q), NEVER, accumulate),
-            jnp.zeros((I, K, G, Q), accumulate),
-            jnp.zeros((I, K, G, Q, h), accumulate),
-        )
-        _, total, out = lax.fori_loop(0, reach // page + 1, one_page, start)
-        out = out / jnp.maximum(total, 1e-30)[..., None]
-        out = out.transpose(0, 3, 1, 2, 4).reshape(I * Q, H, h)
-        return out[context.places].astype(q.dtype)
-
-    return jax.vmap(replica)(q, context, pool.k, pool.v), pool

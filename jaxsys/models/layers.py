@@ -8,6 +8,7 @@ keep shapes (a window) are data along the layer axis.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jaxsys.graphs import traced_once
 from parallelism.sharding import platform
 
 LISTED, STACKED = "listed", "stacked"
@@ -67,12 +69,15 @@ class Layers(nnx.Module):
         Returns x, the carry, and what the layers gave out that did not give None, stacked (None if all did).
         """
         given: list[Any] = []
+
+        def layer(graphdef, state, x, carry, index, row):
+            return body(nnx.merge(graphdef, state), x, carry, index, row)
+
+        # Where there is a carry there is no gradient, and layers that are alike need not be traced one by one.
+        run = layer if carry is None else traced_once(layer, static=(0,))
         for start, stop in self.spans:
             graphdef, state = nnx.split(getattr(self, self.span_name(start, stop)))
-
-            def one(state, x, carry, index, row, graphdef=graphdef):
-                return body(nnx.merge(graphdef, state), x, carry, index, row)
-
+            one: Callable[..., Any] = partial(run, graphdef)
             one = remat(one) if remat else one
             if self.storage == LISTED:
                 x, carry, out = one(state, x, carry, start, {name: values[start] for name, values in data.items()})

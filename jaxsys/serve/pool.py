@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsys.kernels.attention import Pool
 from jaxsys.kernels.matmul import activation_dtype
+from jaxsys.kernels.paged import PAGES, Pool, heads_side_by_side
+from jaxsys.kernels.paged_tpu import SUBLANES
 from jaxsys.models.state import Model
-from parallelism.sharding import constrain
+from parallelism.errors import UserError
+from parallelism.manual import axes_of
+from parallelism.sharding import constrain, current, platform, spec_of
 
 
 def make_pool(model: Model, replicas: int, pages: int, page_size: int, dtype: np.dtype) -> Callable[[], Pool]:
-    """Traceable: an empty pool, so many pages a replica; see ``pool_dtype``."""
+    """Traceable: an empty pool, so many pages a replica; see ``pool_dtype``.
+
+    Raises UserError, traced for TPU, for a page size that is not a multiple of 8.
+    """
     L, K, h = model.config.n_layers, kv_heads(model), model.config.head_dim
 
     def pool() -> Pool:
-        zeros = jnp.zeros((replicas, L, pages, K, page_size, h), dtype)
-        k, v = (constrain(zeros, ("replica", "layers", "pages", "act_kv_heads", None, "head_dim")) for _ in range(2))
+        if platform() == "tpu" and page_size % SUBLANES:
+            raise UserError(
+                f"page_size {page_size}: expected a multiple of {SUBLANES} on TPU, as memory is laid out there"
+            )
+        together, width = heads_side_by_side(_of_a_device(K), h)
+        zeros = jnp.zeros((replicas, L, pages, K // together, page_size, width), dtype)
+        k, v = (constrain(zeros, PAGES) for _ in range(2))
         tokens = jnp.zeros((replicas, 1, pages, page_size), jnp.int32)
         return Pool(k, v, constrain(tokens, ("replica", None, "pages", None)))
 
@@ -47,3 +59,11 @@ def kv_heads(model: Model) -> int:
     """Key/value heads as stored: the layout may pad them."""
     key = next(key for key in model.layout if key.endswith("attention.k.kernel"))
     return model.layout[key].shape[model.layout[key].axes.index("kv_heads")]
+
+
+def _of_a_device(heads: int) -> int:
+    """How many of the key/value heads lie on one device."""
+    context = current()
+    if context is None:
+        return heads
+    return heads // math.prod(context.mesh.shape[axis] for axis in axes_of(spec_of((heads,), ("act_kv_heads",))))

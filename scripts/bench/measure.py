@@ -8,6 +8,7 @@ in the same process).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
@@ -16,9 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 ALLOWED = 0.08
 """Share of all cores that others may use before a measurement is refused."""
+ANSWER = "answer "
+"""How a worker's line begins that is meant for whoever asked."""
 
 
 def _ticks() -> tuple[float, float]:
@@ -28,26 +32,44 @@ def _ticks() -> tuple[float, float]:
     return (sum(fields) - fields[3] - fields[4]) / hertz, sum(fields) / hertz
 
 
-class Worker:
-    """One contestant: a program that measures once for each line it is sent."""
+class Ended(SystemExit):
+    """A worker ended before its time."""
 
-    def __init__(self, name: str, command: Sequence[str]):
-        self._name = name
+
+class Worker:
+    """One contestant: a program that answers each line it is sent, with a measurement.
+
+    log: gets what it says to stderr, whose last line then tells why it ended.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log: IO[str] | None = None):
+        self._name, self._log = name, log
         # Workers live at once, and JAX would take most of an accelerator's memory for the first.
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
         self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         )
+
+    def ask(self, question: str = "") -> str:
+        """The answer to a line. Raises Ended if none comes any more."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(question + "\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith(ANSWER):
+                return line.removeprefix(ANSWER).strip()
+        reason = f"the worker of {self._name} ended with exit code {self._process.wait()}"
+        if self._log is not None:
+            self._log.seek(0)
+            said = [line.strip() for line in self._log if line.strip()]
+            reason += f": {said[-1]}" if said else ""
+        raise Ended(reason)
 
     def measure(self) -> float | None:
         """The next rate, or None if the worker said that it has nothing to measure with (torch is missing)."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("rate "):
-                return None if line.split()[1] == "none" else float(line.split()[1])
-        sys.exit(f"the worker of {self._name} ended with exit code {self._process.wait()}")
+        rate = self.ask()
+        return None if rate == "none" else float(rate)
 
     @property
     def cpu_seconds(self) -> float:
@@ -57,14 +79,20 @@ class Worker:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
 
+def answer(reply: Callable[[str], object]) -> None:
+    """The worker's side: one answer a line of input."""
+    for line in sys.stdin:
+        print(f"{ANSWER}{reply(line)}", flush=True)
+
+
 def serve(run: Callable[[], float] | None) -> None:
-    """The worker's side: one measurement a line of input."""
-    for _ in sys.stdin:
-        print("rate", "none" if run is None else run(), flush=True)
+    """The side of a worker that measures one rate."""
+    answer(lambda _: "none" if run is None else run())
 
 
 def interleaved(

@@ -26,6 +26,17 @@ MODELS = {
         d_ff=1536,
         max_seq_len=1024,
     ),
+    "llama-125m": ModelConfig(
+        "llama",
+        vocab_size=32000,
+        d_model=768,
+        n_layers=12,
+        n_heads=12,
+        n_kv_heads=4,
+        head_dim=64,
+        d_ff=2048,
+        max_seq_len=2048,
+    ),
     "smollm2-135m": ModelConfig(
         "llama",
         vocab_size=49152,

@@ -13,8 +13,10 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import numpy as np
+from aot_serving import serve
 
 from jaxsys.models.config import Experts, ModelConfig
+from jaxsys.serve.scheduler import Size
 from jaxsys.train.abstract import AbstractRun
 from jaxsys.train.explain import OutOfMemory
 from parallelism.hlo import Program
@@ -130,3 +132,17 @@ def test_a_step_that_does_not_fit_says_where_memory_goes_and_what_to_change():
 def test_every_recipe_of_the_report_is_a_configuration():
     for recipe in RECIPES.values():
         assert recipe.config().model == recipe.model
+
+
+@pytest.mark.parametrize(
+    ("mesh", "size", "stored"),
+    [
+        ("", Size(128, 16, queries=16), (2, 128)),  # heads of 64 two in a row
+        ("tensor=4", Size(16, 16), (4, 128)),
+    ],
+)
+def test_a_served_step_leaves_the_pool_where_it_is_and_attends_by_the_kernel(mesh, size, stored):
+    served = serve("v5e:2x2", mesh, size)
+    assert served.storage == "stacked"
+    assert (served.pool.k.shape[3], served.pool.k.shape[5]) == stored
+    assert served.faults("tpu_custom_call") == []

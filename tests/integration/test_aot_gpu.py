@@ -8,7 +8,10 @@ import pytest
 if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
     pytest.skip("needs JAX's CUDA plugin (extra cuda)", allow_module_level=True)
 
+from aot_serving import serve
+
 from jaxsys.models.config import ModelConfig
+from jaxsys.serve.scheduler import Size
 from parallelism.placement import host_bytes, is_matrix
 from scripts.aot_report import Recipe, compile_recipe
 
@@ -50,3 +53,10 @@ def test_a_step_that_does_not_fit_is_a_fault(offloaded):
     small = dataclasses.replace(memory, capacity=memory.total - 1)
     result = dataclasses.replace(offloaded, explanation=dataclasses.replace(offloaded.explanation, memory=small))
     assert [fault.split(":")[0] for fault in result.faults()] == ["does not fit"]
+
+
+@pytest.mark.parametrize(("mesh", "size"), [("", Size(128, 16, queries=16)), ("tensor=4", Size(16, 16))])
+def test_a_served_step_leaves_the_pool_where_it_is_and_attends_by_the_kernel(mesh, size):
+    served = serve(f"h100:1x{DEVICES}", mesh, size)
+    assert served.storage == "stacked"
+    assert served.faults("__gpu$xla.gpu.triton") == []

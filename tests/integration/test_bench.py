@@ -34,7 +34,17 @@ def test_a_model_of_random_weights_is_written_and_opens_the_same_each_time(tmp_p
 def test_a_worker_shares_an_accelerators_memory():
     from measure import Worker
 
-    code = "import os; input(); print('rate', 1 if os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] == 'false' else 0)"
+    code = "import os; input(); print('answer', 1 if os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] == 'false' else 0)"
     worker = Worker("test", [sys.executable, "-c", code])
     assert worker.measure() == 1
     worker.close()
+
+
+def test_a_worker_that_ends_says_why(tmp_path):
+    from measure import Ended, Worker
+
+    with open(tmp_path / "log", "w+") as log:
+        worker = Worker("test", [sys.executable, "-c", "input(); raise RuntimeError('no such kernel')"], log)
+        with pytest.raises(Ended, match="the worker of test ended with exit code 1: RuntimeError: no such kernel"):
+            worker.ask()
+        worker.close()

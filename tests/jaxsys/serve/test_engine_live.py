@@ -1,8 +1,6 @@
 """Weights that are updated, donated and published while requests run."""
 
 import random
-import statistics
-import time
 
 import jax
 import numpy as np
@@ -44,20 +42,18 @@ class Trained:
 
     def publish(self, params):
         self.params = params
-        start = time.perf_counter()
         self.engine.live.publish(params)
-        return time.perf_counter() - start
 
     def host(self):
         return {key: np.array(array) for key, array in self.params.items()}
 
     def update(self, by):
-        """One more version; seconds that its publishing took, and whether the old one was donated."""
+        """One more version; whether the old one was donated."""
 
         def work():
             old, donate = self.params, not self.engine.live.held
-            seconds = self.publish(self._updates[donate](old, np.float32(by)))
-            return seconds, all(array.is_deleted() for array in old.values())
+            self.publish(self._updates[donate](old, np.float32(by)))
+            return all(array.is_deleted() for array in old.values())
 
         done = dispatcher().call(work)
         self.values[self.engine.live.version] = self.host()
@@ -100,7 +96,7 @@ def test_no_request_is_lost_and_no_token_comes_of_a_mixture_of_weights(trained, 
         )
         for i in range(64)
     ]
-    seconds, donated = [], []
+    donated = []
     one = sum(array.nbytes for array in trained.params.values())
     arrays = sum(array.nbytes for array in jax.live_arrays())
     live.kept_peak = peak = 0
@@ -108,14 +104,11 @@ def test_no_request_is_lost_and_no_token_comes_of_a_mixture_of_weights(trained, 
         for n in range(versions * every):
             engine.step(draw.randrange(1, 4))
             if n % every == every - 1:
-                spent, gone = trained.update(draw.choice([-0.02, 0.02]))
-                seconds.append(spent)
-                donated.append(gone)
+                donated.append(trained.update(draw.choice([-0.02, 0.02])))
                 peak = max(peak, sum(array.nbytes for array in jax.live_arrays()) - arrays)
         engine.run(requests)
     assert {request.finish_reason for request in requests} == {"length"}
     assert engine.scheduler.pages[0].used == 0 and not engine.scheduler.versions and live.kept_bytes == 0
-    assert statistics.median(seconds) < 1e-3
     if policy == "finish":
         assert 0 < sum(donated) < len(donated) and live.kept_peak >= one
         assert one <= peak <= live.kept_peak + 4096

@@ -80,7 +80,7 @@ def test_a_prompt_that_is_computed_twice_is_scored_once(cramped, alone):
     assert (requests[4].prompt_logprobs, requests[4].prompt_top) == (once.prompt_logprobs, once.prompt_top)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 50))])
 def test_any_mix_ends_as_each_request_alone_and_gives_back_every_page(cramped, alone, seed):
     """20 requests a mix: common beginnings, siblings, priorities, some cancelled."""
     draw = random.Random(seed)

@@ -9,6 +9,8 @@ import openai
 import pytest
 from tiny_runs import make_config, quiet
 
+import jaxsys
+from jaxsys.data.packing import pack
 from jaxsys.train.config import SampleConfig, ServeConfig
 from jaxsys.train.metrics import read
 from jaxsys.train.trainer import Trainer
@@ -134,3 +136,20 @@ def test_a_port_that_is_taken_and_a_job_of_several_processes_are_refused_at_once
 def test_a_setting_of_the_server_out_of_range_is_named(values, words):
     with pytest.raises(UserError, match=words):
         ServeConfig(**values)
+
+
+def test_invariant_numerics_give_evaluation_scores_and_server_the_same_bits(tmp_path, material):
+    config = make_config(tmp_path / "run", material, numerics="invariant", steps=2, serve=ServeConfig(port=0))
+    with Trainer(config, quiet()) as trainer:
+        trainer.run()
+        body = {"model": "run", "prompt": "Document 7", "max_tokens": 12, "temperature": 0.7, "seed": 1, "logprobs": 0}
+        choice = httpx.post(f"{trainer.server.address}/v1/completions", json=body).json()["choices"][0]
+        served = choice["logprobs"]["token_logprobs"]
+        inference, prompt = trainer.inference, trainer.tokenizer.encode("Document 7")
+        request = inference.llm.request(prompt, inference.llm.sampling(max_tokens=12, temperature=0.7, seed=1))
+        inference.service.run([request])
+        tokens = request.tokens
+        evaluated = inference.losses(pack([np.array(tokens)], len(tokens) + 3))
+    (scored,) = jaxsys.load(tmp_path / "run", numerics="invariant", max_context=40).score([tokens])
+    assert np.float32(served).tolist() == request.logprobs == scored[len(prompt) - 1 :].tolist()
+    assert evaluated == (-float(np.sum(scored, dtype=np.float64)), len(tokens) - 1)

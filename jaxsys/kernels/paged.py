@@ -1,0 +1,237 @@
+"""Attention over pages of a pool, and the writes into it: one function, and the form that each platform takes.
+
+XLA's (``reference``) on CPU, Pallas kernels on TPU and GPU: docs/kernels.md says why. Every form is a running softmax
+(Milakov and Gimelshein 2018) over blocks of keys that begin at fixed positions of a sequence: a block with no key of a
+row changes nothing in it, so a row's result depends neither on what else is in the batch nor on where its pages lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxsys.kernels import paged_gpu, paged_tpu
+from jaxsys.kernels.masked import NEVER, cap
+from parallelism.manual import on_devices
+from parallelism.sharding import current, platform, spec_of
+
+PAGES = ("replica", "layers", "pages", "act_kv_heads", None, "head_dim")  # the logical axes of a pool's keys and values
+LANES = 128  # of a TPU's vector: a row of memory there is so many elements, or a multiple
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """Token rows of many sequences, keys and values in pages. R replicas, each with pages of its own.
+
+    positions: [R, T] int32 position of each row in its sequence, -1 for an unused row.
+    sequences: [R, T] int32, the sequence (0..N-1) of each row.
+    page_table: [R, N, C] int32, the page that holds positions c*page_size ... of a sequence.
+    items: [R, I, Q] int32, rows grouped by sequence: an item's rows all belong to one sequence; T means none.
+    places: [R, T] int32, where each used row is in its replica's items: item * Q + place in it.
+    """
+
+    positions: jax.Array
+    sequences: jax.Array
+    page_table: jax.Array
+    items: jax.Array
+    places: jax.Array
+
+    @property
+    def used(self) -> jax.Array:
+        """[R, T] bool, False for unused rows."""
+        return self.positions >= 0
+
+    def slots(self, page_size: int) -> tuple[jax.Array, jax.Array]:
+        """Where each row's keys and values lie: page (0 for unused rows) and place in it, [R, T] each."""
+        slot = jnp.where(self.used, self.positions, 0)
+        pages = jax.vmap(lambda table, row, page: table[row, page])(self.page_table, self.sequences, slot // page_size)
+        return jnp.where(self.used, pages, 0), slot % page_size
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Keys and values of all layers: [R, L, P, K, page_size, h] each. Page 0 takes the writes of unused rows.
+
+    On TPU some heads may lie side by side, see ``heads_side_by_side``: [R, L, P, K / n, page_size, width].
+    tokens: [R, 1, P, page_size] int32, whose they are.
+    Heads come before positions, so that a page is what a batched matmul over heads reads, without a transpose.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    tokens: jax.Array
+
+
+def heads_side_by_side(heads: int, head_dim: int) -> tuple[int, int]:
+    """How many heads of a device share a row of the pool, and the row's width.
+
+    One, as wide as it is, but on TPU: there a row takes whole ``LANES`` in memory whatever it holds, and arrays whose
+    rows do not fill them are laid out by XLA in another order, which every launch would have to undo.
+    """
+    if platform() != "tpu":
+        return 1, head_dim
+    together = max(n for n in range(1, max(LANES // head_dim, 1) + 1) if heads % n == 0)
+    return together, -(-together * head_dim // LANES) * LANES
+
+
+def attend_pages(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    context: Paged,
+    pool: Pool,
+    *,
+    layer: jax.Array | int,
+    window: jax.Array | int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[jax.Array, Pool]:
+    """Writes k and v [R, T, K, h] to the pool, then attends with q [R, T, H, h]: [R, T, H, h], and the pool."""
+
+    def run(q, k, v, context, keys, values, layer, window):
+        options = {"layer": layer, "window": window, "scale": scale, "softcap": softcap}
+        return _on_one_device(q, k, v, context, keys, values, **options)
+
+    if platform() != "cpu" and current() is not None:  # a kernel is not split by the compiler
+        pages = spec_of(pool.k.shape, PAGES)
+        rows = PartitionSpec(pages[0], None, pages[3], None)
+        specs = (rows, rows, rows, PartitionSpec(pages[0]), pages, pages, PartitionSpec(), PartitionSpec())
+        layer = jnp.asarray(layer, jnp.int32)
+        run = on_devices(run, specs, (rows, pages, pages))
+    out, keys, values = run(q, k, v, context, pool.k, pool.v, layer, window)
+    return out, dataclasses.replace(pool, k=keys, v=values)
+
+
+def _on_one_device(q, k, v, context, keys, values, *, layer, window, scale, softcap):
+    """What ``attend_pages`` does, over the replicas and heads of a device: the output, keys and values."""
+    pages, place = context.slots(keys.shape[4])
+    (R, T, K, h), (rows_of_heads, width) = k.shape, (keys.shape[3], keys.shape[5])
+    together = K // rows_of_heads
+
+    def write(pool, pages, place, new):
+        """pool [L, P, K, page, h], new [T, K, h]."""
+        if platform() != "tpu":
+            return pool.at[layer, pages, :, place].set(new)
+        # A row of one head at a time: for anything wider XLA would turn the whole pool about, and back.
+        return pool.at[layer, pages[:, None], jnp.arange(rows_of_heads), place[:, None]].set(new)
+
+    def written(pool, new):
+        new = new.astype(pool.dtype).reshape(R, T, rows_of_heads, together * h)
+        # One replica at a time, so that those of other devices are not asked for.
+        return jax.vmap(write)(pool, pages, place, _widened(new, width))
+
+    keys, values = written(keys, k), written(values, v)
+    forms: dict[str, Callable] = {"cpu": reference, "gpu": paged_gpu.attend, "tpu": paged_tpu.attend}
+    options = {"window": window, "scale": scale, "softcap": softcap}
+    return attend_written(q, context, keys, values, layer, together, forms[platform()], **options), keys, values
+
+
+def attend_written(q, context, keys, values, layer, together: int, form: Callable, **options: Any) -> jax.Array:
+    """q [R, T, H, h] over what the pool holds, by a form: [R, T, H, h]. together: heads of the pool in a row of it."""
+    R, T, H, h = q.shape
+    width = keys.shape[5]
+    K = keys.shape[3] * together
+
+    def items_of(q, context):
+        """Of one replica: queries [I, Q, K, G, h], their positions [I, Q] (-1: none) and sequences [I]."""
+        I, Q = context.items.shape
+        row = jnp.minimum(context.items, T - 1)
+        queries = q[row].astype(keys.dtype).reshape(I, Q, K, H // K, h)
+        at = jnp.where(context.items < T, context.positions[row], -1)
+        return _aside(queries, together, width), at, context.sequences[row[:, 0]]
+
+    def rows_of(out, context):
+        """Back from items to rows."""
+        out = _own(out, together, h).reshape(-1, H, h)
+        return out[context.places].astype(q.dtype)
+
+    if form is reference:
+        reach = context.positions.max()  # over all replicas: one loop, not one for each
+
+        def replica(q, context, keys, values):
+            items = items_of(q, context)
+            return rows_of(form(*items, context.page_table, keys, values, layer, reach, **options), context)
+
+        return jax.vmap(replica)(q, context, keys, values)
+    # A kernel sees replicas as items, sequences and layers of their own: one launch, and the pool as it is.
+    queries, at, sequences = jax.vmap(items_of)(q, context)
+    each = jnp.arange(R, dtype=jnp.int32)[:, None]
+    sequences, layers = sequences + each * context.page_table.shape[1], layer + each * keys.shape[1]
+    layers = jnp.broadcast_to(layers, sequences.shape)
+    merged = map(_merged, (queries, at, sequences, layers, context.page_table, keys, values))
+    out = form(*merged, **options)
+    return jax.vmap(rows_of)(out.reshape(R, -1, *out.shape[1:]), context)
+
+
+def _merged(a):
+    return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])
+
+
+def _widened(a, width: int):
+    return a if a.shape[-1] == width else jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, width - a.shape[-1]),))
+
+
+def _aside(queries, together: int, width: int):
+    """queries [I, Q, K, G, h] against rows of ``together`` heads, [I, Q, K / together, together * G, width]: each has
+    zeros where other heads lie."""
+    I, Q, K, G, h = queries.shape
+    if together > 1:
+        queries = queries.reshape(I, Q, K // together, together, G, 1, h)
+        mine = jnp.eye(together, dtype=bool)[:, None, :, None]
+        queries = jnp.where(mine, queries, 0).reshape(I, Q, K // together, together * G, together * h)
+    return _widened(queries, width)
+
+
+def _own(out, together: int, h: int):
+    """Of an output [I, Q, K / together, together * G, width] the part of each head, [I, Q, K, G, h] or alike."""
+    if together == 1:
+        return out[..., :h]
+    I, Q, K, G, _ = out.shape
+    out = out[..., : together * h].reshape(I, Q, K, together, G // together, together, h)
+    return jnp.stack([out[:, :, :, n, :, n] for n in range(together)], 3).reshape(I, Q, K, G, h)
+
+
+def reference(queries, at, sequences, page_table, keys, values, layer, reach, *, window, scale, softcap):
+    """queries [I, Q, K, G, h] at positions ``at`` [I, Q] (-1: none) of ``sequences`` [I], whose pages of keys and
+    values [L, P, K, page, h] are in ``page_table`` [N, C]: [I, Q, K, G, h] in at least float32, zeros for no query.
+
+    Goes through the pages of all items together, as far as ``reach``, the last position of any.
+    """
+    I, Q, K, G, h = queries.shape
+    page, dtype = keys.shape[3], keys.dtype
+    last, table = at.max(-1)[:, None], page_table[sequences]
+    accumulate = jnp.promote_types(dtype, jnp.float32)
+
+    def one_page(c, state):
+        top, total, out = state
+        k, v = keys[layer, table[:, c]], values[layer, table[:, c]]
+        s = jnp.einsum("nqkgh,nksh->nkgqs", queries, k, preferred_element_type=accumulate)
+        s = cap(s * scale, softcap)
+        key_at = c * page + jnp.arange(page)
+        # A page may hold anything where its sequence has not come: zero weight times NaN would be NaN.
+        v = jnp.where((key_at[None, :] <= last)[:, None, :, None], v, 0)
+        seen = key_at[None, None, :] <= at[:, :, None]
+        if window is not None:
+            seen &= at[:, :, None] - key_at[None, None, :] < window
+        seen = seen[:, None, None]
+        new = jnp.maximum(top, jnp.where(seen, s, NEVER).max(-1))
+        p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
+        shrink = jnp.exp(top - new)
+        o = jnp.einsum("nkgqs,nksh->nkgqh", p.astype(dtype), v, preferred_element_type=accumulate)
+        return new, total * shrink + p.sum(-1), out * shrink[..., None] + o
+
+    start = (
+        jnp.full((I, K, G, Q), NEVER, accumulate),
+        jnp.zeros((I, K, G, Q), accumulate),
+        jnp.zeros((I, K, G, Q, h), accumulate),
+    )
+    _, total, out = lax.fori_loop(0, reach // page + 1, one_page, start)
+    return (out / jnp.maximum(total, 1e-30)[..., None]).transpose(0, 3, 1, 2, 4)
