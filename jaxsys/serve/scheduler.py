@@ -254,7 +254,9 @@ class Scheduler:
         if not any(plan):
             return None
         size = self._size(self.budget - min(left), max(map(len, plan)))
-        steps = self._steps(version, size, plan, min(max_steps or self.max_steps, self.max_steps))
+        most = min(max_steps or self.max_steps, self.max_steps)
+        # Whoever waits for rows alone comes with the next plan.
+        steps = 1 if len(self.waiting) and not all(left) else self._steps(version, size, plan, most)
         moves = tuple(tuple(pages.moves) for pages in self.pages)
         for pages in self.pages:
             pages.moves = []

@@ -43,7 +43,7 @@ class Extent:
     """
 
     alone: tuple[int, int] = (128, 32)
-    together: tuple[int, int] = (64, 48)
+    together: tuple[int, int] = (64, 64)
     long: int = 512
     mixed: tuple[int, int] = (96, 48)
     rates: tuple[int, ...] = (2, 4, 8)

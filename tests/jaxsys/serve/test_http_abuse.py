@@ -64,13 +64,19 @@ def allowed(schema: dict) -> st.SearchStrategy:
     return st.fixed_dictionaries(required, optional=optional)
 
 
+GOOD = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+
+
 @st.composite
 def bodies(draw: st.DrawFn, schema: dict) -> dict:
     """What a schema allows, mostly; some fields wrong, missing or unknown."""
     properties = schema["properties"]
-    names = draw(st.lists(st.sampled_from(sorted(properties)), max_size=5, unique=True))
+    # Few fields as often as many: of many one is usually refused.
+    names = draw(st.lists(st.sampled_from(sorted(properties)), max_size=draw(st.sampled_from([0, 1, 5])), unique=True))
     body = {name: draw(allowed(properties[name])) for name in {*names, *schema.get("required", ())}}
-    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+    if draw(st.booleans()):  # so that the other fields are looked at too
+        body |= {name: value for name, value in GOOD.items() if name in schema.get("required", ())}
+    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
         if body and draw(st.booleans()):
             body.pop(draw(st.sampled_from(sorted(body))))
         else:

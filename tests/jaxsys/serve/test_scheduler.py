@@ -105,6 +105,17 @@ def test_fewer_steps_can_be_asked_for():
     assert s.schedule(3).steps == 3
 
 
+def test_nobody_who_waits_for_rows_waits_for_more_than_a_step():
+    s = Scheduler([Pages(40, 8)], SIZES[-1:], 8)
+    rows = SIZES[-1].rows
+    s.add(request(rows, 20))
+    alone = Scheduler([Pages(40, 8)], SIZES[-1:], 8)
+    alone.add(request(rows, 20))
+    assert alone.schedule().steps == 8
+    s.add(request(5, 20))
+    assert s.schedule().steps == 1
+
+
 def test_a_request_waits_until_its_pages_are_free_and_keeps_its_turn():
     s = scheduler(pages=5, page_size=8, admission=Reserve())
     a, b, c = request(1, 24), request(1, 24), request(1, 1)
