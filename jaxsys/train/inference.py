@@ -1,11 +1,9 @@
-"""What the model being trained makes of text: evaluation, samples and a server, by one engine on the live weights.
-
-The programs are those that ``jaxsys.load`` and ``jaxsys serve`` run.
-"""
+"""What the model being trained makes of text: evaluation, samples and a server, by one engine on the live weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from jax.sharding import NamedSharding
@@ -19,6 +17,7 @@ from jaxsys.serve.engine import SIZES, Engine, EngineConfig, replicas_of
 from jaxsys.serve.pool import least_bytes, pool_dtype
 from jaxsys.serve.request import Request, Result
 from jaxsys.serve.sampling import Sampling
+from jaxsys.serve.scheduler import Size
 from jaxsys.serve.service import Service
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train.config import TrainConfig
@@ -59,12 +58,19 @@ class Inference:
         contexts += [config.data.seq_len] if config.eval_batches else []
         contexts += [s.max_context or model.config.max_seq_len] if serves else []
         context = min(max(contexts), model.config.max_seq_len)
+        replicas = replicas_of(graphs)
+        _, small, large = SIZES["fast"]
         # All that a server has, or those that suit what is asked for: each takes its time to compile.
-        wanted = (serves, serves or bool(self._prompts), serves or bool(config.eval_batches))
-        sizes = tuple(size for size, want in zip(SIZES["fast"], wanted, strict=True) if want)
-        least = least_bytes(
-            model, replicas_of(graphs), context, EngineConfig.page_size, pool_dtype(live.like(self._view))
-        )
+        sizes: tuple[Size, ...] = (small,) if self._prompts else ()
+        if (
+            config.eval_batches
+        ):  # up to four times the rows of a server, so that sharded weights are gathered less often
+            tokens = config.data.batch_size // config.accumulate * config.data.seq_len // replicas
+            rows = min(max(large.rows, 1 << (tokens - 1).bit_length()), 4 * large.rows)
+            sizes += (dataclasses.replace(large, rows=rows),)
+        sizes = SIZES["fast"] if serves else sizes
+        dtype = pool_dtype(live.like(self._view))
+        least = least_bytes(model, replicas, context, EngineConfig.page_size, dtype)
         options = EngineConfig(
             max_context=context,
             kv_bytes=s.kv_bytes if serves else max(EngineConfig.kv_bytes, least),
@@ -94,32 +100,38 @@ class Inference:
         self._run(requests, SAMPLES)
         return [self.llm.result(request) for request in requests]
 
-    def losses(self, batch: Batch) -> tuple[float, int]:
-        """Sum of -log p over the targets of a packed batch [B, T], in nats, and their number.
+    def losses(self, batches: Iterable[Batch], tick: Callable[[], object] = lambda: None) -> tuple[float, int]:
+        """Sum of -log p over the targets of packed batches [B, T], in nats, and how many. tick: called along the way.
 
         Each piece of a document in a row is scored by itself, as rows do not see each other in training either.
         """
         sampling, requests = Sampling(max_tokens=0, prompt_logprobs=True), list[Request]()
-        for tokens in pieces(batch):
+        for tokens in (tokens for batch in batches for tokens in pieces(batch)):
             if len(tokens) > 1:
                 requests.append(self.llm.engine.make_request(tokens, sampling))
-        self._run(requests, EVALUATION)
+        self._run(requests, EVALUATION, tick)
         scores = [request.prompt_logprobs for request in requests]
         return -float(sum(np.sum(score, dtype=np.float64) for score in scores)), sum(map(len, scores))
 
     def _samples(self) -> list[Request]:
         return [self.llm.request(prompt, self._sampling) for prompt in self._prompts]
 
-    def _run(self, requests: Sequence[Request], client: str) -> None:
+    def _run(self, requests: Sequence[Request], client: str, tick: Callable[[], object] = lambda: None) -> None:
         for request in requests:
             request.client = client
         if self.service is not None:
             self.service.run(requests)
             return
         engine = self.llm.engine
-        for request in requests:
-            engine.add(request)
-        engine.run(requests)
+        try:
+            for request in requests:
+                engine.add(request)
+            while engine.busy:
+                engine.step()
+                tick()
+        finally:
+            for request in requests:
+                engine.cancel(request)
 
     def rest(self) -> None:
         """Gives back the memory that evaluation and samples took, unless a server has it."""

@@ -427,18 +427,16 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean loss over the first ``eval_batches`` held-out batches, in nats a token."""
-        total = count = 0.0
         assert self.inference is not None
+        self.watch.phase("evaluating", self.step)
+        batches = min(self.config.eval_batches, self.heldout_data.steps_per_epoch)
         try:
-            for i in range(min(self.config.eval_batches, self.heldout_data.steps_per_epoch)):
-                self.watch.phase(f"evaluating batch {i + 1}", self.step)
-                loss, targets = self.inference.losses(self.heldout_data.batch(i))
-                total, count = total + loss, count + targets
+            total, count = self.inference.losses(map(self.heldout_data.batch, range(batches)), self.watch.tick)
         except NonFiniteLogits:
             return math.nan
         finally:
             self.inference.rest()
-        return total / max(count, 1.0)
+        return total / max(count, 1)
 
     def _evaluated(self, metrics: Metrics | NoMetrics) -> float:
         with self.console.stage(f"held-out loss at step {self.step}") as said:

@@ -149,7 +149,7 @@ def test_invariant_numerics_give_evaluation_scores_and_server_the_same_bits(tmp_
         request = inference.llm.request(prompt, inference.llm.sampling(max_tokens=12, temperature=0.7, seed=1))
         inference.service.run([request])
         tokens = request.tokens
-        evaluated = inference.losses(pack([np.array(tokens)], len(tokens) + 3))
+        evaluated = inference.losses([pack([np.array(tokens)], len(tokens) + 3)])
     (scored,) = jaxsys.load(tmp_path / "run", numerics="invariant", max_context=40).score([tokens])
     assert np.float32(served).tolist() == request.logprobs == scored[len(prompt) - 1 :].tolist()
     assert evaluated == (-float(np.sum(scored, dtype=np.float64)), len(tokens) - 1)
