@@ -167,12 +167,16 @@ class LLM:
         """
         if not isinstance(sequences, Iterable):
             raise UserError(f"score: found {sequences!r:.40}, expected a list of lists of token ids")
-        sampling = Sampling(max_tokens=0, prompt_logprobs=True)
-        requests = [self.engine.make_request(sequence, sampling) for sequence in sequences]
+        requests = self.scoring(sequences)
         for request in requests:
             self.engine.add(request)
         self.engine.run(requests)
         return [np.array(request.prompt_logprobs, np.float32) for request in requests]
+
+    def scoring(self, sequences: Iterable[Sequence[int]]) -> list[Request]:
+        """Requests whose ``prompt_logprobs`` will be the scores of sequences; not queued yet."""
+        sampling = Sampling(max_tokens=0, prompt_logprobs=True)
+        return [self.engine.make_request(sequence, sampling) for sequence in sequences]
 
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """Token ids of a prompt, as ``generate`` takes it."""

@@ -18,11 +18,11 @@ from jax.sharding import PartitionSpec
 
 from jaxsys.kernels import paged_gpu, paged_tpu
 from jaxsys.kernels.masked import NEVER, cap
+from jaxsys.kernels.paged_tpu import LANES
 from parallelism.manual import on_devices
 from parallelism.sharding import current, platform, spec_of
 
 PAGES = ("replica", "layers", "pages", "act_kv_heads", None, "head_dim")  # the logical axes of a pool's keys and values
-LANES = 128  # of a TPU's vector: a row of memory there is so many elements, or a multiple
 
 
 @jax.tree_util.register_dataclass
@@ -73,8 +73,8 @@ class Pool:
 def heads_side_by_side(heads: int, head_dim: int) -> tuple[int, int]:
     """How many heads of a device share a row of the pool, and the row's width.
 
-    One, as wide as it is, but on TPU: there a row takes whole ``LANES`` in memory whatever it holds, and arrays whose
-    rows do not fill them are laid out by XLA in another order, which every launch would have to undo.
+    One, as wide as it is, but on TPU: there a row takes a multiple of ``LANES`` elements in memory whatever it holds,
+    and arrays whose rows do not fill them are laid out by XLA in another order, which every launch would have to undo.
     """
     if platform() != "tpu":
         return 1, head_dim

@@ -23,7 +23,7 @@ from jaxsys.kernels.masked import NEVER, cap
 # of each and the scores of one fit VMEM several times.
 BLOCK_BYTES, SCORE_BYTES = 512 << 10, 512 << 10
 VMEM_BYTES = 16 << 20  # what the compiler lets a kernel have unless asked
-SUBLANES, LANES = 8, 128
+SUBLANES, LANES = 8, 128  # of a vector: what rows and columns in memory are multiples of
 
 
 def attend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 import jax
@@ -309,12 +309,16 @@ class Engine:
                     request.prompt_top[at] = [_top(*of_row, wanted) for of_row in zip(*of_rows, strict=True)]
             row += chunk.count
 
-    def run(self, requests: Iterable[Request]) -> None:
-        """Steps until these requests are finished, others with them. What is interrupted is cancelled."""
+    def run(self, requests: Iterable[Request], tick: Callable[[], object] = lambda: None) -> None:
+        """Steps until these requests are finished, others with them. What is interrupted is cancelled.
+
+        tick: called after each step.
+        """
         requests = list(requests)
         try:
             while any(request.finish_reason is None for request in requests):
                 self.step()
+                tick()
         finally:
             for request in requests:
                 self.cancel(request)

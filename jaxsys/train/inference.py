@@ -105,10 +105,8 @@ class Inference:
 
         Each piece of a document in a row is scored by itself, as rows do not see each other in training either.
         """
-        sampling, requests = Sampling(max_tokens=0, prompt_logprobs=True), list[Request]()
-        for tokens in (tokens for batch in batches for tokens in pieces(batch)):
-            if len(tokens) > 1:
-                requests.append(self.llm.engine.make_request(tokens, sampling))
+        known = (tokens for batch in batches for tokens in pieces(batch))
+        requests = self.llm.scoring(tokens for tokens in known if len(tokens) > 1)
         self._run(requests, EVALUATION, tick)
         scores = [request.prompt_logprobs for request in requests]
         return -float(sum(np.sum(score, dtype=np.float64) for score in scores)), sum(map(len, scores))
@@ -122,16 +120,9 @@ class Inference:
         if self.service is not None:
             self.service.run(requests)
             return
-        engine = self.llm.engine
-        try:
-            for request in requests:
-                engine.add(request)
-            while engine.busy:
-                engine.step()
-                tick()
-        finally:
-            for request in requests:
-                engine.cancel(request)
+        for request in requests:
+            self.llm.engine.add(request)
+        self.llm.engine.run(requests, tick)
 
     def rest(self) -> None:
         """Gives back the memory that evaluation and samples took, unless a server has it."""

@@ -57,7 +57,10 @@ class Launcher:
     @property
     def rows(self) -> list[slice]:
         """The rows of a batch that this process's devices hold, as runs in order."""
-        return self._runs(self._config.accumulate, self._shape[0])
+        each = self._shape[0]
+        rows = [i * each + row for i in range(self._config.accumulate) for row in self._held(each)]
+        ends = [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
+        return [slice(rows[a], rows[b - 1] + 1) for a, b in zip([0, *ends], [*ends, len(rows)], strict=True)]
 
     @property
     def share(self) -> float:
@@ -68,11 +71,6 @@ class Launcher:
         """The rows of a microbatch of so many that this process's devices hold."""
         boxes = self._micro.addressable_devices_indices_map((rows, 1)).values()
         return sorted({row for box in boxes if box for row in range(*box[0].indices(rows))})
-
-    def _runs(self, microbatches: int, each: int) -> list[slice]:
-        rows = [i * each + row for i in range(microbatches) for row in self._held(each)]
-        ends = [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
-        return [slice(rows[a], rows[b - 1] + 1) for a, b in zip([0, *ends], [*ends, len(rows)], strict=True)]
 
     def place(self, host: dict[str, np.ndarray]) -> Any:
         """The batch on its devices, for ``launch``: the size of its split region, None where it has none, and one array

@@ -37,7 +37,6 @@ from jaxsys.train.config import TrainConfig
 from jaxsys.train.explain import explained
 from jaxsys.train.inference import Inference
 from jaxsys.train.launch import batch_grid
-from jaxsys.train.live_server import LiveServer
 from jaxsys.train.metrics import Metrics, NoMetrics
 from jaxsys.train.stop import Stop
 from parallelism import balance, create, detect, put, target
@@ -115,10 +114,10 @@ class Trainer:
                 self._restore_or_begin(pretrained)
                 self.live = Live(self.params, self.graphs)
                 self._compile()
-            self.server: LiveServer | None = None
+            self.server: live_server.LiveServer | None = None
             if listening is not None:
                 assert self.inference is not None
-                self.server = LiveServer(config, self.inference, listening, self.console)
+                self.server = live_server.LiveServer(config, self.inference, listening, self.console)
         except BaseException:
             if listening is not None:
                 listening.close()

@@ -169,13 +169,19 @@ def test_a_defect_is_an_error_of_the_same_shape(llm, monkeypatch):
         assert "division by zero" in str(server.defects.pop().exc_info[1])
 
 
+def signalled(server, monkeypatch):
+    """A reader of a stream that has begun, and the gate that holds the engine back; then a signal comes."""
+    reader = Reader(server)
+    reader.next()
+    gate = Gate(server.front.llm.engine, monkeypatch)
+    assert gate.reached.wait(SECONDS)
+    server.server.handle_exit(15, None)
+    return reader, gate
+
+
 def test_the_first_signal_lets_what_runs_finish(llm, monkeypatch):
     with running(llm) as server:
-        reader = Reader(server)
-        reader.next()
-        gate = Gate(llm.engine, monkeypatch)
-        assert gate.reached.wait(SECONDS)
-        server.server.handle_exit(15, None)
+        reader, gate = signalled(server, monkeypatch)
         ready = httpx.get(f"{server.address}/ready")
         assert (ready.status_code, ready.json()["error"]["message"]) == (503, "the server is shutting down")
         assert httpx.get(f"{server.address}/health").status_code == 200
@@ -192,11 +198,7 @@ def test_the_first_signal_lets_what_runs_finish(llm, monkeypatch):
 
 def test_the_second_signal_ends_at_once(llm, monkeypatch):
     with running(llm) as server:
-        reader = Reader(server)
-        reader.next()
-        gate = Gate(llm.engine, monkeypatch)
-        assert gate.reached.wait(SECONDS)
-        server.server.handle_exit(15, None)
+        reader, gate = signalled(server, monkeypatch)
         server.server.handle_exit(15, None)
         threading.Timer(0.2, gate.open.set).start()
         server.wait()

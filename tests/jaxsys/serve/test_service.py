@@ -4,12 +4,11 @@ import random
 import threading
 
 import pytest
+from http_server import SECONDS, Gate
 from serve_engines import make_engine
 
 from jaxsys.serve.sampling import Sampling
 from jaxsys.serve.service import Busy, Closed, Service
-
-SECONDS = 60.0  # far more than anything here takes: a test that hangs fails
 
 
 class Heard:
@@ -41,20 +40,6 @@ def service(engine):
     service.close()
     assert service.active == 0
     assert not [thread for thread in threading.enumerate() if thread.name == "jaxsys-serve"]
-
-
-class Gate:
-    """Holds the engine's thread before its next step until it is opened."""
-
-    def __init__(self, engine, monkeypatch):
-        self.open, self.reached, launch = threading.Event(), threading.Event(), engine.launch
-
-        def held(max_steps=None):
-            self.reached.set()
-            assert self.open.wait(SECONDS)
-            return launch(max_steps)
-
-        monkeypatch.setattr(engine, "launch", held)
 
 
 def test_requests_of_many_threads_come_out_as_alone(service, reference):
