@@ -36,7 +36,8 @@ def devices(monkeypatch):
 
 def train_step(mesh, devices):
     """The text of a compiled train step, and the bytes of a whole gradient."""
-    config = TrainConfig(run="slices", model=MODEL, mesh=mesh, data=DataConfig(batch_size=32, seq_len=256), remat="full")
+    data = DataConfig(batch_size=32, seq_len=256)
+    config = TrainConfig(run="slices", model=MODEL, mesh=mesh, data=data, remat="full")
     run = AbstractRun(config, MODEL, devices)
     run.prepare()
     (graph,) = (graph for graph in run.graphs if graph.name == "train_step")
