@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec
 
 from parallelism import sequence
 from parallelism.errors import UserError
-from parallelism.manual import axes_of, on_devices
+from parallelism.manual import axes_of, on_devices, scattered_sum
 from parallelism.sharding import current, platform, spec_of
 
 EXPERTS, WIDTH = "act_experts", "act_expert_embed"
@@ -204,7 +204,7 @@ def _left(y, split: _Split):
         y = lax.psum(y, rest)
     for axis in split.within:
         if axis in split.summed:
-            y = lax.psum_scatter(y, axis, scatter_dimension=1, tiled=True)
+            y = scattered_sum(y, axis, 1)
         else:
             mine = y.shape[1] // lax.axis_size(axis)
             y = lax.dynamic_slice_in_dim(y, lax.axis_index(axis) * mine, mine, 1)
@@ -360,13 +360,7 @@ def _whole_forward(piece, kernel, axes, dimension):
 
 def _whole_backward(axes, dimension, _, g):
     g = g.astype(_wide(g.dtype))
-    if not axes:
-        return g, None
-    # The parts in a dimension of their own: next to that of the experts, if a device has but one, the TPU's compiler
-    # would sum the whole gradient on every device and cut it then.
-    n, whole = lax.axis_size(axes), g.shape
-    parts = g.reshape(*whole[:dimension], n, whole[dimension] // n, *whole[dimension + 1 :])
-    return lax.psum_scatter(parts, axes, scatter_dimension=dimension), None
+    return (scattered_sum(g, axes, dimension) if axes else g), None
 
 
 _whole.defvjp(_whole_forward, _whole_backward)

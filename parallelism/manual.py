@@ -10,7 +10,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from parallelism.sharding import current, manual_axes
+from parallelism.sharding import current, manual_axes, platform
 
 
 def on_devices(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -46,4 +46,16 @@ def width_axes(row_axes: tuple[str, ...], width: int) -> tuple[str, ...]:
 def sum_gradient(d: jax.Array, row_axes: tuple[str, ...], scatter: tuple[str, ...]) -> jax.Array:
     """The sum of a kernel's gradient [V, width] over devices that hold different rows, scattered along the width."""
     d = lax.psum(d, tuple(axis for axis in row_axes if axis not in scatter))
-    return lax.psum_scatter(d, scatter, scatter_dimension=1, tiled=True) if scatter else d
+    return scattered_sum(d, scatter, 1) if scatter else d
+
+
+def scattered_sum(d: jax.Array, axes: str | tuple[str, ...], dimension: int) -> jax.Array:
+    """The sum over mesh axes of d [..., n * w, ...], of which each device keeps its w of that dimension."""
+    if platform() != "tpu":
+        return lax.psum_scatter(d, axes, scatter_dimension=dimension, tiled=True)
+    # The parts in a dimension of their own: this compiler would sum all of a gradient on every device and cut it then
+    # where a part does not fill its tiles (64 of a width of 8192, beside a vocabulary that does not either), or where
+    # the dimension beside it has size 1 (one expert a device). Elsewhere that costs a copy of it.
+    n = lax.axis_size(axes)
+    parts = d.reshape(*d.shape[:dimension], n, d.shape[dimension] // n, *d.shape[dimension + 1 :])
+    return lax.psum_scatter(parts, axes, scatter_dimension=dimension)

@@ -32,7 +32,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from parallelism.errors import UserError, unknown_name
-from parallelism.manual import on_devices
+from parallelism.manual import on_devices, scattered_sum
 from parallelism.sharding import current, spec_of
 
 AXIS = "context"
@@ -275,7 +275,7 @@ def _gather_forward(block, n, q, k, v, tokens):
 def _gather_backward(block, n, q, k, v, tokens, normaliser, delta, g):
     everything = _gathered((k, v, tokens))
     dq, dk, dv = _visit_gradients(block, _size(q.shape[1] // 2), (q, tokens, normaliser, delta, g), everything)
-    dk, dv = (lax.psum_scatter(d, AXIS, scatter_dimension=1, tiled=True) for d in (dk, dv))
+    dk, dv = (scattered_sum(d, AXIS, 1) for d in (dk, dv))
     return dq, dk, dv
 
 

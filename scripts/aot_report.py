@@ -2,7 +2,8 @@
 
 Needs no accelerator: the step is compiled ahead of time for a named topology, with ``jax[tpu]`` installed for TPUs and
 ``jax[cuda12-local]`` for GPUs. Prints a Markdown table. Exit code 1 if a step does not fit its devices, if something is
-replicated that a rule would split, or if gradients are all-reduced over ``fsdp`` where they could be reduce-scattered.
+replicated that a rule would split, if more than the parameters is gathered over the axes that split a batch (an
+activation was replicated), or if gradients are all-reduced over ``fsdp`` where they could be reduce-scattered.
 
     python scripts/aot_report.py [--effort EFFORT] [--offload OFFLOAD] [--explain] [NAME ...]
 """
@@ -18,6 +19,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ from jaxsys.models.config import Experts, Llama3Scaling, ModelConfig
 from jaxsys.train import DataConfig, TrainConfig
 from jaxsys.train.abstract import AbstractRun
 from jaxsys.train.explain import Explanation, explain, explained
+from parallelism.manual import axes_of
 from parallelism.text import in_units
 
 LLAMA = {"family": "llama", "vocab_size": 128_256, "rope_theta": 500_000.0, "n_kv_heads": 8}
@@ -69,6 +72,9 @@ class Recipe:
             **{"remat": "full", **self.changes},
         )  # fmt: skip
 
+
+# Along these a batch is split, and parameters may be.
+SHARD_AXES = ("data", "fsdp", "expert")
 
 RECIPES = {
     "llama-3-8b": Recipe(LLAMA_8B, "v5p:4x4x4", "data=2,fsdp=32", (128, 8192)),
@@ -117,7 +123,28 @@ class Result:
                 f"gradients are all-reduced over fsdp: {in_units(sums['all-reduce'])} of operands, "
                 f"{in_units(sums['reduce-scatter'])} are reduce-scattered"
             )
+        if (gathered := self._gathered()) > 1.3 * (kernels := self._kernels()):
+            found.append(
+                f"an activation is replicated: {in_units(gathered)} are gathered over {', '.join(SHARD_AXES)}, kernels "
+                f"are {in_units(kernels)}"
+            )
         return found
+
+    def _gathered(self) -> float:
+        """Bytes that a device sends so that others have what differs between the shards of a batch. Tokens travel to
+        their experts by other collectives."""
+        found = self.explanation.collectives
+        return sum(each.sent for each in found if each.kind == "all-gather" and set(each.axes) & set(SHARD_AXES))
+
+    def _kernels(self) -> float:
+        """Bytes that a device sends to gather every parameter twice, for the forward and the backward pass."""
+        sent, shape = 0.0, self.run.mesh.shape
+        for key, stored in self.run.plan.layout.items():
+            sharding = self.run.plan.shardings[key]
+            split = math.prod(shape[axis] for axis in axes_of(sharding.spec) if axis in SHARD_AXES)
+            shard = math.prod(sharding.shard_shape(stored.shape)) * self.run.step.compute_dtype.itemsize
+            sent += 2 * (split - 1) * shard
+        return sent
 
     def replicated(self) -> list[Any]:
         """The replicated arrays, scalars apart, largest first."""

@@ -33,6 +33,9 @@ SMALL = {
     "fsdp": Recipe(MODEL, "v5e:2x2", "fsdp=4", (8, 1024)),
     "fsdp and tensor": Recipe(MODEL, "v5e:2x2", "fsdp=2,tensor=2", (8, 1024)),
     "context": Recipe(MODEL, "v5e:2x2", "fsdp=2,context=2", (2, 2048)),
+    "a part of 64 of the embedding's width": Recipe(
+        dataclasses.replace(MODEL, vocab_size=32_064, n_layers=1), "v5e:4x4", "data=2,fsdp=8", (16, 256)
+    ),
     "one expert a device": Recipe(MIXTURE, "v5e:4x4", "data=2,fsdp=4,expert=2", (16, 256)),
 }
 

@@ -4,17 +4,11 @@ import importlib.util
 import os
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsys.graphs import Graphs
 from jaxsys.models.config import ModelConfig
-from jaxsys.models.state import build
-from jaxsys.optim import OptimConfig, Optimizer
-from jaxsys.train.step import Step
-from parallelism import PARAMETERS, MeshSpec, plan
+from jaxsys.train import DataConfig, TrainConfig
+from jaxsys.train.abstract import AbstractRun
 from parallelism.collectives import sent_to_other_slices
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra tpu)")
@@ -40,37 +34,24 @@ def devices(monkeypatch):
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices
 
 
-def train_step(mesh):
+def train_step(mesh, devices):
     """The text of a compiled train step, and the bytes of a whole gradient."""
-    model = build(MODEL, storage="stacked")
-    placed = plan(model.layout, mesh, PARAMETERS, model.units)
-    optimizer = Optimizer(OptimConfig(), placed.layout, 10)
-    step = Step(model.with_layout(placed.layout), optimizer, jnp.dtype("bfloat16"), "full", placed.shardings)
-    layout, like = optimizer.layout_of_state()
-    whole = NamedSharding(mesh, PartitionSpec())
-    rows = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
-    params = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed.shardings[k]) for k, s in placed.layout.items()}
-    state = {
-        k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed.shardings[like[k]] if like[k] else whole)
-        for k, s in layout.items()
-    }
-    names = ("tokens", "targets", "segments", "positions")
-    batch = {name: jax.ShapeDtypeStruct((1, 32, 256), jnp.int32, sharding=rows) for name in names}
-    out = jax.tree.map(lambda array: array.sharding, (params, state))
-    graph = Graphs(mesh).compile(
-        "train_step", step.fused, params, state, np.int32(0), batch, donate=(0, 1), out_shardings=(*out, None)
-    )
-    return graph.compiled.as_text(), sum(stored.nbytes for stored in placed.layout.values())
+    data = DataConfig(batch_size=32, seq_len=256)
+    config = TrainConfig(run="slices", model=MODEL, mesh=mesh, data=data, remat="full")
+    run = AbstractRun(config, MODEL, devices)
+    run.prepare()
+    (graph,) = (graph for graph in run.graphs if graph.name == "train_step")
+    return graph.text, sum(stored.nbytes for stored in run.plan.layout.values())
 
 
 @pytest.mark.parametrize("spec", ["data=2,slices=2,fsdp=16", "data=32,slices=2"])
 def test_only_a_devices_part_of_the_gradient_crosses_to_the_other_slice(devices, spec):
     """16 devices a slice: each sends a sixteenth of the gradient (float32) and small change, whether or not parameters
     are split."""
-    text, gradient = train_step(MeshSpec.parse(spec).build(devices))
+    text, gradient = train_step(spec, devices)
     assert gradient / 16 <= sent_to_other_slices(text) <= 1.5 * gradient / 16
 
 
 def test_one_slice_sends_nothing_to_others(devices):
-    text, _ = train_step(MeshSpec.parse("fsdp=16").build(devices[:16]))
+    text, _ = train_step("fsdp=16", devices[:16])
     assert sent_to_other_slices(text) == 0

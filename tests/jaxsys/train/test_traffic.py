@@ -59,6 +59,7 @@ def test_data_parallelism_all_reduces_every_gradient_once_a_microbatch(accumulat
     parameters = sum(stored.nbytes for stored in run.plan.layout.values())
     sent = sum(c.sent for c in found if (c.kind, c.axes) == ("all-reduce", ("data",)))
     assert sent == pytest.approx(accumulate * 2 * (1 / 2) * parameters, rel=1e-3)  # and a few scalars
+    assert {c.kind for c in found} == {"all-reduce"}  # no activation is gathered
 
 
 def test_fsdp_gathers_kernels_twice_and_sums_their_gradients():
