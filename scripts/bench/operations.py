@@ -1,7 +1,7 @@
 """Where the time of a compiled graph goes, operation by operation, and how fast XLA runs each of them alone.
 
     python scripts/bench/operations.py train_step [--model llama-25m] [--dtype bfloat16]
-    python scripts/bench/operations.py decode [--model smollm2-135m-instruct] [--dtype bfloat16]
+    python scripts/bench/operations.py decode|prefill [--model smollm2-135m-instruct] [--dtype bfloat16]
 
 Operations that do the same work count as one row: a matmul by its shapes and dtypes, others by what they do. For a
 matmul ``alone`` is the rate of the same product in a program of its own, for the rest that of a copy: what is left
@@ -152,19 +152,42 @@ def decode(model: str, dtype: str) -> tuple[Callable[[], Any], Any]:
     return lambda: llm.generate([prompt], max_tokens=49, temperature=0.0, stop=()), graph
 
 
+def prefill(model: str, dtype: str) -> tuple[Callable[[], Any], Any]:
+    """A prompt of 512 tokens, in chunks of the largest size."""
+    import jaxsys
+
+    llm = jaxsys.load(model, dtype=dtype, max_context=1024)
+    size = max(llm.engine.config.shapes, key=lambda size: size.rows)
+    graph = next(g for g in llm.engine.graphs if g.name == f"forward[{size.rows}x{size.sequences}]")
+    begin = iter(range(2, 1000))  # no prompt begins as another did
+
+    def run() -> Any:
+        first = next(begin)
+        return llm.generate([[first, *(1 + i % 1000 for i in range(511))]], max_tokens=1, temperature=0.0, stop=())
+
+    return run, graph
+
+
+GRAPHS = {
+    "train_step": (train_step, "llama-25m"),
+    "decode": (decode, "smollm2-135m-instruct"),
+    "prefill": (prefill, "smollm2-135m-instruct"),
+}
+
+
 def main() -> None:
     from measure import Quiet, machine
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("graph", choices=["train_step", "decode"])
-    parser.add_argument("--model", help="default: llama-25m, smollm2-135m-instruct")
+    parser.add_argument("graph", choices=list(GRAPHS))
+    parser.add_argument("--model", help="default: llama-25m to train, else smollm2-135m-instruct")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--rows", type=int, default=14, help="longest rows to print")
     options = parser.parse_args()
     import jax
 
-    begin = {"train_step": train_step, "decode": decode}[options.graph]
-    model = options.model or {"train_step": "llama-25m", "decode": "smollm2-135m-instruct"}[options.graph]
+    begin, usual = GRAPHS[options.graph]
+    model = options.model or usual
     with Quiet():
         run, graph = begin(model, options.dtype)
         run()
