@@ -210,7 +210,9 @@ def reference(queries, at, sequences, page_table, keys, values, layer, reaches, 
     I, Q = at.shape
 
     def block(of):
-        return _one_block(*of, page_table, keys, values, layer, window=window, scale=scale, softcap=softcap)
+        queries, at, sequences, reach = of
+        pages = page_table, keys, values, layer
+        return _one_block(queries, at, sequences, reach, *pages, window=window, scale=scale, softcap=softcap)
 
     each = _items_of_block(Q)
     parts = _blocks(queries, each, 0, 0), _blocks(at, each, 0, -1), _blocks(sequences, each, 0, 0), reaches
