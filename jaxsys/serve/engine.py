@@ -127,17 +127,18 @@ class Engine:
         everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
         shardings = None if everywhere is None else (everywhere, jax.tree.map(lambda a: a.sharding, pool))
         self._forward = {}
-        for size in config.shapes:
-            batch = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-                empty_batch(size, replicas, self._width, config.page_size, model.config.vocab_size),
-            )
-            forward = make_forward(model, size, config.max_steps, config.numerics)
-            name = f"forward[{size.rows}x{size.sequences}]"
-            self._forward[size] = graphs.compile(
-                name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
-            )
-        self._mover = Mover(graphs, pool, slots)
+        with graphs.at_once():
+            for size in config.shapes:
+                batch = jax.tree.map(
+                    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+                    empty_batch(size, replicas, self._width, config.page_size, model.config.vocab_size),
+                )
+                forward = make_forward(model, size, config.max_steps, config.numerics)
+                name = f"forward[{size.rows}x{size.sequences}]"
+                self._forward[size] = graphs.compile(
+                    name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
+                )
+            self._mover = Mover(graphs, pool, slots)
         self._pool: Pool | None = self._make_pool()
         self._holding: frozenset[int] = frozenset()
         if config.numerics == "invariant":
