@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +28,8 @@ from jaxsys.dispatch import dispatcher
 from parallelism import placement
 from parallelism.rules import ACTIVATIONS, Rules
 from parallelism.sharding import sharding_context
+
+MOST_AT_ONCE = 4  # programs compiled at the same time: each takes a core, and memory
 
 
 class LateCompileError(RuntimeError):
@@ -61,17 +66,25 @@ class GraphStats:
 class Graph:
     """A compiled function. Calling it launches it on the dispatcher's thread and returns device arrays.
 
-    moves: what it moves between the memories of host and device, as it was traced.
+    moves: what it moves between the memories of host and device, as it was traced. What was asked for inside
+    ``Graphs.at_once`` may still be compiled: ``compiled`` and ``stats`` wait for it.
     """
 
-    def __init__(self, compiled: Any, stats: GraphStats, moves: placement.Moves):
-        self.compiled = compiled
-        self.stats = stats
-        self.moves = moves
+    def __init__(self, name: str, built: Future[tuple[Any, GraphStats]], moves: placement.Moves):
+        self.name, self.moves, self._built = name, moves, built
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        return self._built.result()[0]
 
     @property
-    def name(self) -> str:
-        return self.stats.name
+    def stats(self) -> GraphStats:
+        return self._built.result()[1]
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been compiled."""
+        return self._built.done() and not self._built.cancelled() and self._built.exception() is None
 
     @property
     def text(self) -> str:
@@ -101,6 +114,26 @@ class Graphs:
         self.mesh, self.rules = mesh, rules
         self._graphs: dict[tuple, Graph] = {}
         self._frozen = False
+        self._workers: ThreadPoolExecutor | None = None
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is asked for inside is compiled by threads while the next is traced; the end waits for all of it.
+
+        Raises what ``compile`` would have raised, of the first that failed.
+        """
+        before = set(self._graphs)
+        self._workers = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_AT_ONCE), "compile")
+        try:
+            yield
+            for key in self._graphs.keys() - before:
+                self._graphs[key].stats  # noqa: B018
+        finally:
+            self._workers.shutdown(cancel_futures=True)
+            self._workers = None
+            for key in self._graphs.keys() - before:
+                if not self._graphs[key].done:
+                    del self._graphs[key]
 
     def compile(
         self,
@@ -131,16 +164,24 @@ class Graphs:
             with sharding_context(self.mesh, self.rules) if self.mesh is not None else contextlib.nullcontext():
                 return fn(*args)
 
-        with _Events() as events:
+        start = time.perf_counter()
+        program = jax.jit(traced_fn, donate_argnums=tuple(donate), **options).trace(*args)
+        lowered = program.lower()
+        traced, wide = time.perf_counter() - start, jax.config.values["jax_enable_x64"]
+
+        def build() -> tuple[Any, GraphStats]:
             start = time.perf_counter()
-            program = jax.jit(traced_fn, donate_argnums=tuple(donate), **options).trace(*args)
-            lowered = program.lower()
-            traced = time.perf_counter()
-            compiled = lowered.compile(compiler_options)
-            done = time.perf_counter()
-        cached = events.hits > 0 and events.misses == 0
-        stats = _stats(name, compiled, traced - start, done - traced, cached, self._one_memory)
-        self._graphs[key] = Graph(compiled, stats, placement.moves(program.jaxpr))
+            with _Events(of_this_thread=True) as events, jax.enable_x64(wide):
+                compiled = lowered.compile(compiler_options)
+            seconds, cached = time.perf_counter() - start, events.hits > 0 and events.misses == 0
+            return compiled, _stats(name, compiled, traced, seconds, cached, self._one_memory)
+
+        built: Future[tuple[Any, GraphStats]] = Future()
+        if self._workers is None:
+            built.set_result(build())
+        else:
+            built = self._workers.submit(build)
+        self._graphs[key] = Graph(name, built, placement.moves(program.jaxpr))
         return self._graphs[key]
 
     def freeze(self) -> None:
@@ -238,13 +279,14 @@ def _stats(name: str, compiled: Any, trace: float, seconds: float, cached: bool,
 
 
 class _Events:
-    """Counts compiles and persistent-cache hits while open, from JAX's own monitoring events."""
+    """Counts compiles and persistent-cache hits while open, from JAX's own monitoring events, of any thread or one."""
 
     _open: ClassVar[list[_Events]] = []
     _registered: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, of_this_thread: bool = False) -> None:
         self.compiles = self.hits = self.misses = 0
+        self._thread = threading.get_ident() if of_this_thread else None
 
     def __enter__(self) -> _Events:
         if not _Events._registered:
@@ -258,12 +300,16 @@ class _Events:
         _Events._open.remove(self)
 
     @staticmethod
+    def _listening() -> list[_Events]:
+        return [each for each in tuple(_Events._open) if each._thread in (None, threading.get_ident())]
+
+    @staticmethod
     def _event(event: str, **_: str | int) -> None:
-        for events in _Events._open:
+        for events in _Events._listening():
             events.hits += event == "/jax/compilation_cache/cache_hits"
             events.misses += event == "/jax/compilation_cache/cache_misses"
 
     @staticmethod
     def _duration(event: str, duration_secs: float, **_: str | int) -> None:
-        for events in _Events._open:
+        for events in _Events._listening():
             events.compiles += event == "/jax/core/compile/backend_compile_duration"

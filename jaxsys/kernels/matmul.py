@@ -22,6 +22,8 @@ from parallelism.sharding import current, manual_axes, platform
 CPU_BF16_MIN_ROWS = 4
 # Kernels with more inputs than outputs are faster as the left operand, which wants this many columns: 14 against 10.
 CPU_BF16_COLUMNS = 16
+# Up to so many rows a product is faster with the kernel as the left operand, up to twice: see ``_kernel_left``.
+CPU_FEW_ROWS = 64
 
 
 def activation_dtype(compute_dtype: jnp.dtype) -> jnp.dtype:
@@ -51,9 +53,19 @@ def linear(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
     n = a.shape[0]
     if w.dtype == jnp.bfloat16 and n < CPU_BF16_MIN_ROWS:
         y = _few_rows(a, w)
+    elif _kernel_left(n, w):
+        y = _row_major(_contract(w, a, (1,), (1,))).T
     else:
         y = _contract(a, w, (1,), (1,))
     return y.astype(x.dtype).reshape(*rows, *outer)
+
+
+def _kernel_left(n: int, w: jax.Array) -> bool:
+    """Whether w [F, D] is the left operand for n rows on CPU. Laid out as it comes, or XLA swaps the operands back."""
+    f, d = w.shape
+    if w.dtype == jnp.bfloat16:
+        return d > f and 8 <= n <= CPU_FEW_ROWS
+    return 1 < n <= CPU_FEW_ROWS
 
 
 def _few_rows(a: jax.Array, w: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jaxsys.kernels.paged_tpu import LANES
 from parallelism.manual import on_devices
 from parallelism.sharding import current, platform, spec_of
 
+BLOCK_ROWS = 128  # of queries that ``reference`` takes through the pages together
 PAGES = ("replica", "layers", "pages", "act_kv_heads", None, "head_dim")  # the logical axes of a pool's keys and values
 
 
@@ -153,22 +155,21 @@ def attend_written(q, context, keys, values, layer, together: int, form: Callabl
         out = _own(out, together, h).reshape(-1, H, h)
         return out[context.places].astype(q.dtype)
 
-    if form is reference:
-        reach = context.positions.max()  # over all replicas: one loop, not one for each
-
-        def replica(q, context, keys, values):
-            items = items_of(q, context)
-            return rows_of(form(*items, context.page_table, keys, values, layer, reach, **options), context)
-
-        return jax.vmap(replica)(q, context, keys, values)
-    # A kernel sees replicas as items, sequences and layers of their own: one launch, and the pool as it is.
     queries, at, sequences = jax.vmap(items_of)(q, context)
-    each = jnp.arange(R, dtype=jnp.int32)[:, None]
-    sequences, layers = sequences + each * context.page_table.shape[1], layer + each * keys.shape[1]
-    layers = jnp.broadcast_to(layers, sequences.shape)
-    merged = map(_merged, (queries, at, sequences, layers, context.page_table, keys, values))
-    out = form(*merged, **options)
-    return jax.vmap(rows_of)(out.reshape(R, -1, *out.shape[1:]), context)
+    if form is reference:
+        # Over all replicas: one loop, not one for each.
+        reaches = _blocks(at, _items_of_block(at.shape[2]), 1, -1).max((0, 2, 3))
+        run = partial(form, layer=layer, reaches=reaches, **options)
+        out = jax.vmap(run)(queries, at, sequences, context.page_table, keys, values)
+    else:
+        # A kernel sees replicas as items, sequences and layers of their own: one launch, and the pool as it is.
+        each = jnp.arange(R, dtype=jnp.int32)[:, None]
+        sequences, layers = sequences + each * context.page_table.shape[1], layer + each * keys.shape[1]
+        layers = jnp.broadcast_to(layers, sequences.shape)
+        merged = map(_merged, (queries, at, sequences, layers, context.page_table, keys, values))
+        out = form(*merged, **options)
+        out = out.reshape(R, -1, *out.shape[1:])
+    return jax.vmap(rows_of)(out, context)
 
 
 def _merged(a):
@@ -199,12 +200,39 @@ def _own(out, together: int, h: int):
     return jnp.stack([out[:, :, :, n, :, n] for n in range(together)], 3).reshape(I, Q, K, G, h)
 
 
-def reference(queries, at, sequences, page_table, keys, values, layer, reach, *, window, scale, softcap):
+def reference(queries, at, sequences, page_table, keys, values, layer, reaches, *, window, scale, softcap):
     """queries [I, Q, K, G, h] at positions ``at`` [I, Q] (-1: none) of ``sequences`` [I], whose pages of keys and
     values [L, P, K, page, h] are in ``page_table`` [N, C]: [I, Q, K, G, h] in at least float32, zeros for no query.
 
-    Goes through the pages of all items together, as far as ``reach``, the last position of any.
+    Goes through the pages of a block of items together, as far as ``reaches`` [blocks], the last position of any (-1:
+    there is none).
     """
+    I, Q = at.shape
+
+    def block(of):
+        queries, at, sequences, reach = of
+        pages = page_table, keys, values, layer
+        return _one_block(queries, at, sequences, reach, *pages, window=window, scale=scale, softcap=softcap)
+
+    each = _items_of_block(Q)
+    parts = _blocks(queries, each, 0, 0), _blocks(at, each, 0, -1), _blocks(sequences, each, 0, 0), reaches
+    out = lax.map(block, parts) if len(reaches) > 1 else block([part[0] for part in parts])
+    return out.reshape(-1, *out.shape[-4:])[:I]
+
+
+def _items_of_block(queries: int) -> int:
+    return max(BLOCK_ROWS // queries, 1)
+
+
+def _blocks(a: jax.Array, each: int, axis: int, fill: int) -> jax.Array:
+    """An axis of items as two: of blocks, and of the ``each`` items (fewer, if there is but one block) of one."""
+    each = min(each, a.shape[axis])
+    more = -a.shape[axis] % each
+    a = jnp.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)], constant_values=fill) if more else a
+    return a.reshape(*a.shape[:axis], -1, each, *a.shape[axis + 1 :])
+
+
+def _one_block(queries, at, sequences, reach, page_table, keys, values, layer, *, window, scale, softcap):
     I, Q, K, G, h = queries.shape
     page, dtype = keys.shape[3], keys.dtype
     last, table = at.max(-1)[:, None], page_table[sequences]
@@ -233,5 +261,5 @@ def reference(queries, at, sequences, page_table, keys, values, layer, reach, *,
         jnp.zeros((I, K, G, Q), accumulate),
         jnp.zeros((I, K, G, Q, h), accumulate),
     )
-    _, total, out = lax.fori_loop(0, reach // page + 1, one_page, start)
+    _, total, out = lax.fori_loop(0, reach // page + 1, one_page, start)  # -1 // page is -1
     return (out / jnp.maximum(total, 1e-30)[..., None]).transpose(0, 3, 1, 2, 4)

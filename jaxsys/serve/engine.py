@@ -30,7 +30,7 @@ from parallelism.errors import UserError, unknown_name
 # A pool of so many times what its sequences can use at once keeps enough of what was said before.
 SPARE = 4
 SIZES = {
-    "fast": (Size(1, 1), Size(16, 16), Size(128, 16, queries=16)),
+    "fast": (Size(1, 1), Size(16, 16), Size(128, 16, queries=16), Size(512, 16, queries=64)),
     # Rows of XLA:CPU's matmuls depend on their number below 64; and a query's attention, from jax 0.12 on, on its place
     # among the queries that go together.
     "invariant": (Size(64, 16),),
@@ -127,17 +127,18 @@ class Engine:
         everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
         shardings = None if everywhere is None else (everywhere, jax.tree.map(lambda a: a.sharding, pool))
         self._forward = {}
-        for size in config.shapes:
-            batch = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-                empty_batch(size, replicas, self._width, config.page_size, model.config.vocab_size),
-            )
-            forward = make_forward(model, size, config.max_steps, config.numerics)
-            name = f"forward[{size.rows}x{size.sequences}]"
-            self._forward[size] = graphs.compile(
-                name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
-            )
-        self._mover = Mover(graphs, pool, slots)
+        with graphs.at_once():
+            for size in config.shapes:
+                batch = jax.tree.map(
+                    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+                    empty_batch(size, replicas, self._width, config.page_size, model.config.vocab_size),
+                )
+                forward = make_forward(model, size, config.max_steps, config.numerics)
+                name = f"forward[{size.rows}x{size.sequences}]"
+                self._forward[size] = graphs.compile(
+                    name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
+                )
+            self._mover = Mover(graphs, pool, slots)
         self._pool: Pool | None = self._make_pool()
         self._holding: frozenset[int] = frozenset()
         if config.numerics == "invariant":

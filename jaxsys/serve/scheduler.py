@@ -95,7 +95,9 @@ class Scheduler:
     """Requests, waiting and running. One queue; each request runs on one of the replicas, which are in step.
 
     pages: of each replica. sizes: the shapes there are; max_steps: device steps of one plan. budget: rows of a replica
-    in a plan at most, None is those of the largest shape. new_weights: see ``NewWeights``.
+    in a plan at most, None is those of the largest shape. beside: the same of a plan in which somebody is given a token
+    that is not their first, so that they wait for no long prompt of others (Agrawal et al. 2024, section 4); None is
+    those of the next smaller shape that holds as many sequences. new_weights: see ``NewWeights``.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Scheduler:
         max_steps: int,
         *,
         budget: int | None = None,
+        beside: int | None = None,
         ordering: Ordering | None = None,
         admission: Admission | None = None,
         preemption: Preemption | None = None,
@@ -119,8 +122,10 @@ class Scheduler:
         # What runs together must fit every shape that its rows can call for.
         self.max_sequences = max(sizes, key=lambda size: size.rows).sequences
         self.budget = min(budget or most, most)
-        if self.budget < self.max_sequences:
-            raise ValueError(f"a budget of {self.budget} rows for {self.max_sequences} sequences would stall some")
+        holding = sorted(size.rows for size in sizes if size.sequences >= self.max_sequences and size.queries > 1)
+        self.beside = min(beside or [*holding, most][max(len(holding) - 2, 0)], self.budget)
+        if self.beside < self.max_sequences:
+            raise ValueError(f"a budget of {self.beside} rows for {self.max_sequences} sequences would stall some")
         self._running: tuple[list[Request], ...] = tuple([] for _ in self.pages)
         self._held: dict[Request, Request] = {}  # who waits for what another computes, and for whom
         self.new_weights = new_weights
@@ -235,7 +240,9 @@ class Scheduler:
 
     def _plan(self, version: int, max_steps: int | None) -> Plan | None:
         plan: list[list[Chunk]] = [[] for _ in self.pages]
-        left = [self.budget] * len(self.pages)
+        goes_on = any(r.made and self._version_of(r) == version for r in self.running)
+        budget = self.beside if goes_on else self.budget
+        left = [budget] * len(self.pages)
 
         def take(request: Request) -> None:
             chunk = self._chunk(request, left[request.replica])
@@ -253,7 +260,7 @@ class Scheduler:
             take(new)
         if not any(plan):
             return None
-        size = self._size(self.budget - min(left), max(map(len, plan)))
+        size = self._size(budget - min(left), max(map(len, plan)))
         most = min(max_steps or self.max_steps, self.max_steps)
         # Whoever waits for rows alone comes with the next plan.
         steps = 1 if len(self.waiting) and not all(left) else self._steps(version, size, plan, most)

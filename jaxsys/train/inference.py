@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -59,15 +58,12 @@ class Inference:
         contexts += [s.max_context or model.config.max_seq_len] if serves else []
         context = min(max(contexts), model.config.max_seq_len)
         replicas = replicas_of(graphs)
-        _, small, large = SIZES["fast"]
+        _, small, *chunks = SIZES["fast"]
         # All that a server has, or those that suit what is asked for: each takes its time to compile.
         sizes: tuple[Size, ...] = (small,) if self._prompts else ()
-        if (
-            config.eval_batches
-        ):  # up to four times the rows of a server, so that sharded weights are gathered less often
+        if config.eval_batches:
             tokens = config.data.batch_size // config.accumulate * config.data.seq_len // replicas
-            rows = min(max(large.rows, 1 << (tokens - 1).bit_length()), 4 * large.rows)
-            sizes += (dataclasses.replace(large, rows=rows),)
+            sizes += (next((size for size in chunks if size.rows >= tokens), chunks[-1]),)
         sizes = SIZES["fast"] if serves else sizes
         dtype = pool_dtype(live.like(self._view))
         least = least_bytes(model, replicas, context, EngineConfig.page_size, dtype)

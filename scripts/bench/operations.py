@@ -1,7 +1,7 @@
 """Where the time of a compiled graph goes, operation by operation, and how fast XLA runs each of them alone.
 
     python scripts/bench/operations.py train_step [--model llama-25m] [--dtype bfloat16]
-    python scripts/bench/operations.py decode [--model smollm2-135m-instruct] [--dtype bfloat16]
+    python scripts/bench/operations.py decode|prefill [--model smollm2-135m-instruct] [--dtype bfloat16] [--batch 16]
 
 Operations that do the same work count as one row: a matmul by its shapes and dtypes, others by what they do. For a
 matmul ``alone`` is the rate of the same product in a program of its own, for the rest that of a copy: what is left
@@ -135,38 +135,63 @@ def copy_rate() -> float:
     return 2 * x.nbytes / best(jax.jit(lambda x: x + 1), (x,), 0.5)
 
 
-def train_step(model: str, dtype: str) -> tuple[Callable[[], Any], Any]:
+def train_step(model: str, dtype: str, batch: int) -> tuple[Callable[[], Any], Any]:
     from models import MODELS
     from train_step import jaxsys_step
 
-    run = jaxsys_step(MODELS[model], 8, 256, dtype, 3)
+    run = jaxsys_step(MODELS[model], batch, 256, dtype, 3)
     return run, run.graph
 
 
-def decode(model: str, dtype: str) -> tuple[Callable[[], Any], Any]:
+def decode(model: str, dtype: str, batch: int) -> tuple[Callable[[], Any], Any]:
+    """48 tokens each for some prompts of 128 that are known already."""
+    return _generate(model, dtype, [[begin + 2, *(1 + i % 1000 for i in range(127))] for begin in range(batch)], 49)
+
+
+def prefill(model: str, dtype: str, batch: int) -> tuple[Callable[[], Any], Any]:
+    """Prompts of 512 tokens, of which nothing is known, in chunks of the largest size."""
+    return _generate(model, dtype, [[begin + 2, *(1 + i % 1000 for i in range(511))] for begin in range(batch)], 1)
+
+
+def _generate(model: str, dtype: str, prompts: list[list[int]], max_tokens: int) -> tuple[Callable[[], Any], Any]:
     import jaxsys
 
-    llm = jaxsys.load(model, dtype=dtype, max_context=256)
-    graph = next(g for g in llm.engine.graphs if g.name == "forward[1x1]")
-    prompt = [1 + i % 1000 for i in range(128)]
-    return lambda: llm.generate([prompt], max_tokens=49, temperature=0.0, stop=()), graph
+    llm = jaxsys.load(model, dtype=dtype, max_context=1024)
+    sizes = llm.engine.config.shapes
+    size = sizes[-1] if max_tokens == 1 else next(size for size in sizes if size.sequences >= len(prompts))
+    graph = next(g for g in llm.engine.graphs if g.name == f"forward[{size.rows}x{size.sequences}]")
+
+    def run() -> Any:
+        if max_tokens == 1:
+            llm.engine.scheduler.evict()
+        return llm.generate(prompts, max_tokens=max_tokens, temperature=0.0, stop=())
+
+    return run, graph
+
+
+GRAPHS = {
+    "train_step": (train_step, "llama-25m", 8),
+    "decode": (decode, "smollm2-135m-instruct", 1),
+    "prefill": (prefill, "smollm2-135m-instruct", 1),
+}
 
 
 def main() -> None:
     from measure import Quiet, machine
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("graph", choices=["train_step", "decode"])
-    parser.add_argument("--model", help="default: llama-25m, smollm2-135m-instruct")
+    parser.add_argument("graph", choices=list(GRAPHS))
+    parser.add_argument("--model", help="default: llama-25m to train, else smollm2-135m-instruct")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--batch", type=int, help="rows of 256 tokens, or prompts; default: 8 to train, else 1")
     parser.add_argument("--rows", type=int, default=14, help="longest rows to print")
     options = parser.parse_args()
     import jax
 
-    begin = {"train_step": train_step, "decode": decode}[options.graph]
-    model = options.model or {"train_step": "llama-25m", "decode": "smollm2-135m-instruct"}[options.graph]
+    begin, usual, batch = GRAPHS[options.graph]
+    model = options.model or usual
     with Quiet():
-        run, graph = begin(model, options.dtype)
+        run, graph = begin(model, options.dtype, options.batch or batch)
         run()
         with tempfile.TemporaryDirectory() as directory:
             profiling = jax.profiler.ProfileOptions()

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiny_models import x64
 
 from jaxsys.dispatch import Dispatcher, dispatcher
 from jaxsys.graphs import Graphs, LateCompileError, no_compiles
@@ -337,3 +338,39 @@ def test_donating_the_parameters_leaves_a_view_of_them_alone(live, mesh):
     jax.block_until_ready(live._graphs.compile("drop", lambda p: p["norm"] * 0, old, donate=(0,))(old))
     np.testing.assert_array_equal(held["norm"], np.ones(8))
     np.testing.assert_array_equal(held["w"], np.arange(8))
+
+
+def test_graphs_asked_for_at_once_are_those_asked_for_in_turn():
+    graphs, x = Graphs(), jnp.arange(8.0)
+
+    def double(x):
+        return 2 * x
+
+    def halve(x):
+        return x / 2
+
+    with graphs.at_once():
+        found = [graphs.compile("double", double, x), graphs.compile("halve", halve, x)]
+        assert graphs.compile("double", double, x) is found[0]
+    assert [graph(x).tolist() for graph in found] == [(2 * x).tolist(), (x / 2).tolist()]
+    assert [graph.stats.name for graph in graphs] == ["double", "halve"]
+    assert all(graph.stats.compile_seconds > 0 and graph.stats.trace_seconds > 0 for graph in graphs)
+    with x64():
+        wide = jnp.arange(3.0)
+        with graphs.at_once():
+            assert graphs.compile("double", double, wide)(wide).dtype == jnp.float64
+
+
+def test_what_does_not_compile_at_once_is_raised_at_the_end_and_not_kept():
+    graphs, x = Graphs(), jnp.arange(8.0)
+
+    def double(x):
+        return 2 * x
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"), graphs.at_once():
+        graphs.compile("good", double, x)
+        graphs.compile("bad", double, x, compiler_options={"no_such_option": True})
+    assert [graph.name for graph in graphs] == ["good"]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        graphs.compile("bad", double, x, compiler_options={"no_such_option": True})
+    assert len(graphs) == 1
