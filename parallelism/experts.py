@@ -172,7 +172,8 @@ def _on_device(x, expert, weight, used, kernels, pieces, *, compute, axes, capac
     if capacity_factor is None:
         room, slots = None, b * t * min(k, own)
     else:
-        share = math.ceil(capacity_factor * t * split.pieces * k / number)
+        # No expert is wanted more often than by every token of a row.
+        share = min(math.ceil(capacity_factor * t * split.pieces * k / number), t * split.pieces)
         kept = wanted * ((sequence.earlier(wanted) if split.pieces > 1 else _before(wanted, 1)) < share)
         room = b * min(t, share)
         slots = own * room

@@ -14,6 +14,9 @@ import traceback
 from jaxsys.hugepages import restart_with_huge_pages
 
 
+INTERRUPTED = 128 + signal.SIGINT
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     try:
@@ -24,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         print("jaxsys: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone: not an error of ours
         _drop_output()
         return 128 + signal.SIGPIPE
@@ -66,12 +69,14 @@ def entry() -> None:
         restart_with_huge_pages()
         code = main()
     except KeyboardInterrupt:  # between two lines of ``main``'s own
-        code = 130
+        code = INTERRUPTED
     except Exception:
         traceback.print_exc()
         code = 1
-    if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-        # JAX would wait for the other processes, which this one has left.
+    # What an interrupt left running in threads (a compile) would go on in an interpreter that is being taken down; and
+    # JAX would wait for the other processes of a job, which this one has left.
+    left = "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+    if code == INTERRUPTED or (code and left):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -201,7 +201,7 @@ class TrainConfig:
         expect_text(self, "run", "init_from")
         expect_at_least(self, 1, "steps", "accumulate", "update_groups", "log_every")
         expect_at_least(self, 0, "seed", "eval_every", "eval_batches")
-        expect(self, "less than 2**31", lambda seed: seed < 2**31, "seed")
+        expect(self, "less than 2**31", lambda number: number < 2**31, "seed", "steps")
         Offload.parse(self.offload)
         if self.target is not None:
             target(self.target)

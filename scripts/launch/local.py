@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no command: give it after --")
     if args.processes < 1 or args.devices < 0:
         parser.error(f"--processes {args.processes} --devices {args.devices}: expected at least 1 and 0")
+    if shutil.which(command[0]) is None:
+        parser.error(f"{command[0]}: no such program: give its path, or activate the environment that it is in")
     return run(command, args.processes, args.devices, args.grace)
 
 

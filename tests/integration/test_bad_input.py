@@ -75,6 +75,7 @@ SETTINGS = {
     "no steps": (["steps=0"], ["steps", "found 0", "at least 1"]),
     "a negative interval": (["checkpoint.every=-1"], ["checkpoint.every: found -1"]),
     "a seed of too many bits": (["seed=4294967296"], ["seed", "2**31"]),
+    "steps without an end": (["steps=3000000000"], ["steps", "2**31"]),
     "all text held out": (["data.heldout=1.0"], ["key data.heldout: found 1.0", "below 1"]),
     "heads that do not group": (["model.n_heads=8"], ["model.n_heads: found 8", "multiple of n_kv_heads=3"]),
     "adafactor on a padded layout": (

@@ -122,3 +122,9 @@ def test_the_slurm_script_starts_processes_as_a_step_and_is_a_script():
 def test_a_launch_that_makes_no_sense_is_refused(flags):
     done = subprocess.run([sys.executable, LAUNCH / "local.py", *flags], capture_output=True, text=True)
     assert done.returncode == 2 and "error:" in done.stderr
+
+
+def test_a_program_that_is_not_there_is_one_line():
+    command = [sys.executable, LAUNCH / "local.py", "--", "no-such-program", "train"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 2 and "no-such-program: no such program" in done.stderr.splitlines()[-1]

@@ -124,6 +124,14 @@ def test_output_and_gradients_equal_a_sum_over_all_experts(case, mode):
     assert (found[0][1] > 0) == (capacity_factor is not None)
 
 
+def test_a_capacity_beyond_all_tokens_drops_none():
+    x, expert, weight, used, kernels = material()
+    found = on_mesh("", x, expert, weight, used, kernels, 1e30)
+    expected = value_and_gradients(lambda x, w, k: of_all_experts(x, expert, w, used, k), x, weight, kernels)
+    assert_equal(found, expected)
+    assert found[0][1] == 0
+
+
 def ragged_all_to_all(operand, output, starts, sizes, there, receive, *, axis_name):
     """What the operation does where there is one, by gathering everything. A wrong size is NaN."""
     me, row = lax.axis_index(axis_name), jnp.arange(output.shape[0])

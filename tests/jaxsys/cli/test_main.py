@@ -81,3 +81,21 @@ def test_an_interrupt_while_modules_are_imported_ends_quietly():
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "jaxsys: interrupted\n")
+
+
+def test_an_interrupt_waits_for_nothing_that_threads_are_at():
+    """A thread that never ends stands for a compile, which would crash in an interpreter that is taken down."""
+    code = (
+        "import os, signal, sys, threading\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tyro':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from jaxsys.cli.main import entry\n"
+        "entry()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "jaxsys: interrupted\n")
