@@ -13,7 +13,6 @@ import traceback
 
 from jaxsys.hugepages import restart_with_huge_pages
 
-
 INTERRUPTED = 128 + signal.SIGINT
 
 
