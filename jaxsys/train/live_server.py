@@ -16,6 +16,8 @@ from parallelism.errors import UserError
 
 # For answers that run when training ends.
 DRAIN_SECONDS = 10.0
+# The host's work between two steps: longer than that is a checkpoint, or data that does not come.
+BETWEEN_STEPS_SECONDS = 0.1
 
 
 def prepare(config: ServeConfig, processes: int) -> socket.socket | None:
@@ -47,7 +49,7 @@ class LiveServer:
         from jaxsys.serve.server import Server
 
         c, engine = config.serve, inference.llm.engine
-        self.share = DeviceShare({"train": 1 - c.share, "serve": c.share})
+        self.share = DeviceShare({"train": 1 - c.share, "serve": c.share}, {"train": BETWEEN_STEPS_SECONDS})
         self._live = engine.live
         self._tokens, self._reported = 0.0, dict[str, float]()
         engine.scheduler.waiting = FairShare()
