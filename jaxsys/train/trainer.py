@@ -334,7 +334,8 @@ class Trainer:
                 profile(step)
                 self.watch.phase("launching", step + 1)
                 stall += self._launch(self.launcher.place(host_batch), step)
-                drain()
+                if self.server is None:
+                    drain()  # the step before, while the devices compute this one
                 pending = (step, self._metrics, self._work(host_batch))
                 self.step = step + 1
                 evaluates, samples = (
@@ -342,7 +343,8 @@ class Trainer:
                     for every in (c.eval_every, c.sample.every)
                 )
                 due = self.manager.due(self.step) or self.step == last
-                if due or evaluates or samples:
+                # With a server a step is done when its turn is: were it read later, its time would be the next one's.
+                if due or evaluates or samples or self.server is not None:
                     drain()
                 # Asked once, after the devices: a signal that comes later ends the run after the next step, never
                 # unsaved.

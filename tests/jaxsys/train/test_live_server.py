@@ -1,6 +1,7 @@
 """A run that answers requests from the weights that it trains."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -95,11 +96,31 @@ def test_a_run_that_serves_is_the_run_that_does_not(tmp_path, material, alone, f
         np.testing.assert_array_equal(state[key], array)
     assert len(answers) > 6 and all(answers)
     rows = [row for row in read(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 13))
     assert sum(row["serving_seconds"] for row in rows) > 0
     assert sum(row["waited_for_serving_seconds"] for row in rows) > 0
     (said,) = (line for line in lines if line.startswith("serving had "))
     assert ("weights kept for its requests took" in said) == (policy == "finish")
     assert (trainer.live.kept_bytes, trainer.live.held) == (0, False)
+
+
+def test_each_step_is_timed_by_itself_also_before_an_evaluation_and_at_the_end(tmp_path, material):
+    config = make_config(tmp_path / "run", material, steps=4, eval_every=2, serve=ServeConfig(port=0))
+    took = []
+    with Trainer(config, quiet()) as trainer:
+        launch = trainer._launch
+
+        def timed(*args):
+            began = time.perf_counter()
+            waited = launch(*args)
+            took.append(time.perf_counter() - began)
+            return waited
+
+        trainer._launch = timed
+        trainer.run()
+    seconds = [row["seconds"] for row in read(tmp_path / "run") if "loss" in row]
+    assert len(seconds) == len(took) == 4
+    assert all(said >= was for said, was in zip(seconds, took, strict=True))
 
 
 def test_requests_that_begin_again_are_not_streamed(tmp_path, material):
