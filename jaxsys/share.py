@@ -79,6 +79,11 @@ class DeviceShare:
                 self._start = max(self._start, self.parties[name].tag)
             return over
 
+    def book(self, parts: Mapping[str, float]) -> None:
+        """Inside a turn: whose the time since the last look was, in proportion, whoever has the turn."""
+        with self._change:
+            self._charge(parts)
+
     def pause(self, name: str) -> None:
         """Inside a turn: lets others have theirs, if it is time."""
         with self._change:
@@ -131,13 +136,16 @@ class DeviceShare:
                 self._holder, self.parties[name].left = None, self._clock()
                 self._change.notify_all()
 
-    def _charge(self) -> None:
-        """The holder has had the devices until now."""
-        if self._holder is not None:
-            party, now = self.parties[self._holder], self._clock()
-            party.used += now - self._since
-            party.tag += (now - self._since) / party.share
-            self._since = now
+    def _charge(self, parts: Mapping[str, float] | None = None) -> None:
+        """The holder has had the devices until now, or had them for others."""
+        if self._holder is None:
+            return
+        now, parts = self._clock(), parts or {self._holder: 1.0}
+        for name, part in parts.items():
+            party, seconds = self.parties[name], (now - self._since) * part / sum(parts.values())
+            party.used += seconds
+            party.tag += seconds / party.share
+        self._since = now
 
     def _next(self) -> str:
         """Whose turn it is, of those who are there or back in a moment."""

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.request import Request
+from jaxsys.serve.scheduler import Plan
 from jaxsys.share import DeviceShare
 
 Progress = Callable[[Request], None]
@@ -49,8 +50,8 @@ class Service:
 
     max_queue: requests that may wait. max_steps: tokens a sequence makes between two looks of the host, which is
     also how long one that comes may have to wait.
-    finished: called with each request that is finished and its times, on the engine's thread.
-    share: of the devices with others; the service's part in it is "serve".
+    finished: called with each client's request that is finished and its times, on the engine's thread.
+    share: of the devices between "serve", whose are the requests of clients, and "train", whose are those of ``run``.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Service:
         self.share = share
         self.error: BaseException | None = None
         self._jobs: dict[Request, _Job] = {}
+        self._own = set[Request]()  # what the process itself asked and is not finished
         self._new: deque[_Job] = deque()
         self._cancelled: deque[Request] = deque()
         self._change = threading.Condition()
@@ -92,8 +94,9 @@ class Service:
             self._change.notify()
 
     def run(self, requests: Sequence[Request]) -> None:
-        """Runs requests of the process itself, others with them, and waits for them; no limit holds them up.
+        """Runs requests of the process itself, others with them, and waits for them.
 
+        No limit holds them up, and they are nobody's in what is said of clients' requests.
         Raises Closed if none is taken any more, and what the engine failed with.
         """
         left, ended = len(requests), threading.Event()
@@ -108,6 +111,7 @@ class Service:
             if self._closing or self.error is not None:
                 raise Closed(self.reason)
             now = time.monotonic()
+            self._own.update(requests)
             self._new.extend(_Job(request, progress, Times(now)) for request in requests)
             self._change.notify()
         try:
@@ -133,8 +137,14 @@ class Service:
 
     @property
     def queued(self) -> int:
-        """Requests that wait."""
-        return len(self._new) + self.engine.scheduler.queued
+        """Requests of clients that wait."""
+        own = sum(request.finish_reason is None and not request.pages for request in tuple(self._own))
+        return max(len(self._new) + self.engine.scheduler.queued - own, 0)
+
+    @property
+    def running(self) -> int:
+        """Requests of clients in the batch."""
+        return sum(request not in self._own for request in self.engine.scheduler.running)
 
     @property
     def active(self) -> int:
@@ -158,21 +168,39 @@ class Service:
     def _run(self) -> None:
         try:
             while self._take():
-                with contextlib.nullcontext() if self.share is None else self.share.turn("serve"):
-                    self._turn()
+                party = self._party
+                with contextlib.nullcontext() if self.share is None else self.share.turn(party):
+                    self._turn(party)
         except BaseException as error:
             self._fail(error)
 
-    def _turn(self) -> None:
+    @property
+    def _party(self) -> str:
+        """Who takes the devices: the process waits for what it asked itself, and works on when it has that."""
+        return "train" if self._own else "serve"
+
+    def _parts(self, plan: Plan) -> Counter[str]:
+        """Rows of a batch that each party has."""
+        parts = Counter[str]()
+        for chunk in (chunk for chunks in plan.chunks for chunk in chunks):
+            parts["train" if chunk.request in self._own else "serve"] += chunk.count
+        return parts
+
+    def _turn(self, party: str) -> None:
         """Runs batches until there is nothing to do, or the devices are another's."""
         engine, done = self.engine, list[Request]()
         while engine.busy:
             launched = engine.launch(self._max_steps)
             self._tell(done)  # of the batch before, while the devices compute
             done = [] if launched is None else [*engine.finish(launched), *engine.scheduler.running]
-            if self.share is not None and self.share.over("serve"):
-                break
+            if self.share is not None:
+                if launched is not None:
+                    self.share.book(self._parts(launched.plan))
+                if self.share.over(party):
+                    break
             if engine.busy and not self._take():
+                break
+            if self._party != party:
                 break
         self._tell(done)
 
@@ -210,8 +238,10 @@ class Service:
             if request.finish_reason is not None:
                 with self._change:
                     del self._jobs[request]
+                    own = request in self._own
+                    self._own.discard(request)
                     self._change.notify_all()
-                if self._finished is not None:
+                if self._finished is not None and not own:
                     self._finished(request, job.times)
             job.progress(request)
 
@@ -222,6 +252,7 @@ class Service:
             jobs = [*self._jobs.values(), *self._new]
             self._jobs.clear()
             self._new.clear()
+            self._own.clear()
             self._change.notify_all()
         for job in jobs:
             self.engine.cancel(job.request)  # its pages are free, though nobody will use them

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxsys.console import Console
@@ -41,7 +43,7 @@ def prepare(config: ServeConfig, processes: int) -> socket.socket | None:
 class LiveServer:
     """Answers requests from the weights in training, in a thread, until it is closed.
 
-    share: of the devices; training takes its turns as "train".
+    share: of the devices; training has its turns as "train", with what its evaluations and samples take.
     """
 
     def __init__(self, config: TrainConfig, inference: Inference, listening: socket.socket, console: Console):
@@ -51,7 +53,7 @@ class LiveServer:
         c, engine = config.serve, inference.llm.engine
         self.share = DeviceShare({"train": 1 - c.share, "serve": c.share}, {"train": BETWEEN_STEPS_SECONDS})
         self._live = engine.live
-        self._tokens, self._reported = 0.0, dict[str, float]()
+        self._tokens, self._stepped, self._reported = 0.0, 0.0, dict[str, float]()
         engine.scheduler.waiting = FairShare()
         name = Path(config.run).name
         keys = access.read_keys(Path(c.api_keys_file)) if c.api_keys_file else []
@@ -75,6 +77,15 @@ class LiveServer:
         self._server.drain()
         self._thread.join()
 
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """The turn of training for one step."""
+        train = self.share.parties["train"]
+        before = train.used
+        with self.share.turn("train"):
+            yield
+        self._stepped += train.used - before
+
     def trained(self, tokens: float) -> dict[str, float]:
         """A step of training is done; what serving cost since the one before, in seconds, for its metrics."""
         self._tokens += tokens
@@ -87,7 +98,8 @@ class LiveServer:
     def report(self) -> str:
         """What serving and training cost each other, in a line."""
         train, serve = self.share.parties["train"], self.share.parties["serve"]
-        rate, alone = (self._tokens / max(seconds, 1e-9) for seconds in (train.used + train.waited, train.used))
+        stepped = max(self._stepped, 1e-9)
+        rate, alone = self._tokens / (stepped + train.waited), self._tokens / stepped
         line = (
             f"serving had {serve.used:.1f} s of the devices, training {train.used:.1f} s and waited "
             f"{train.waited:.1f} s for it: {rate:,.0f} tokens/s, {alone:,.0f} without"

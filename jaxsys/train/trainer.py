@@ -408,7 +408,7 @@ class Trainer:
                 jax.block_until_ready(arrays)
                 self.server.share.pause("train")
 
-        with contextlib.nullcontext() if self.server is None else self.server.share.turn("train"):
+        with contextlib.nullcontext() if self.server is None else self.server.step():
             self.params, self.opt_state, self._metrics, waited = self.launcher.launch(
                 self.params, self.opt_state, batches, step, copied, self.live, pause
             )

@@ -122,6 +122,18 @@ def test_what_one_does_not_use_is_the_others_and_is_not_saved_up():
     assert share.over("serve")  # not after 100 seconds
 
 
+def test_what_one_does_for_the_other_is_the_others():
+    clock = Hours()
+    share = DeviceShare({"train": 0.5, "serve": 0.5}, clock=clock)
+    with share.turn("train"):
+        clock.now += 8.0
+        share.book({"train": 30, "serve": 10})
+        clock.now += 1.0
+    assert {name: (party.used, party.tag) for name, party in share.parties.items()} == {
+        "train": (7.0, 14.0), "serve": (2.0, 4.0),
+    }  # fmt: skip
+
+
 def test_nobody_has_the_devices_beside_another_and_both_come_on():
     share = DeviceShare({"train": 0.7, "serve": 0.3})
     inside, seen, stop = [], {"train": 0, "serve": 0}, time.monotonic() + 0.5

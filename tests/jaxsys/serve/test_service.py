@@ -9,6 +9,7 @@ from serve_engines import make_engine
 
 from jaxsys.serve.sampling import Sampling
 from jaxsys.serve.service import Busy, Closed, Service
+from jaxsys.share import DeviceShare
 
 
 class Heard:
@@ -127,6 +128,57 @@ def test_a_full_queue_takes_all_or_none(engine, monkeypatch):
     gate.open.set()
     assert service.close(SECONDS)
     assert all(heard.finished.is_set() for heard in (first, *(heard for _, heard in asked)))
+
+
+def run_in_thread(service, count, **settings):
+    """What the process itself asks, on its way: (thread, requests)."""
+    requests = [
+        service.engine.make_request([i, 8, 9], Sampling(**{"temperature": 0.0} | settings)) for i in range(count)
+    ]
+    thread = threading.Thread(target=service.run, args=[requests])
+    thread.start()
+    return thread, requests
+
+
+def test_what_the_process_asks_itself_counts_for_no_limit_and_no_metric(engine, monkeypatch):
+    reported = []
+    service = Service(engine, max_queue=2, finished=lambda request, times: reported.append(request))
+    gate = Gate(engine, monkeypatch)
+    thread, own = run_in_thread(service, 40, max_tokens=3)
+    assert gate.reached.wait(SECONDS)
+    assert service.active == 40
+    assert (service.queued, service.running) == (0, 0)
+    asked = [ask(service, [1, i]) for i in range(2)]
+    assert service.queued == 2
+    with pytest.raises(Busy, match="2 requests wait already"):
+        ask(service, [1, 2])
+    gate.open.set()
+    thread.join(SECONDS)
+    assert service.close(SECONDS)
+    assert [request.made for request in own] == [3] * 40
+    assert {id(request) for request in reported} == {id(request) for request, _ in asked}
+
+
+def test_what_the_process_asks_itself_takes_its_own_share(engine):
+    share = DeviceShare({"train": 0.5, "serve": 0.5})
+    train, serve = share.parties["train"], share.parties["serve"]
+    service = Service(engine, share=share)
+    thread, _ = run_in_thread(service, 5, max_tokens=20)
+    thread.join(SECONDS)
+    assert train.used > 0
+    assert (serve.used, serve.turns) == (0.0, 0)
+    _, heard = ask(service, [1, 2, 3], max_tokens=20)
+    assert heard.finished.wait(SECONDS)
+    assert serve.used > 0
+    asked = [ask(service, [i, 5], max_tokens=90) for i in range(12)]
+    for _ in range(3):  # with clients meanwhile, and training goes on after it
+        thread, own = run_in_thread(service, 2, max_tokens=2)
+        thread.join(SECONDS)
+        assert [request.made for request in own] == [2, 2]
+        with share.turn("train"):
+            pass
+    assert service.close(SECONDS)
+    assert all(request.made == 90 for request, _ in asked)
 
 
 def test_an_engine_that_fails_is_heard_of_by_all():

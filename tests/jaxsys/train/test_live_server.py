@@ -123,6 +123,20 @@ def test_each_step_is_timed_by_itself_also_before_an_evaluation_and_at_the_end(t
     assert all(said >= was for said, was in zip(seconds, took, strict=True))
 
 
+def test_evaluations_and_samples_are_no_requests_of_clients(tmp_path, material):
+    options = {"steps": 4, "eval_every": 2, "sample": SampleConfig(("The quick",) * 3, max_tokens=8)}
+    config = make_config(tmp_path / "run", material, serve=ServeConfig(port=0, max_queue=1), **options)
+    console = quiet()
+    with Trainer(config, console) as trainer:
+        trainer.run()
+        metrics = httpx.get(f"{trainer.server.address}/metrics").text
+        assert trainer.server.share.parties["serve"].used == 0
+    (said,) = (line for line in console.lines if line.startswith("serving had "))
+    assert said.startswith("serving had 0.0 s of the devices") and "late" not in said
+    assert "jaxsys_requests_total{" not in metrics
+    assert "jaxsys_request_seconds_count 0.0" in metrics
+
+
 def test_requests_that_begin_again_are_not_streamed(tmp_path, material):
     config = make_config(tmp_path / "run", material, steps=3, serve=ServeConfig(port=0, new_weights="restart"))
     with Trainer(config, quiet()) as trainer:
