@@ -16,6 +16,9 @@ from jaxsys.share import DeviceShare
 
 Progress = Callable[[Request], None]
 
+# How far back the rate of requests is measured, and the most that anybody is told to wait.
+LATELY_SECONDS = 60.0
+
 
 class Busy(Exception):
     """The queue is full. seconds: when to try again."""
@@ -68,6 +71,10 @@ class Service:
         self.error: BaseException | None = None
         self._jobs: dict[Request, _Job] = {}
         self._own = set[Request]()  # what the process itself asked and is not finished
+        self._busy_since, self._ends = (
+            0.0,
+            deque[float](),
+        )  # when clients last asked nothing; their requests finished lately
         self._new: deque[_Job] = deque()
         self._cancelled: deque[Request] = deque()
         self._change = threading.Condition()
@@ -88,10 +95,8 @@ class Service:
                 raise Closed(self.reason)
             waiting = self.queued
             if waiting + len(requests) > self.max_queue:
-                raise Busy(waiting, max(1.0, 0.05 * waiting))
-            now = time.monotonic()
-            self._new.extend(_Job(request, progress, Times(now)) for request in requests)
-            self._change.notify()
+                raise Busy(waiting, self._seconds(waiting))
+            self._queue(requests, progress)
 
     def run(self, requests: Sequence[Request]) -> None:
         """Runs requests of the process itself, others with them, and waits for them.
@@ -110,10 +115,8 @@ class Service:
         with self._change:
             if self._closing or self.error is not None:
                 raise Closed(self.reason)
-            now = time.monotonic()
+            self._queue(requests, progress)
             self._own.update(requests)
-            self._new.extend(_Job(request, progress, Times(now)) for request in requests)
-            self._change.notify()
         try:
             if requests:
                 ended.wait()
@@ -124,11 +127,26 @@ class Service:
         if self.error is not None:
             raise self.error
 
+    def _queue(self, requests: Sequence[Request], progress: Progress) -> None:
+        now = time.monotonic()
+        if self.active <= len(self._own):
+            self._busy_since = now
+        self._new.extend(_Job(request, progress, Times(now)) for request in requests)
+        self._change.notify()
+
     def cancel(self, request: Request) -> None:
         """Drops a request, whatever its state; its pages are free after the batch that runs."""
         with self._change:
             self._cancelled.append(request)
             self._change.notify()
+
+    def _seconds(self, waiting: int) -> float:
+        """How long so many requests take, as fast as they were finished lately; 1 to 60."""
+        now = time.monotonic()
+        began = max(now - LATELY_SECONDS, self._busy_since)
+        # Before one is finished each takes at least the time that there was for it.
+        each = (now - began) / max(sum(end >= began for end in self._ends), 1)
+        return min(max(waiting * each, 1.0), LATELY_SECONDS)
 
     @property
     def reason(self) -> str:
@@ -240,6 +258,10 @@ class Service:
                     del self._jobs[request]
                     own = request in self._own
                     self._own.discard(request)
+                    if request.finish_reason != "cancelled" and not own:
+                        self._ends.append(now)
+                    while self._ends and self._ends[0] < now - LATELY_SECONDS:
+                        self._ends.popleft()
                     self._change.notify_all()
                 if self._finished is not None and not own:
                     self._finished(request, job.times)

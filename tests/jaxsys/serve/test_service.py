@@ -130,6 +130,43 @@ def test_a_full_queue_takes_all_or_none(engine, monkeypatch):
     assert all(heard.finished.is_set() for heard in (first, *(heard for _, heard in asked)))
 
 
+def test_who_finds_the_queue_full_is_told_how_long_it_takes_at_the_rate_of_late(engine, monkeypatch):
+    now, permits, launch = [1000.0], threading.Semaphore(0), engine.launch
+    monkeypatch.setattr("jaxsys.serve.service.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(engine, "launch", lambda steps=None: permits.acquire() and launch(steps))
+    service = Service(engine, max_queue=4)
+
+    def told():
+        with pytest.raises(Busy) as busy:
+            ask(service, [9])
+        assert service.queued == 4
+        return busy.value.seconds
+
+    _, first = ask(service, [1, 2], max_tokens=90)  # keeps the service busy
+    while service.queued:
+        permits.release()
+        first.finished.wait(0.02)
+    three = [ask(service, [i], max_tokens=1)[1] for i in range(3)]
+    now[0] += 6.0
+    while not all(heard.finished.wait(0.02) for heard in three):
+        permits.release()
+    last = [ask(service, [i], max_tokens=1)[1] for i in range(4)]
+    assert told() == 4 * 6.0 / 3
+    now[0] += 61.0
+    assert told() == 60.0  # nothing was finished since
+    permits.release(1000)
+    assert all(heard.finished.wait(SECONDS) for heard in [first, *last])
+    now[0] += 1000.0
+    while permits.acquire(blocking=False):
+        pass
+    last = [ask(service, [i], max_tokens=1)[1] for i in range(4)]
+    assert told() == 1.0  # it was idle, which is not slow
+    now[0] += 2.0
+    assert told() == 8.0
+    permits.release(1000)
+    assert service.close(SECONDS)
+
+
 def run_in_thread(service, count, **settings):
     """What the process itself asks, on its way: (thread, requests)."""
     requests = [
