@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -14,7 +15,12 @@ from jaxsys.serve.request import Request
 from jaxsys.serve.scheduler import Plan
 from jaxsys.share import DeviceShare
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[Request], None]
+
+# A request that began again so often may do so for ever, which is said once.
+RESTARTS = 8
 
 # How far back the rate of requests is measured, and the most that anybody is told to wait.
 LATELY_SECONDS = 60.0
@@ -70,11 +76,10 @@ class Service:
         self.share = share
         self.error: BaseException | None = None
         self._jobs: dict[Request, _Job] = {}
+        self._warned = False
         self._own = set[Request]()  # what the process itself asked and is not finished
-        self._busy_since, self._ends = (
-            0.0,
-            deque[float](),
-        )  # when clients last asked nothing; their requests finished lately
+        self._busy_since = 0.0  # when clients last asked nothing
+        self._ends = deque[float]()  # when their requests were finished, of late
         self._new: deque[_Job] = deque()
         self._cancelled: deque[Request] = deque()
         self._change = threading.Condition()
@@ -211,6 +216,7 @@ class Service:
             launched = engine.launch(self._max_steps)
             self._tell(done)  # of the batch before, while the devices compute
             done = [] if launched is None else [*engine.finish(launched), *engine.scheduler.running]
+            self._warn()
             if self.share is not None:
                 if launched is not None:
                     self.share.book(self._parts(launched.plan))
@@ -221,6 +227,18 @@ class Service:
             if self._party != party:
                 break
         self._tell(done)
+
+    def _warn(self) -> None:
+        scheduler = self.engine.scheduler
+        if self._warned or scheduler.new_weights != "restart" or all(r.undone < RESTARTS for r in scheduler.running):
+            return
+        self._warned = True
+        logger.warning(
+            "a request began again %d times as the weights changed: under new_weights=restart one that takes longer "
+            "than the time between two updates is not answered while training runs: ask for fewer tokens, or use "
+            "switch, recompute or finish",
+            RESTARTS,
+        )
 
     def _take(self) -> bool:
         """Brings in what other threads asked for, waiting if there is nothing else to do; False at the end."""

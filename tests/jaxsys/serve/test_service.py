@@ -120,7 +120,7 @@ def test_a_full_queue_takes_all_or_none(engine, monkeypatch):
     assert gate.reached.wait(SECONDS)
     asked = [ask(service, [2, 2])]  # the first was not let in yet either
     pair = [engine.make_request([9], Sampling()) for _ in range(2)]
-    with pytest.raises(Busy, match="2 requests wait already: try again in 1 s") as busy:
+    with pytest.raises(Busy, match=r"2 requests wait already: try again in \d+ s") as busy:
         service.submit(pair, Heard())
     assert busy.value.seconds >= 1
     assert service.queued == 2
@@ -165,6 +165,24 @@ def test_who_finds_the_queue_full_is_told_how_long_it_takes_at_the_rate_of_late(
     assert told() == 8.0
     permits.release(1000)
     assert service.close(SECONDS)
+
+
+def test_a_request_that_begins_again_and_again_is_spoken_of_once(engine, monkeypatch, caplog):
+    monkeypatch.setattr(engine.scheduler, "new_weights", "restart")
+    params, launch, published = engine.live._lease.params, engine.launch, []
+
+    def trained(max_steps=None):
+        if len(published) < 20:
+            published.append(engine.live.publish(params))
+        return launch(max_steps)
+
+    monkeypatch.setattr(engine, "launch", trained)
+    service = Service(engine)
+    asked = [ask(service, [1, 2, i], max_tokens=12)[0] for i in range(2)]
+    assert service.close(SECONDS)
+    assert [request.made for request in asked] == [12, 12]
+    (said,) = caplog.messages
+    assert said.startswith("a request began again 8 times as the weights changed") and "\n" not in said
 
 
 def run_in_thread(service, count, **settings):
