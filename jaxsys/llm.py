@@ -211,4 +211,6 @@ class LLM:
             settings["stop"] = self.tokenizer.eos_ids
         if not isinstance(settings["stop"], tuple):
             settings["stop"] = tuple(token_ids("sampling: stop", settings["stop"]))
+        if isinstance(settings.get("stop_text"), str):
+            settings["stop_text"] = (settings["stop_text"],)
         return Sampling(**settings)

@@ -369,11 +369,12 @@ def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype, replicas: in
         raise UserError(f"kv_bytes={config.kv_bytes}, expected at least {least}: the smallest pool of this model")
     longest = min(model.config.max_seq_len, (affordable - 1) * size)
     wanted = longest if config.max_context is None else config.max_context
+    if wanted > (most := model.config.max_seq_len):
+        raise UserError(f"max_context {wanted}: expected 1 to {most}: the model was trained with {most} positions")
     if wanted > longest:
         need = least_bytes(model, replicas, wanted, size, dtype)
         raise UserError(
-            f"max_context {wanted}: expected 1 to {longest}: the model was trained with {model.config.max_seq_len} "
-            f"positions, and a KV pool of {config.kv_bytes} bytes holds {(affordable - 1) * size} "
+            f"max_context {wanted}: expected 1 to {longest}: a KV pool of {config.kv_bytes} bytes holds no more "
             f"({need} bytes hold the {wanted})"
         )
     sequences = max(s.sequences for s in config.shapes)

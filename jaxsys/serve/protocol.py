@@ -52,7 +52,10 @@ COMMON: dict[str, Schema] = {
         "type": "object",
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     },
-    "stop": {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": 16}], "description": "one text or several"},
+    "stop": {
+        "anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": 16}],
+        "description": "a text that is not empty, or a list of at most 16",
+    },
     "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
     "user": _TEXT,
     # Not OpenAI's.

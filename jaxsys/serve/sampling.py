@@ -83,8 +83,13 @@ class Sampling:
     def _check_tokens(self) -> None:
         for token in token_ids("sampling: stop", self.stop):
             whole("sampling: stop token", token, 0, 2**31 - 1)
-        if isinstance(self.stop_text, str) or not all(isinstance(t, str) and t for t in self.stop_text):
-            raise UserError(f"sampling: stop_text={self.stop_text!r:.60}, expected texts that are not empty")
+        texts = self.stop_text
+        if (
+            isinstance(texts, str)
+            or not isinstance(texts, Iterable)
+            or not all(isinstance(t, str) and t for t in texts)
+        ):
+            raise UserError(f"sampling: stop_text={texts!r:.60}, expected texts that are not empty")
         if self.allowed_tokens is not None:
             if not token_ids("sampling: allowed_tokens", self.allowed_tokens):
                 raise UserError("sampling: allowed_tokens is empty, expected a token at least, or None for all")

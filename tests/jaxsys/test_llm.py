@@ -149,6 +149,11 @@ def test_text_ends_before_a_stop_text(llm):
     assert found.tokens == whole.tokens[: len(found.tokens)]
     streamed = "".join(llm.stream("abc", max_tokens=30, temperature=0.0, stop=(), stop_text=(stop,)))
     assert streamed == found.text
+    (bare,) = llm.generate(["abc"], max_tokens=30, temperature=0.0, stop=(), stop_text=stop)
+    assert bare.text == found.text
+    for wrong in ("", ["a", ""], 3):
+        with pytest.raises(UserError, match=r"stop_text=.*, expected texts that are not empty"):
+            llm.generate(["abc"], stop_text=wrong)
 
 
 def test_generation_ends_at_the_tokenizers_end_unless_told_otherwise(llm, monkeypatch):
@@ -255,7 +260,7 @@ def test_a_bad_call_is_refused_and_leaves_nothing_behind(llm, call, words):
         ({"model": ""}, "model '': expected a path or a name"),
         ({"max_context": "5"}, "max_context='5'"),
         ({"kv_bytes": 10}, "kv_bytes=10, expected at least"),
-        ({"max_context": 65}, "max_context 65: expected 1 to 64"),
+        ({"max_context": 65}, "max_context 65: expected 1 to 64: the model was trained with 64 positions$"),
     ],
 )
 def test_a_bad_load_is_refused(directory, options, words):
