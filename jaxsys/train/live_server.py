@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxsys.console import Console
@@ -22,13 +22,13 @@ DRAIN_SECONDS = 10.0
 BETWEEN_STEPS_SECONDS = 0.1
 
 
-def prepare(config: ServeConfig, processes: int) -> socket.socket | None:
-    """Where the server is going to listen, None without one: before anything that takes long.
+def prepare(config: ServeConfig, processes: int) -> tuple[socket.socket | None, list[str]]:
+    """Where the server is going to listen, None without one, and its keys: before anything that takes long.
 
     Raises UserError where that cannot be.
     """
     if config.port is None:
-        return None
+        return None, []
     if processes > 1:
         raise UserError(
             f"serve.port={config.port} in a job of {processes} processes, expected one: a request comes to one process "
@@ -37,7 +37,8 @@ def prepare(config: ServeConfig, processes: int) -> socket.socket | None:
     access.require()
     from jaxsys.serve.server import listen
 
-    return listen(config.host, config.port)
+    keys = access.read_keys(Path(config.api_keys_file)) if config.api_keys_file else []
+    return listen(config.host, config.port), keys
 
 
 class LiveServer:
@@ -46,7 +47,14 @@ class LiveServer:
     share: of the devices; training has its turns as "train", with what its evaluations and samples take.
     """
 
-    def __init__(self, config: TrainConfig, inference: Inference, listening: socket.socket, console: Console):
+    def __init__(
+        self,
+        config: TrainConfig,
+        inference: Inference,
+        listening: socket.socket,
+        keys: Sequence[str],
+        console: Console,
+    ):
         from jaxsys.serve.http import Front
         from jaxsys.serve.server import Server
 
@@ -56,7 +64,6 @@ class LiveServer:
         self._tokens, self._stepped, self._reported = 0.0, 0.0, dict[str, float]()
         engine.scheduler.waiting = FairShare()
         name = Path(config.run).name
-        keys = access.read_keys(Path(c.api_keys_file)) if c.api_keys_file else []
         self.front = Front(inference.llm, name=name, keys=keys, max_queue=c.max_queue, share=self.share)
         inference.service = self.front.service
         begun = threading.Event()

@@ -296,6 +296,13 @@ def test_a_body_that_is_not_what_it_should_be_is_refused(server, http, content):
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+def test_a_field_that_is_there_twice_is_refused_by_name(server, http, path):
+    for body in (b'{"n": 1, "prompt": "a", "n": 1}', b'{"prompt": "a", "logit_bias": {"7": 1, "n": 2, "n": 2}}'):
+        error = http.post(path, content=body).json()["error"]
+        assert (error["message"], error["param"]) == ("n: found more than once, expected once", "n")
+
+
 def test_no_depth_of_nesting_is_too_much_for_the_server(server, http):
     for depth in [*range(900, 1000, 2), 20_000]:
         content = b'{"model": "tiny", "prompt": "a", "n": ' + b"[" * depth + b"]" * depth + b"}"
@@ -306,6 +313,9 @@ def test_other_paths_and_methods_are_errors_of_the_same_shape(server, http):
     assert http.get("/nothing").status_code == 404
     assert http.get("/v1/completions").status_code == 405
     assert http.get("/nothing").json()["error"]["message"] == "no such path: /nothing"
+    counted = http.get("/metrics").text
+    assert 'jaxsys_http_calls_total{path="other",status="404"} 2.0' in counted
+    assert 'jaxsys_http_calls_total{path="/v1/completions",status="405"} 1.0' in counted
 
 
 def test_models_are_listed(server, client):

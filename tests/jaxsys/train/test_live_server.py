@@ -1,5 +1,6 @@
 """A run that answers requests from the weights that it trains."""
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from tiny_runs import make_config, quiet
+from tiny_runs import MODEL, make_config, quiet
 
 import jaxsys
 from jaxsys.data.packing import pack
@@ -161,6 +162,32 @@ def test_a_port_that_is_taken_and_a_job_of_several_processes_are_refused_at_once
 
     with pytest.raises(UserError, match=r"serve\.port=8000 in a job of 2 processes, expected one"):
         live_server.prepare(ServeConfig(port=8000), 2)
+
+
+@pytest.mark.parametrize(
+    ("serve", "says"),
+    [
+        ({"max_context": 1000}, r"serve\.max_context 1000: expected 1 to 64: the model was trained with 64 positions"),
+        ({"kv_bytes": 1}, r"serve\.kv_bytes=1, expected at least \d+: the smallest pool of this model"),
+        ({"api_keys_file": "/nope"}, "/nope"),
+    ],
+    ids=str,
+)
+def test_what_the_server_cannot_have_is_refused_before_anything_is_read(tmp_path, material, monkeypatch, serve, says):
+    monkeypatch.setattr(Trainer, "_data", None)  # tokenises
+    config = make_config(tmp_path / "run", material, serve=ServeConfig(port=0, **serve))
+    with pytest.raises((UserError, FileNotFoundError), match=says):
+        Trainer(config, quiet())
+
+
+def test_the_start_says_the_context_and_why_it_is_less_than_the_models(tmp_path, material):
+    console = quiet()
+    big = dataclasses.replace(MODEL, max_seq_len=256)
+    serve = ServeConfig(port=0, kv_bytes=20_000)
+    with Trainer(make_config(tmp_path / "run", material, model=big, serve=serve), console) as trainer:
+        assert trainer.inference.llm.engine.max_context == 128
+    (said,) = (line for line in console.lines if line.startswith("compile"))
+    assert "context 128 of the model's 256: kv_bytes=20000 holds no more; 2 pages of 64" in said
 
 
 @pytest.mark.parametrize(
