@@ -141,6 +141,12 @@ def test_several_results_of_a_prompt_are_those_of_their_seeds(llm):
         llm.generate(["abc"], n=0)
 
 
+def test_the_noise_of_a_draw_is_that_of_its_seed_and_position_whatever_the_prompt(llm):
+    flat = {"temperature": 1e6, "max_tokens": 8, "stop": ()}  # so that the noise decides
+    one, other, another = llm.generate(["abc", "xyz"], seed=3, **flat) + llm.generate(["abc"], seed=4, **flat)
+    assert one.tokens == other.tokens != another.tokens
+
+
 def test_text_ends_before_a_stop_text(llm):
     (whole,) = llm.generate(["abc"], max_tokens=30, temperature=0.0, stop=())
     stop = whole.text[5:8]
