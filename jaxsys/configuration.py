@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -138,7 +139,9 @@ def _parse(hint: Any, text: str) -> Any:
     try:
         return json.loads(text.lower() if text.lower() in ("true", "false") else text)
     except json.JSONDecodeError:
-        return text
+        # Numbers as Python writes them, which JSON does not have.
+        short = float in _members(hint) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text)
+        return float(text) if short else text
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -30,6 +30,9 @@ DTYPES = ("float32", "bfloat16")
 
 SETTINGS = [field.name for field in dataclasses.fields(Sampling)]
 
+# Neither weights nor pages lie over the axis of long documents, so that it would only repeat what they cost.
+_SERVING = ACTIVATIONS.override("seq=none,residual=tensor:replicate")
+
 Prompt = str | Sequence[int]
 
 # Tokens between two looks of the host while somebody reads along.
@@ -65,7 +68,7 @@ def load(
     tokenizer = Tokenizer.of(source)
     enable_persistent_cache()
     devices = spec.build()
-    refuse_idle_axes(devices.shape, PARAMETERS, ACTIVATIONS)
+    refuse_idle_axes(devices.shape, PARAMETERS, _SERVING)
     decoder, params = _read(source, devices, dtype)
     graphs = Graphs(devices)
     engine = Engine(decoder, Live(params, graphs), graphs, config, name=str(source.path))
@@ -211,4 +214,6 @@ class LLM:
             settings["stop"] = self.tokenizer.eos_ids
         if not isinstance(settings["stop"], tuple):
             settings["stop"] = tuple(token_ids("sampling: stop", settings["stop"]))
+        if isinstance(settings.get("stop_text"), str):
+            settings["stop_text"] = (settings["stop_text"],)
         return Sampling(**settings)

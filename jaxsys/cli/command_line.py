@@ -42,12 +42,30 @@ def parse(argv: list[str]) -> Any:
         if not end.code:
             raise
     title, *body = [
-        line for line in (re.sub(r"[^\x00-\x7f]+", " ", line).strip() for line in box.getvalue().splitlines()) if line
+        line
+        for line in (re.sub(r"[^\x00-\x7f]+", " ", line).strip(" |") for line in box.getvalue().splitlines())
+        if line.strip("-+")  # no border, where those are ASCII
     ]
-    what = f"{title}: {' '.join(body)}"
+    what = _bad_number(argv, body) or f"{title}: {' '.join(body)}"
     what = re.split(r" (?:Argument helptext|For full helptext)", what)[0]
     command = argv[0] + " " if argv and argv[0] in COMMANDS else ""
     raise UserError(f"{what.rstrip('. ')}; see jaxsys {command}--help")
+
+
+def _bad_number(argv: list[str], body: list[str]) -> str | None:
+    """What a value of an option is and ought to be, where tyro says how it came to grief."""
+    found = re.match(r"Error parsing (--[\w-]+):", " ".join(body))
+    if not found or argv[0] not in COMMANDS:
+        return None
+    option, name = found[1], found[1].removeprefix("--").replace("-", "_")
+    kinds = {field.name: str(field.type).partition(" ")[0] for field in dataclasses.fields(COMMANDS[argv[0]])}
+    expected = {"int": "a whole number", "float": "a number"}.get(kinds.get(name, ""))
+    values = [
+        word.partition("=")[2] or after
+        for word, after in zip(argv, [*argv[1:], ""], strict=True)
+        if word.partition("=")[0].replace("_", "-") == option
+    ]
+    return f"{option}: found {values[-1]!r}, expected {expected}" if expected and values else None
 
 
 def _check_names(argv: list[str]) -> None:

@@ -77,7 +77,7 @@ class ServeArgs:
             llm = load(
                 self.model, self.mesh, self.dtype, self.max_context, self.kv_bytes, self.numerics, self.host_kv_bytes
             )
-            said.append(f"{len(llm.engine.graphs)} graphs")
+            said.append(f"{len(llm.engine.graphs)} graphs; {llm.engine.room}")
         if self.policy == "fair":
             llm.engine.scheduler.waiting = FairShare()
         name = self.name or Path(self.model).name

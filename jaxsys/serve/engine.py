@@ -117,7 +117,7 @@ class Engine:
         params = live.like(view)
         dtype = pool_dtype(params)
         replicas = replicas_of(graphs)
-        self.max_context, pages = _pool_size(model, config, dtype, replicas)
+        self.max_context, pages = pool_size(model, config, dtype, replicas)
         self._width = -(-self.max_context // config.page_size)
         slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype) // replicas
         allocators = [Pages(pages, config.page_size, slots) for _ in range(replicas)]
@@ -187,6 +187,15 @@ class Engine:
         """Drops a request and frees its pages."""
         self.scheduler.cancel(request)
         self._hold()
+
+    @property
+    def room(self) -> str:
+        """The context and the pool, in words, and why the context is shorter than the model's where nobody asked."""
+        asked, most = self.config.max_context, self.model.config.max_seq_len
+        cut = f" of the model's {most}: kv_bytes={self.config.kv_bytes} holds no more"
+        pages = sum(each.count - 1 for each in self.scheduler.pages)
+        context = f"context {self.max_context}{cut if asked is None and self.max_context < most else ''}"
+        return f"{context}; {pages} pages of {self.config.page_size}"
 
     @property
     def busy(self) -> bool:
@@ -361,8 +370,9 @@ def replicas_of(graphs: Graphs) -> int:
     return math.prod(graphs.mesh.shape[axis] for axis in graphs.rules["replica"].mesh_axes)
 
 
-def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype, replicas: int) -> tuple[int, int]:
-    """Positions of the longest sequence, and pages of each replica."""
+def pool_size(model: Model, config: EngineConfig, dtype: np.dtype, replicas: int) -> tuple[int, int]:
+    """Positions of the longest sequence, and pages of each replica. Raises UserError where the model or the pool's
+    bytes do not hold one."""
     size = config.page_size
     affordable = config.kv_bytes // page_bytes(model, size, dtype) // replicas
     if affordable < 2:  # page 0 belongs to no sequence
@@ -370,11 +380,12 @@ def _pool_size(model: Model, config: EngineConfig, dtype: np.dtype, replicas: in
         raise UserError(f"kv_bytes={config.kv_bytes}, expected at least {least}: the smallest pool of this model")
     longest = min(model.config.max_seq_len, (affordable - 1) * size)
     wanted = longest if config.max_context is None else config.max_context
+    if wanted > (most := model.config.max_seq_len):
+        raise UserError(f"max_context {wanted}: expected 1 to {most}: the model was trained with {most} positions")
     if wanted > longest:
         need = least_bytes(model, replicas, wanted, size, dtype)
         raise UserError(
-            f"max_context {wanted}: expected 1 to {longest}: the model was trained with {model.config.max_seq_len} "
-            f"positions, and a KV pool of {config.kv_bytes} bytes holds {(affordable - 1) * size} "
+            f"max_context {wanted}: expected 1 to {longest}: a KV pool of {config.kv_bytes} bytes holds no more "
             f"({need} bytes hold the {wanted})"
         )
     sequences = max(s.sequences for s in config.shapes)

@@ -79,7 +79,8 @@ class Front:
         }
         routes = [Route(path, self._counted(path, f), methods=["POST"]) for path, f in posts.items()]
         routes += [Route(path, self._counted(path, f), methods=["GET"]) for path, f in gets.items()]
-        self._routed = Starlette(routes=routes, exception_handlers={HTTPException: _answer, Exception: _answer})
+        self._paths = {*posts, *gets}
+        self._routed = Starlette(routes=routes, exception_handlers={HTTPException: self._unrouted, Exception: _answer})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.calls += 1
@@ -197,6 +198,13 @@ class Front:
                 self._metrics.called(path, status)
 
         return counted
+
+    async def _unrouted(self, request: HTTPRequest, error: Exception) -> Response:
+        """What no endpoint answers: another path, or a method that the path does not have."""
+        response = await _answer(request, error)
+        path = request.url.path if request.url.path in self._paths else "other"  # a client may think of many
+        self._metrics.called(path, response.status_code)
+        return response
 
     def _authorised(self, request: HTTPRequest) -> str:
         """Which key the call has, none if none is needed. Raises Refused, 401, without one."""

@@ -68,7 +68,7 @@ class _Books(Collector):
         pages, counts = engine.scheduler.pages, engine.scheduler.counts
         for name, what, value in (
             ("requests_waiting", "Requests in the queue", self._service.queued),
-            ("requests_running", "Requests in the batch", len(engine.scheduler.running)),
+            ("requests_running", "Requests in the batch", self._service.running),
             ("kv_pages", "Pages of the KV pool", sum(each.count - 1 for each in pages)),
             ("kv_pages_used", "Pages of the KV pool that requests hold", sum(each.used for each in pages)),
             (

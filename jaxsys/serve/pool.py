@@ -50,7 +50,7 @@ def least_bytes(model: Model, replicas: int, positions: int, page_size: int, dty
     return replicas * (-(-positions // page_size) + 1) * page_bytes(model, page_size, dtype)
 
 
-def pool_dtype(params: Mapping[str, jax.Array]) -> np.dtype:
+def pool_dtype(params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> np.dtype:
     """Keys and values are kept as activations are; bfloat16 kernels on CPU: float32, which is what it is fast in."""
     return np.dtype(activation_dtype(params["embed.kernel"].dtype))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -52,7 +53,10 @@ COMMON: dict[str, Schema] = {
         "type": "object",
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     },
-    "stop": {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": 16}], "description": "one text or several"},
+    "stop": {
+        "anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": 16}],
+        "description": "a text that is not empty, or a list of at most 16",
+    },
     "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
     "user": _TEXT,
     # Not OpenAI's.
@@ -290,8 +294,17 @@ def _load(raw: bytes) -> Any:
     def constant(name: str) -> None:
         raise ValueError(f"{name} is no number of JSON")
 
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise Refused(f"{json.dumps(twice[:60])[1:-1]}: found more than once, expected once", param=twice)
+        return found
+
     try:
-        return json.loads(raw, parse_float=real, parse_constant=constant)
+        return json.loads(raw, parse_float=real, parse_constant=constant, object_pairs_hook=fields)
+    except Refused:
+        raise
     except ValueError as error:
         raise Refused(f"the body is not JSON: {' '.join(str(error).split()):.120}") from None
 

@@ -37,6 +37,7 @@ class Request:
     text: of what is made, where somebody wants it; it may end the request.
     client: whose it is, for fairness. priority: the lower the more urgent. leader: one with the same prompt that goes
     before it, so that it is computed once.
+    undone: times that new weights took what was computed of it.
     The scheduler's own: number, in order of arrival; replica, where it runs; version, of the weights that made its
     keys and values; bound, of those that it is to end with; root and digests, of its full pages (see
     ``jaxsys.serve.pages``).
@@ -59,6 +60,7 @@ class Request:
     client: str = ""
     priority: int = 0
     leader: Request | None = None
+    undone: int = 0
     number: int = 0
     replica: int = 0
     version: int | None = None

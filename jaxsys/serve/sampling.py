@@ -30,7 +30,8 @@ class Sampling:
     top_k: choose among the k most likely tokens (those equal to the last of them included); 0 is off.
     top_p: then choose among the fewest most likely tokens whose probabilities sum to at least this; 1 is off.
     min_p: then among those at least this times as likely as the most likely; 0 is off.
-    seed: the same seed gives the same tokens, whatever else is in the batch; None draws one.
+    seed: the same seed gives the same tokens, whatever else is in the batch; None draws one. The noise is a function of
+        seed and position alone: requests with the same seed draw with the same noise, whatever their prompts.
     stop: token ids that end the text; the one that does is the last of the result. stop_text: texts that end it; they
         are no part of the result's text.
     logprobs: so many most likely tokens are reported with their log-probabilities for each that is made, at most
@@ -83,8 +84,13 @@ class Sampling:
     def _check_tokens(self) -> None:
         for token in token_ids("sampling: stop", self.stop):
             whole("sampling: stop token", token, 0, 2**31 - 1)
-        if isinstance(self.stop_text, str) or not all(isinstance(t, str) and t for t in self.stop_text):
-            raise UserError(f"sampling: stop_text={self.stop_text!r:.60}, expected texts that are not empty")
+        texts = self.stop_text
+        if (
+            isinstance(texts, str)
+            or not isinstance(texts, Iterable)
+            or not all(isinstance(t, str) and t for t in texts)
+        ):
+            raise UserError(f"sampling: stop_text={texts!r:.60}, expected texts that are not empty")
         if self.allowed_tokens is not None:
             if not token_ids("sampling: allowed_tokens", self.allowed_tokens):
                 raise UserError("sampling: allowed_tokens is empty, expected a token at least, or None for all")

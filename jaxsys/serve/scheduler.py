@@ -27,7 +27,8 @@ NewWeights = Literal["switch", "recompute", "finish", "restart"]
 """What a running request does when weights are published. ``switch``: it goes on with them, and with the keys and
 values that it has (in-flight updates: PipelineRL, Piche et al. 2025). ``recompute``: it goes on with them once they
 have computed its tokens anew. ``finish``: it ends with the weights that it began with, which are kept for it.
-``restart``: it begins again at its prompt."""
+``restart``: it begins again at its prompt, so one that takes longer than the time between two updates is not answered
+while they go on."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -163,6 +164,7 @@ class Scheduler:
         self._forget(before)
         if self.new_weights in ("recompute", "restart"):
             for request in self.running:
+                request.undone += 1
                 self._preempt(request)
 
     def _forget(self, version: int) -> None:

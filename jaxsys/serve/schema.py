@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,22 +90,28 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _check_any(value: Any, schema: Schema, at: str) -> None:
-    deepest: Refused | None = None
+    inside: list[tuple[list[int], Refused]] = []
     for each in schema["anyOf"]:
         try:
             check(value, each, at)
             return
         except Refused as refused:
-            if refused.param != at:  # right up to somewhere inside: the most that can be said
-                deepest = refused
-    if deepest is not None:
-        raise deepest
+            if refused.param != at:
+                inside.append(([int(i) for i in re.findall(r"\[(\d+)\]", refused.param or "")], refused))
+    # What was right the farthest was meant; if there are several nobody knows which.
+    farthest = max((where for where, _ in inside), default=None)
+    meant = [refused for where, refused in inside if where == farthest]
+    if len(meant) == 1:
+        raise meant[0]
     _refuse(value, expected(schema), at)
 
 
 def _check_object(value: dict[str, Any], schema: Schema, at: str) -> None:
     inside = f"{at}." if at else ""
     properties, others = schema.get("properties", {}), schema.get("additionalProperties", False)
+    for name, each in properties.items():  # before what is missing: another type of part has other fields
+        if name in value and "enum" in each:
+            check(value[name], each, f"{inside}{name}")
     for name in schema.get("required", ()):
         if name not in value:
             raise Refused(f"{inside}{name} is missing, expected {_what(properties[name])}", param=f"{inside}{name}")

@@ -17,8 +17,8 @@ class Pieces(Protocol):
 class Text:
     """What is sure of a text that grows. What may be the beginning of a stop is held back until it is known.
 
-    pieces: makes what turns tokens into text. stops: texts that end it and are no part of it. least: tokens before
-    which none does. sure: the text so far. stopped: whether a stop came.
+    pieces: makes what turns tokens into text. stops: texts that end it and are no part of it; one counts when the
+    token that completes it is at least the ``least``-th. sure: the text so far. stopped: whether a stop came.
     """
 
     def __init__(self, pieces: Callable[[], Pieces], stops: Sequence[str] = (), least: int = 0):
@@ -34,9 +34,7 @@ class Text:
     def push(self, token: int) -> bool:
         """Takes a token; whether the text ends with it."""
         self._tokens += 1
-        self._held += self._pieces.push(token)
-        if self._tokens >= self._least:
-            self._find()
+        self._grow(self._pieces.push(token))
         keep = 0 if self.stopped else self._beginning()
         self.sure += self._held[: len(self._held) - keep]
         self._held = self._held[len(self._held) - keep :]
@@ -47,21 +45,27 @@ class Text:
         if not self._finished:
             self._finished = True
             if not self.stopped:
-                self._held += self._pieces.finish()
-                self._find()
+                self._grow(self._pieces.finish())
             self.sure, self._held = self.sure + self._held, ""
         return self.sure
 
-    def _find(self) -> None:
-        """Cuts at the stop that is complete first, the longest of those that end there."""
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
+    def _grow(self, piece: str) -> None:
+        """Cuts at the stop that is complete first, the longest of those that end there.
+
+        It ends in the new piece: what was complete before would have ended the text, or came too early to count.
+        """
+        before = len(self._held)
+        self._held += piece
+        if self._tokens < self._least:
+            return
+        starts = [(stop, self._held.find(stop, max(before - len(stop) + 1, 0))) for stop in self._stops]
+        if found := [(at + len(stop), at) for stop, at in starts if at >= 0]:
             self._held, self.stopped = self._held[: min(found)[1]], True
 
     def _beginning(self) -> int:
-        """Length of the longest end of what is held that a stop may begin with."""
+        """Length of the longest end of what is held that a stop may begin with and go on from."""
         longest = min(max(map(len, self._stops), default=0), len(self._held) + 1) - 1
         for n in range(max(longest, 0), 0, -1):
-            if any(stop.startswith(self._held[-n:]) for stop in self._stops):
+            if any(len(stop) > n and stop.startswith(self._held[-n:]) for stop in self._stops):
                 return n
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -12,7 +13,7 @@ from jaxsys.graphs import Graphs
 from jaxsys.live import Live
 from jaxsys.llm import LLM
 from jaxsys.models.state import Model
-from jaxsys.serve.engine import SIZES, Engine, EngineConfig, replicas_of
+from jaxsys.serve.engine import SIZES, Engine, EngineConfig, pool_size, replicas_of
 from jaxsys.serve.pool import least_bytes, pool_dtype
 from jaxsys.serve.request import Request, Result
 from jaxsys.serve.sampling import Sampling
@@ -20,6 +21,7 @@ from jaxsys.serve.scheduler import Size
 from jaxsys.serve.service import Service
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train.config import TrainConfig
+from parallelism.errors import UserError
 
 VIEW = "compute"
 # Who they are, for fairness between the clients of a server.
@@ -55,9 +57,10 @@ class Inference:
         serves = s.port is not None
         contexts = [len(prompt) + c.max_tokens for prompt in self._prompts]
         contexts += [config.data.seq_len] if config.eval_batches else []
-        contexts += [s.max_context or model.config.max_seq_len] if serves else []
-        context = min(max(contexts), model.config.max_seq_len)
         replicas = replicas_of(graphs)
+        served = served_context(config, model, replicas) if serves else 0
+        contexts += [served] if serves else []
+        context = min(max(contexts), model.config.max_seq_len)
         _, small, *chunks = SIZES["fast"]
         # All that a server has, or those that suit what is asked for: each takes its time to compile.
         sizes: tuple[Size, ...] = (small,) if self._prompts else ()
@@ -68,7 +71,7 @@ class Inference:
         dtype = pool_dtype(live.like(self._view))
         least = least_bytes(model, replicas, context, EngineConfig.page_size, dtype)
         options = EngineConfig(
-            max_context=context,
+            max_context=None if serves and s.max_context is None and context == served else context,
             kv_bytes=s.kv_bytes if serves else max(EngineConfig.kv_bytes, least),
             host_kv_bytes=s.host_kv_bytes,
             numerics=config.numerics,
@@ -124,6 +127,22 @@ class Inference:
         """Gives back the memory that evaluation and samples took, unless a server has it."""
         if self.service is None:
             self.llm.engine.give_back()
+
+
+def served_context(config: TrainConfig, model: Model, replicas: int) -> int:
+    """Tokens of a request of the run's clients, prompt included. Needs no array and no program.
+
+    Raises UserError for a ``serve.max_context`` and a ``serve.kv_bytes`` that the model does not allow.
+    """
+    kept = model.compute_dtypes(config.compute_dtype)["embed.kernel"]
+    dtype = pool_dtype({"embed.kernel": jax.ShapeDtypeStruct((), kept)})
+    evaluated = min(config.data.seq_len, model.config.max_seq_len) if config.eval_batches else 1
+    try:
+        for context in (evaluated, config.serve.max_context):  # in the same pool
+            served, _ = pool_size(model, EngineConfig(context, config.serve.kv_bytes), dtype, replicas)
+        return served
+    except UserError as error:
+        raise UserError(f"serve.{error}") from None
 
 
 def pieces(batch: Batch) -> Iterable[list[int]]:

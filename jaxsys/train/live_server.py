@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxsys.console import Console
@@ -16,15 +18,17 @@ from parallelism.errors import UserError
 
 # For answers that run when training ends.
 DRAIN_SECONDS = 10.0
+# The host's work between two steps: longer than that is a checkpoint, or data that does not come.
+BETWEEN_STEPS_SECONDS = 0.1
 
 
-def prepare(config: ServeConfig, processes: int) -> socket.socket | None:
-    """Where the server is going to listen, None without one: before anything that takes long.
+def prepare(config: ServeConfig, processes: int) -> tuple[socket.socket | None, list[str]]:
+    """Where the server is going to listen, None without one, and its keys: before anything that takes long.
 
     Raises UserError where that cannot be.
     """
     if config.port is None:
-        return None
+        return None, []
     if processes > 1:
         raise UserError(
             f"serve.port={config.port} in a job of {processes} processes, expected one: a request comes to one process "
@@ -33,26 +37,33 @@ def prepare(config: ServeConfig, processes: int) -> socket.socket | None:
     access.require()
     from jaxsys.serve.server import listen
 
-    return listen(config.host, config.port)
+    keys = access.read_keys(Path(config.api_keys_file)) if config.api_keys_file else []
+    return listen(config.host, config.port), keys
 
 
 class LiveServer:
     """Answers requests from the weights in training, in a thread, until it is closed.
 
-    share: of the devices; training takes its turns as "train".
+    share: of the devices; training has its turns as "train", with what its evaluations and samples take.
     """
 
-    def __init__(self, config: TrainConfig, inference: Inference, listening: socket.socket, console: Console):
+    def __init__(
+        self,
+        config: TrainConfig,
+        inference: Inference,
+        listening: socket.socket,
+        keys: Sequence[str],
+        console: Console,
+    ):
         from jaxsys.serve.http import Front
         from jaxsys.serve.server import Server
 
         c, engine = config.serve, inference.llm.engine
-        self.share = DeviceShare({"train": 1 - c.share, "serve": c.share})
+        self.share = DeviceShare({"train": 1 - c.share, "serve": c.share}, {"train": BETWEEN_STEPS_SECONDS})
         self._live = engine.live
-        self._tokens, self._reported = 0.0, dict[str, float]()
+        self._tokens, self._stepped, self._reported = 0.0, 0.0, dict[str, float]()
         engine.scheduler.waiting = FairShare()
         name = Path(config.run).name
-        keys = access.read_keys(Path(c.api_keys_file)) if c.api_keys_file else []
         self.front = Front(inference.llm, name=name, keys=keys, max_queue=c.max_queue, share=self.share)
         inference.service = self.front.service
         begun = threading.Event()
@@ -73,6 +84,15 @@ class LiveServer:
         self._server.drain()
         self._thread.join()
 
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """The turn of training for one step."""
+        train = self.share.parties["train"]
+        before = train.used
+        with self.share.turn("train"):
+            yield
+        self._stepped += train.used - before
+
     def trained(self, tokens: float) -> dict[str, float]:
         """A step of training is done; what serving cost since the one before, in seconds, for its metrics."""
         self._tokens += tokens
@@ -85,7 +105,8 @@ class LiveServer:
     def report(self) -> str:
         """What serving and training cost each other, in a line."""
         train, serve = self.share.parties["train"], self.share.parties["serve"]
-        rate, alone = (self._tokens / max(seconds, 1e-9) for seconds in (train.used + train.waited, train.used))
+        stepped = max(self._stepped, 1e-9)
+        rate, alone = self._tokens / (stepped + train.waited), self._tokens / stepped
         line = (
             f"serving had {serve.used:.1f} s of the devices, training {train.used:.1f} s and waited "
             f"{train.waited:.1f} s for it: {rate:,.0f} tokens/s, {alone:,.0f} without"

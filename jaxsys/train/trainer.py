@@ -28,14 +28,14 @@ from jaxsys.live import Live
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.optim import OptimConfig, Optimizer
-from jaxsys.serve.engine import NonFiniteLogits
+from jaxsys.serve.engine import NonFiniteLogits, replicas_of
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train import live_server, resume
 from jaxsys.train.abstract import AbstractRun, starting_model
 from jaxsys.train.agreement import agree, facts, model_files
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.explain import explained
-from jaxsys.train.inference import Inference
+from jaxsys.train.inference import Inference, served_context
 from jaxsys.train.launch import batch_grid
 from jaxsys.train.metrics import Metrics, NoMetrics
 from jaxsys.train.stop import Stop
@@ -91,7 +91,7 @@ class Trainer:
             )
         self.watch.launches = dispatcher().launches
         self.lead = self.watch.processes.index == 0
-        listening = live_server.prepare(config.serve, expected)
+        listening, keys = live_server.prepare(config.serve, expected)
         self.config, self.console = config, console or Console(shown=self.lead)
         self.watch.phase("comparing with the other processes", setup=True)
         if found > 1:
@@ -103,6 +103,8 @@ class Trainer:
         self.abstract = run = AbstractRun(config, model_config)
         self.mesh, self.graphs, self.plan, self.layout = run.mesh, run.graphs, run.plan, run.layout
         self.model, self.step_functions, self.launcher = run.model, run.step, run.launcher
+        if listening is not None:
+            served_context(config, run.model, replicas_of(run.graphs))  # refused now, before what takes long
         for what, uneven in run.indivisible().items():
             self.console.line(f"sharding of {what}: {'; '.join(uneven)}")
         self.tokenizer = self._tokenizer()
@@ -117,7 +119,7 @@ class Trainer:
             self.server: live_server.LiveServer | None = None
             if listening is not None:
                 assert self.inference is not None
-                self.server = live_server.LiveServer(config, self.inference, listening, self.console)
+                self.server = live_server.LiveServer(config, self.inference, listening, keys, self.console)
         except BaseException:
             if listening is not None:
                 listening.close()
@@ -264,6 +266,8 @@ class Trainer:
                     self.plan.shardings if self.step_functions.offload.parameters else None,
                 )  # fmt: skip
                 said.append(f"view for inference {self.inference.view_bytes / 1e6:.0f} MB")
+                if c.serve.port is not None:
+                    said.append(self.inference.llm.engine.room)
             keeping = self.inference is not None and self.inference.keeps
             self.launcher.prepare(self.params, self.opt_state, keeping)
             said.append(f"{len(self.graphs)} graphs")
@@ -334,7 +338,8 @@ class Trainer:
                 profile(step)
                 self.watch.phase("launching", step + 1)
                 stall += self._launch(self.launcher.place(host_batch), step)
-                drain()
+                if self.server is None:
+                    drain()  # the step before, while the devices compute this one
                 pending = (step, self._metrics, self._work(host_batch))
                 self.step = step + 1
                 evaluates, samples = (
@@ -342,7 +347,8 @@ class Trainer:
                     for every in (c.eval_every, c.sample.every)
                 )
                 due = self.manager.due(self.step) or self.step == last
-                if due or evaluates or samples:
+                # With a server a step is done when its turn is: were it read later, its time would be the next one's.
+                if due or evaluates or samples or self.server is not None:
                     drain()
                 # Asked once, after the devices: a signal that comes later ends the run after the next step, never
                 # unsaved.
@@ -406,7 +412,7 @@ class Trainer:
                 jax.block_until_ready(arrays)
                 self.server.share.pause("train")
 
-        with contextlib.nullcontext() if self.server is None else self.server.share.turn("train"):
+        with contextlib.nullcontext() if self.server is None else self.server.step():
             self.params, self.opt_state, self._metrics, waited = self.launcher.launch(
                 self.params, self.opt_state, batches, step, copied, self.live, pause
             )

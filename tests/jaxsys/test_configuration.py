@@ -101,6 +101,8 @@ def test_every_key_set_from_its_own_value_gives_back_the_configuration(config):
         ("count=3", {"count": 3}),
         ("rate=1e-4", {"rate": 1e-4}),
         ("rate=2", {"rate": 2.0}),
+        ("rate=.5", {"rate": 0.5}),
+        ("rate=+5.e-1", {"rate": 0.5}),
         ("on=True", {"on": True}),
         ("on = false", {"on": False}),
         ("mode=fast", {"mode": "fast"}),

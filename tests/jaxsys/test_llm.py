@@ -141,6 +141,12 @@ def test_several_results_of_a_prompt_are_those_of_their_seeds(llm):
         llm.generate(["abc"], n=0)
 
 
+def test_the_noise_of_a_draw_is_that_of_its_seed_and_position_whatever_the_prompt(llm):
+    flat = {"temperature": 1e6, "max_tokens": 8, "stop": ()}  # so that the noise decides
+    one, other, another = llm.generate(["abc", "xyz"], seed=3, **flat) + llm.generate(["abc"], seed=4, **flat)
+    assert one.tokens == other.tokens != another.tokens
+
+
 def test_text_ends_before_a_stop_text(llm):
     (whole,) = llm.generate(["abc"], max_tokens=30, temperature=0.0, stop=())
     stop = whole.text[5:8]
@@ -149,6 +155,11 @@ def test_text_ends_before_a_stop_text(llm):
     assert found.tokens == whole.tokens[: len(found.tokens)]
     streamed = "".join(llm.stream("abc", max_tokens=30, temperature=0.0, stop=(), stop_text=(stop,)))
     assert streamed == found.text
+    (bare,) = llm.generate(["abc"], max_tokens=30, temperature=0.0, stop=(), stop_text=stop)
+    assert bare.text == found.text
+    for wrong in ("", ["a", ""], 3):
+        with pytest.raises(UserError, match=r"stop_text=.*, expected texts that are not empty"):
+            llm.generate(["abc"], stop_text=wrong)
 
 
 def test_generation_ends_at_the_tokenizers_end_unless_told_otherwise(llm, monkeypatch):
@@ -249,13 +260,14 @@ def test_a_bad_call_is_refused_and_leaves_nothing_behind(llm, call, words):
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"mesh": "tensor=99"}, "99 devices"),
         ({"mesh": "tensor"}, "expected AXIS=NUMBER"),
+        ({"mesh": "context=2"}, "mesh context=2: no rule splits .*expected one of data, fsdp, expert, tensor; leave"),
         ({"mesh": 3}, "mesh: found 3, expected text"),
         ({"dtype": jax.numpy.float32}, "unknown dtype .*known: bfloat16, float32"),
         ({"model": None}, "model None: expected a path or a name"),
         ({"model": ""}, "model '': expected a path or a name"),
         ({"max_context": "5"}, "max_context='5'"),
         ({"kv_bytes": 10}, "kv_bytes=10, expected at least"),
-        ({"max_context": 65}, "max_context 65: expected 1 to 64"),
+        ({"max_context": 65}, "max_context 65: expected 1 to 64: the model was trained with 64 positions$"),
     ],
 )
 def test_a_bad_load_is_refused(directory, options, words):

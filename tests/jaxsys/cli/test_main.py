@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxsys.cli.main import main
+
 ROOT = Path(__file__).parents[3]
 
 # A model that says much and compiles nothing, and a word once it is asked.
@@ -64,6 +66,24 @@ def test_an_environment_that_jax_does_not_start_in_is_one_line(tmp_path, variabl
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("jaxsys: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "JAX does not start with" in line and f"{name}={value}" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["train", "--config", "llama_25m", "--serve", "abc"],
+            "--serve: found 'abc', expected a whole number; see jaxsys train",
+        ),
+        (["serve", "some", "--port=80a"], "--port: found '80a', expected a whole number; see jaxsys serve --help"),
+        (["serve", "some", "--max_context", "9.5"], "--max-context: found '9.5', expected a whole number; see"),
+        (["serve", "some", "--drain-seconds", "x"], "--drain-seconds: found 'x', expected a number; see jaxsys serve"),
+    ],
+)
+def test_a_value_that_is_no_number_is_named(capsys, words, says):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"jaxsys: {says}") and said.count("\n") == 1
 
 
 def test_an_interrupt_while_modules_are_imported_ends_quietly():

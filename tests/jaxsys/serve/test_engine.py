@@ -359,6 +359,7 @@ def test_the_pool_stays_within_its_bytes_and_shortens_the_context():
     engine = make_engine(kv_bytes=20_000, sizes=(Size(1, 1),))
     assert engine._pool.k.nbytes + engine._pool.v.nbytes <= 20_000
     assert engine.max_context == 64
+    assert engine.room == "context 64 of the model's 96: kv_bytes=20000 holds no more; 8 pages of 8"
     assert len(made(run(engine, [[1] * 60], dataclasses.replace(GREEDY, max_tokens=9))[0])) == 4
 
 

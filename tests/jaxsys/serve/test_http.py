@@ -208,7 +208,9 @@ def test_every_parameter_reaches_the_engine(server, http, monkeypatch):
         ("n", True, "n: found true, expected a whole number"),
         ("logprobs", 21, "logprobs: found 21, expected a whole number of at least 0 and at most 20"),
         ("seed", -1, "seed: found -1"),
-        ("stop", "", 'stop: found "", expected one text or several'),
+        ("stop", "", 'stop: found "", expected a text that is not empty, or a list of at most 16'),
+        ("stop", ["x"] * 17, "expected a text that is not empty, or a list of at most 16"),
+        ("stop", ["x", ""], 'stop[1]: found "", expected a text that is not empty'),
         ("stop", ["a", 3], "stop[1]: found 3, expected a text"),
         ("logit_bias", {"x": 1}, "logit_bias: found 'x', expected token ids as its names"),
         ("logit_bias", {"1": 101}, "logit_bias.1: found 101"),
@@ -221,6 +223,10 @@ def test_every_parameter_reaches_the_engine(server, http, monkeypatch):
         ("temperature", 1e39, "temperature: found 1e+39, expected a number of at least 0 and at most 1000000.0"),
         ("repetition_penalty", 0, "repetition_penalty: found 0, expected a number of at least 1e-06"),
         ("prompt", ["a"] * 1025, "1025 choices in one call, expected at most 1024, as many as may wait"),
+        ("prompt", ["a", 1], "prompt[1]: found 1, expected a text"),
+        ("prompt", [1, "a"], 'prompt[1]: found "a", expected a whole number'),
+        ("prompt", [[1], 2], "prompt[1]: found 2, expected a list of at least 1"),
+        ("prompt", [None], "prompt: found [null], expected a text, a list of texts, token ids, or a list of lists"),
         ("prompt", [[[]]], "prompt[0][0]: found [], expected a whole number"),
         ("a\nb", 1, "a\\nb: no such field"),
         ("suffix", "x" * 1000, 'suffix: found "xxx'),
@@ -256,7 +262,11 @@ def test_what_cannot_be_honoured_is_refused_by_name(server, http, field, value, 
         ("top_logprobs", 2, "top_logprobs without logprobs"),
         ("messages", [], "messages: found 0 entries, expected a list of at least 1"),
         ("messages", [{"role": "tool", "content": "x"}], "messages[0].role: found"),
-        ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
+        (
+            "messages",
+            [{"role": "user", "content": [{"image_url": {"url": "x"}, "type": "image_url"}]}],
+            'messages[0].content[0].type: found "image_url", expected "text": nothing else is supported',
+        ),
         ("messages", [{"role": "user"}], "messages[0].content is missing"),
         ("max_completion_tokens", 3, "max_tokens and max_completion_tokens are the same: give one"),
     ],
@@ -286,6 +296,13 @@ def test_a_body_that_is_not_what_it_should_be_is_refused(server, http, content):
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+def test_a_field_that_is_there_twice_is_refused_by_name(server, http, path):
+    for body in (b'{"n": 1, "prompt": "a", "n": 1}', b'{"prompt": "a", "logit_bias": {"7": 1, "n": 2, "n": 2}}'):
+        error = http.post(path, content=body).json()["error"]
+        assert (error["message"], error["param"]) == ("n: found more than once, expected once", "n")
+
+
 def test_no_depth_of_nesting_is_too_much_for_the_server(server, http):
     for depth in [*range(900, 1000, 2), 20_000]:
         content = b'{"model": "tiny", "prompt": "a", "n": ' + b"[" * depth + b"]" * depth + b"}"
@@ -296,6 +313,9 @@ def test_other_paths_and_methods_are_errors_of_the_same_shape(server, http):
     assert http.get("/nothing").status_code == 404
     assert http.get("/v1/completions").status_code == 405
     assert http.get("/nothing").json()["error"]["message"] == "no such path: /nothing"
+    counted = http.get("/metrics").text
+    assert 'jaxsys_http_calls_total{path="other",status="404"} 2.0' in counted
+    assert 'jaxsys_http_calls_total{path="/v1/completions",status="405"} 1.0' in counted
 
 
 def test_models_are_listed(server, client):

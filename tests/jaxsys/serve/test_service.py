@@ -9,6 +9,7 @@ from serve_engines import make_engine
 
 from jaxsys.serve.sampling import Sampling
 from jaxsys.serve.service import Busy, Closed, Service
+from jaxsys.share import DeviceShare
 
 
 class Heard:
@@ -119,7 +120,7 @@ def test_a_full_queue_takes_all_or_none(engine, monkeypatch):
     assert gate.reached.wait(SECONDS)
     asked = [ask(service, [2, 2])]  # the first was not let in yet either
     pair = [engine.make_request([9], Sampling()) for _ in range(2)]
-    with pytest.raises(Busy, match="2 requests wait already: try again in 1 s") as busy:
+    with pytest.raises(Busy, match=r"2 requests wait already: try again in \d+ s") as busy:
         service.submit(pair, Heard())
     assert busy.value.seconds >= 1
     assert service.queued == 2
@@ -127,6 +128,112 @@ def test_a_full_queue_takes_all_or_none(engine, monkeypatch):
     gate.open.set()
     assert service.close(SECONDS)
     assert all(heard.finished.is_set() for heard in (first, *(heard for _, heard in asked)))
+
+
+def test_who_finds_the_queue_full_is_told_how_long_it_takes_at_the_rate_of_late(engine, monkeypatch):
+    now, permits, launch = [1000.0], threading.Semaphore(0), engine.launch
+    monkeypatch.setattr("jaxsys.serve.service.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(engine, "launch", lambda steps=None: permits.acquire() and launch(steps))
+    service = Service(engine, max_queue=4)
+
+    def told():
+        with pytest.raises(Busy) as busy:
+            ask(service, [9])
+        assert service.queued == 4
+        return busy.value.seconds
+
+    _, first = ask(service, [1, 2], max_tokens=90)  # keeps the service busy
+    while service.queued:
+        permits.release()
+        first.finished.wait(0.02)
+    three = [ask(service, [i], max_tokens=1)[1] for i in range(3)]
+    now[0] += 6.0
+    while not all(heard.finished.wait(0.02) for heard in three):
+        permits.release()
+    last = [ask(service, [i], max_tokens=1)[1] for i in range(4)]
+    assert told() == 4 * 6.0 / 3
+    now[0] += 61.0
+    assert told() == 60.0  # nothing was finished since
+    permits.release(1000)
+    assert all(heard.finished.wait(SECONDS) for heard in [first, *last])
+    now[0] += 1000.0
+    while permits.acquire(blocking=False):
+        pass
+    last = [ask(service, [i], max_tokens=1)[1] for i in range(4)]
+    assert told() == 1.0  # it was idle, which is not slow
+    now[0] += 2.0
+    assert told() == 8.0
+    permits.release(1000)
+    assert service.close(SECONDS)
+
+
+def test_a_request_that_begins_again_and_again_is_spoken_of_once(engine, monkeypatch, caplog):
+    monkeypatch.setattr(engine.scheduler, "new_weights", "restart")
+    params, launch, published = engine.live._lease.params, engine.launch, []
+
+    def trained(max_steps=None):
+        if len(published) < 20:
+            published.append(engine.live.publish(params))
+        return launch(max_steps)
+
+    monkeypatch.setattr(engine, "launch", trained)
+    service = Service(engine)
+    asked = [ask(service, [1, 2, i], max_tokens=12)[0] for i in range(2)]
+    assert service.close(SECONDS)
+    assert [request.made for request in asked] == [12, 12]
+    (said,) = caplog.messages
+    assert said.startswith("a request began again 8 times as the weights changed") and "\n" not in said
+
+
+def run_in_thread(service, count, **settings):
+    """What the process itself asks, on its way: (thread, requests)."""
+    requests = [
+        service.engine.make_request([i, 8, 9], Sampling(**{"temperature": 0.0} | settings)) for i in range(count)
+    ]
+    thread = threading.Thread(target=service.run, args=[requests])
+    thread.start()
+    return thread, requests
+
+
+def test_what_the_process_asks_itself_counts_for_no_limit_and_no_metric(engine, monkeypatch):
+    reported = []
+    service = Service(engine, max_queue=2, finished=lambda request, times: reported.append(request))
+    gate = Gate(engine, monkeypatch)
+    thread, own = run_in_thread(service, 40, max_tokens=3)
+    assert gate.reached.wait(SECONDS)
+    assert service.active == 40
+    assert (service.queued, service.running) == (0, 0)
+    asked = [ask(service, [1, i]) for i in range(2)]
+    assert service.queued == 2
+    with pytest.raises(Busy, match="2 requests wait already"):
+        ask(service, [1, 2])
+    gate.open.set()
+    thread.join(SECONDS)
+    assert service.close(SECONDS)
+    assert [request.made for request in own] == [3] * 40
+    assert {id(request) for request in reported} == {id(request) for request, _ in asked}
+
+
+def test_what_the_process_asks_itself_takes_its_own_share(engine):
+    share = DeviceShare({"train": 0.5, "serve": 0.5})
+    train, serve = share.parties["train"], share.parties["serve"]
+    service = Service(engine, share=share)
+    thread, _ = run_in_thread(service, 5, max_tokens=20)
+    thread.join(SECONDS)
+    assert train.used > 0
+    assert (serve.used, serve.turns) == (0.0, 0)
+    _, heard = ask(service, [1, 2, 3], max_tokens=20)
+    assert heard.finished.wait(SECONDS)
+    assert serve.used > 0
+    asked = [ask(service, [i, 5], max_tokens=90) for i in range(12)]
+    for _ in range(3):  # with clients meanwhile, and training goes on after it
+        thread, own = run_in_thread(service, 2, max_tokens=2)
+        thread.join(SECONDS)
+        assert [request.made for request in own] == [2, 2]
+        with share.turn("train"):
+            pass
+    assert service.close(SECONDS)
+    assert all(request.made == 90 for request, _ in asked)
 
 
 def test_an_engine_that_fails_is_heard_of_by_all():

@@ -1,13 +1,15 @@
 """A run that answers requests from the weights that it trains."""
 
+import dataclasses
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from tiny_runs import make_config, quiet
+from tiny_runs import MODEL, make_config, quiet
 
 import jaxsys
 from jaxsys.data.packing import pack
@@ -95,11 +97,45 @@ def test_a_run_that_serves_is_the_run_that_does_not(tmp_path, material, alone, f
         np.testing.assert_array_equal(state[key], array)
     assert len(answers) > 6 and all(answers)
     rows = [row for row in read(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 13))
     assert sum(row["serving_seconds"] for row in rows) > 0
     assert sum(row["waited_for_serving_seconds"] for row in rows) > 0
     (said,) = (line for line in lines if line.startswith("serving had "))
     assert ("weights kept for its requests took" in said) == (policy == "finish")
     assert (trainer.live.kept_bytes, trainer.live.held) == (0, False)
+
+
+def test_each_step_is_timed_by_itself_also_before_an_evaluation_and_at_the_end(tmp_path, material):
+    config = make_config(tmp_path / "run", material, steps=4, eval_every=2, serve=ServeConfig(port=0))
+    took = []
+    with Trainer(config, quiet()) as trainer:
+        launch = trainer._launch
+
+        def timed(*args):
+            began = time.perf_counter()
+            waited = launch(*args)
+            took.append(time.perf_counter() - began)
+            return waited
+
+        trainer._launch = timed
+        trainer.run()
+    seconds = [row["seconds"] for row in read(tmp_path / "run") if "loss" in row]
+    assert len(seconds) == len(took) == 4
+    assert all(said >= was for said, was in zip(seconds, took, strict=True))
+
+
+def test_evaluations_and_samples_are_no_requests_of_clients(tmp_path, material):
+    options = {"steps": 4, "eval_every": 2, "sample": SampleConfig(("The quick",) * 3, max_tokens=8)}
+    config = make_config(tmp_path / "run", material, serve=ServeConfig(port=0, max_queue=1), **options)
+    console = quiet()
+    with Trainer(config, console) as trainer:
+        trainer.run()
+        metrics = httpx.get(f"{trainer.server.address}/metrics").text
+        assert trainer.server.share.parties["serve"].used == 0
+    (said,) = (line for line in console.lines if line.startswith("serving had "))
+    assert said.startswith("serving had 0.0 s of the devices") and "late" not in said
+    assert "jaxsys_requests_total{" not in metrics
+    assert "jaxsys_request_seconds_count 0.0" in metrics
 
 
 def test_requests_that_begin_again_are_not_streamed(tmp_path, material):
@@ -126,6 +162,32 @@ def test_a_port_that_is_taken_and_a_job_of_several_processes_are_refused_at_once
 
     with pytest.raises(UserError, match=r"serve\.port=8000 in a job of 2 processes, expected one"):
         live_server.prepare(ServeConfig(port=8000), 2)
+
+
+@pytest.mark.parametrize(
+    ("serve", "says"),
+    [
+        ({"max_context": 1000}, r"serve\.max_context 1000: expected 1 to 64: the model was trained with 64 positions"),
+        ({"kv_bytes": 1}, r"serve\.kv_bytes=1, expected at least \d+: the smallest pool of this model"),
+        ({"api_keys_file": "/nope"}, "/nope"),
+    ],
+    ids=str,
+)
+def test_what_the_server_cannot_have_is_refused_before_anything_is_read(tmp_path, material, monkeypatch, serve, says):
+    monkeypatch.setattr(Trainer, "_data", None)  # tokenises
+    config = make_config(tmp_path / "run", material, serve=ServeConfig(port=0, **serve))
+    with pytest.raises((UserError, FileNotFoundError), match=says):
+        Trainer(config, quiet())
+
+
+def test_the_start_says_the_context_and_why_it_is_less_than_the_models(tmp_path, material):
+    console = quiet()
+    big = dataclasses.replace(MODEL, max_seq_len=256)
+    serve = ServeConfig(port=0, kv_bytes=20_000)
+    with Trainer(make_config(tmp_path / "run", material, model=big, serve=serve), console) as trainer:
+        assert trainer.inference.llm.engine.max_context == 128
+    (said,) = (line for line in console.lines if line.startswith("compile"))
+    assert "context 128 of the model's 256: kv_bytes=20000 holds no more; 2 pages of 64" in said
 
 
 @pytest.mark.parametrize(
