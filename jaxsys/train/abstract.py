@@ -66,12 +66,12 @@ class AbstractRun:
         self.mesh = MeshSpec.parse(config.mesh).build(devices)
         parameter_rules = PARAMETERS.override(config.parameter_rules)
         self.activation_rules = ACTIVATIONS.override(config.activation_rules)
-        refuse_idle_axes(self.mesh.shape, parameter_rules, self.activation_rules)
         self._check_rows(model)
         self.graphs = Graphs(self.mesh, self.activation_rules)
         with sharding_context(self.mesh, self.activation_rules):  # how layers are stored depends on the platform
             self.unpadded = build(model, dtype=config.parameter_dtype, storage=config.storage)
         self.plan = plan(self.unpadded.layout, self.mesh, parameter_rules, self.unpadded.units)
+        refuse_idle_axes(self.plan, self.activation_rules, self.unpadded.activation_axes)
         self.model = self.unpadded.with_layout(self.plan.layout)
         self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
         self.plans = state_plans(

@@ -123,7 +123,12 @@ def test_rows_of_the_table_are_sorted_by_bytes(explanation):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh": "stage=2"}, "mesh stage=2: no rule splits anything"),
+        ({"mesh": "stage=2"}, "mesh stage=2: no parameter and no activation is split over 'stage'"),
+        ({"mesh": "stage=2", "activation_rules": "replica=stage"}, "mesh stage=2: no parameter"),
+        (
+            {"mesh": "stage=2,fsdp=2", "parameter_rules": "layers=stage", "storage": "listed"},
+            "mesh stage=2: no parameter",
+        ),
         ({"accumulate": 3}, "does not divide by accumulate=3"),
         ({"model": None}, "give either init_from"),
     ],
