@@ -121,6 +121,7 @@ class AbstractRun:
     def _check_rows(self, model: ModelConfig) -> None:
         data = self.config.data
         if (pieces := self.mesh.shape[sequence.AXIS]) > 1:
+            sequence.check_rule(self.mesh, self.activation_rules)
             sequence.balanced_order(data.seq_len, pieces)
         if data.seq_len > model.max_seq_len:
             raise UserError(

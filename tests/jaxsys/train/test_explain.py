@@ -129,6 +129,14 @@ def test_rows_of_the_table_are_sorted_by_bytes(explanation):
             {"mesh": "stage=2,fsdp=2", "parameter_rules": "layers=stage", "storage": "listed"},
             "mesh stage=2: no parameter",
         ),
+        (
+            {"mesh": "context=2", "activation_rules": "seq=none"},
+            "rule seq=none:replicate on a mesh with context=2.*expected",
+        ),
+        (
+            {"mesh": "context=2,tensor=2", "activation_rules": "seq=context+tensor"},
+            "rule seq=context.tensor:replicate on",
+        ),
         ({"accumulate": 3}, "does not divide by accumulate=3"),
         ({"model": None}, "give either init_from"),
     ],
