@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.graphs import Graphs
 from jaxsys.hub import resolve
+from jaxsys.kernels.attention import ATTENTION
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import build
@@ -67,6 +68,7 @@ class AbstractRun:
         parameter_rules = PARAMETERS.override(config.parameter_rules)
         self.activation_rules = ACTIVATIONS.override(config.activation_rules)
         self._check_rows(model)
+        self._check_offload()
         self.graphs = Graphs(self.mesh, self.activation_rules)
         with sharding_context(self.mesh, self.activation_rules):  # how layers are stored depends on the platform
             self.unpadded = build(model, dtype=config.parameter_dtype, storage=config.storage)
@@ -136,6 +138,14 @@ class AbstractRun:
         if data.batch_size % self.config.accumulate:
             raise UserError(
                 f"data.batch_size {data.batch_size} does not divide by accumulate={self.config.accumulate}: change one"
+            )
+
+    def _check_offload(self) -> None:
+        pieces, names = self.mesh.shape[sequence.AXIS], placement.Offload.parse(self.config.offload).activations
+        if pieces > 1 and ATTENTION in names:
+            raise UserError(
+                f"offload activations={ATTENTION} on a mesh with {sequence.AXIS}={pieces}: attention over split rows has no "
+                f"activation of that name: leave {ATTENTION} out, or the axis {sequence.AXIS}"
             )
 
     def _optimizer_plan(self) -> Plan:

@@ -137,6 +137,10 @@ def test_rows_of_the_table_are_sorted_by_bytes(explanation):
             {"mesh": "context=2,tensor=2", "activation_rules": "seq=context+tensor"},
             "rule seq=context.tensor:replicate on",
         ),
+        (
+            {"mesh": "context=2", "offload": "activations=attention", "remat": "full"},
+            "attention on a mesh with context=2:",
+        ),
         ({"accumulate": 3}, "does not divide by accumulate=3"),
         ({"model": None}, "give either init_from"),
     ],
