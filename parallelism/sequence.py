@@ -84,8 +84,8 @@ def check_rule(mesh: Mesh, rules: Rules) -> None:
     over = [axis for axis in rules["seq"].mesh_axes if mesh.shape[axis] > 1]
     if mesh.shape[AXIS] > 1 and over != [AXIS]:
         raise UserError(
-            f"{rules.name} rule seq={rules['seq']} on a mesh with {AXIS}={mesh.shape[AXIS]}: attention splits rows over "
-            f"{AXIS} and nothing else: expected seq={AXIS}, or leave {AXIS} out of the mesh"
+            f"{rules.name} rule seq={rules['seq']} on a mesh with {AXIS}={mesh.shape[AXIS]}: attention splits rows "
+            f"over {AXIS} and nothing else: expected seq={AXIS}, or leave {AXIS} out of the mesh"
         )
 
 

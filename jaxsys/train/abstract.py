@@ -6,6 +6,7 @@ The trainer fills it with arrays; ``--explain`` and ahead-of-time compilation fo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +22,14 @@ from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import build
 from jaxsys.optim import Optimizer
 from jaxsys.train.config import TrainConfig
-from jaxsys.train.launch import Launcher
+from jaxsys.train.launch import Launcher, batch_grid
 from jaxsys.train.step import Step
 from parallelism import (
     ACTIVATIONS,
     PARAMETERS,
     MeshSpec,
     Plan,
+    Rule,
     Rules,
     placement,
     plan,
@@ -67,6 +69,8 @@ class AbstractRun:
         self.mesh = MeshSpec.parse(config.mesh).build(devices)
         parameter_rules = PARAMETERS.override(config.parameter_rules)
         self.activation_rules = ACTIVATIONS.override(config.activation_rules)
+        # Before the plan, which would name the first array that does not divide for the same reason.
+        self._check_experts(model, parameter_rules["experts"])
         self._check_rows(model)
         self._check_offload()
         self.graphs = Graphs(self.mesh, self.activation_rules)
@@ -120,6 +124,16 @@ class AbstractRun:
         others = {name: [line for line in found if line not in said] for name, found in lines.items()}
         return {name: found for name, found in {**others, "parameters": said}.items() if found}
 
+    def _check_experts(self, model: ModelConfig, rule: Rule) -> None:
+        over = {axis: self.mesh.shape[axis] for axis in rule.mesh_axes}
+        if model.experts is None or rule.indivisible != "error" or model.experts.number % math.prod(over.values()) == 0:
+            return
+        sizes = ",".join(f"{axis}={n}" for axis, n in over.items() if n > 1)
+        raise UserError(
+            f"mesh {sizes}: the model's {model.experts.number} experts do not divide over it: change the mesh, or keep "
+            "all experts on every device with parameter_rules=experts=:replicate"
+        )
+
     def _check_rows(self, model: ModelConfig) -> None:
         data = self.config.data
         if (pieces := self.mesh.shape[sequence.AXIS]) > 1:
@@ -139,13 +153,14 @@ class AbstractRun:
             raise UserError(
                 f"data.batch_size {data.batch_size} does not divide by accumulate={self.config.accumulate}: change one"
             )
+        batch_grid(self.config, self.mesh, self.activation_rules)
 
     def _check_offload(self) -> None:
         pieces, names = self.mesh.shape[sequence.AXIS], placement.Offload.parse(self.config.offload).activations
         if pieces > 1 and ATTENTION in names:
             raise UserError(
-                f"offload activations={ATTENTION} on a mesh with {sequence.AXIS}={pieces}: attention over split rows has no "
-                f"activation of that name: leave {ATTENTION} out, or the axis {sequence.AXIS}"
+                f"offload activations={ATTENTION} on a mesh with {sequence.AXIS}={pieces}: attention over split rows "
+                f"has no activation of that name: leave {ATTENTION} out, or the axis {sequence.AXIS}"
             )
 
     def _optimizer_plan(self) -> Plan:

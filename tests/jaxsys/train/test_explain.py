@@ -9,11 +9,15 @@ import pytest
 from tiny_runs import MODEL, make_config, quiet, write_recipe
 
 from jaxsys.cli.main import main
+from jaxsys.models.config import Experts
 from jaxsys.train.abstract import AbstractRun
 from jaxsys.train.explain import OutOfMemory, explain, explained, memory, state_report
 from jaxsys.train.trainer import Trainer
 from parallelism.errors import UserError
 
+MIXTRAL = dataclasses.replace(
+    MODEL, family="mixtral", n_heads=4, n_kv_heads=2, tie_embeddings=False, experts=Experts(8, 2, 12)
+)
 FULL = jax.errors.JaxRuntimeError(
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     "Used 20.13G of 15.75G hbm. Exceeded hbm capacity by 4.38G."
@@ -140,6 +144,11 @@ def test_rows_of_the_table_are_sorted_by_bytes(explanation):
         (
             {"mesh": "context=2", "offload": "activations=attention", "remat": "full"},
             "attention on a mesh with context=2:",
+        ),
+        ({"mesh": "fsdp=3"}, "a microbatch of 4 rows .* does not divide over the 3 shards"),
+        (
+            {"mesh": "expert=3", "model": MIXTRAL},
+            "mesh expert=3: the model's 8 experts do not divide over it: .*experts=:rep",
         ),
         ({"accumulate": 3}, "does not divide by accumulate=3"),
         ({"model": None}, "give either init_from"),
