@@ -162,6 +162,13 @@ def test_what_does_not_go_together_is_told_before_anything_is_compiled(config, c
         AbstractRun(changed, starting_model(changed)[0])
 
 
+def test_experts_that_do_not_divide_go_together_with_a_mesh_where_every_device_keeps_them_all(config):
+    data, model = dataclasses.replace(config.data, batch_size=3), dataclasses.replace(MIXTRAL, d_model=12)
+    rules = "experts=:replicate"
+    run = AbstractRun(dataclasses.replace(config, data=data, mesh="expert=3", parameter_rules=rules), model)
+    assert "experts=8 does not divide over expert=3: kept whole" in run.indivisible()["parameters"][0]
+
+
 def test_memory_of_a_failed_compile_of_which_nothing_is_known_has_no_such_class(config):
     assert set(memory(AbstractRun(config, MODEL), "RESOURCE_EXHAUSTED: no").classes) == {
         "parameters", "optimizer state", "batch", "gradients"
