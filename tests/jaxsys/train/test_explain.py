@@ -118,6 +118,34 @@ def test_a_step_that_runs_out_of_memory_ends_in_the_table_and_other_errors_pass(
     assert len(tables) == 1 and "temporaries" in tables[0]
 
 
+def test_what_is_in_host_memory_is_shown_and_not_counted_on_the_device(config):
+    offload = "parameters,optimizer=0.5,activations=residual"
+    run = AbstractRun(dataclasses.replace(config, offload=offload, remat="full"), MODEL)
+    found = explain(run)
+    away = {row.array for row in found.arrays.rows if row.memory == "host"}
+    assert {"layers.0.mlp.up.kernel"} < away and "embed.kernel" not in away
+    shards = sum(row.nbytes_per_device for row in found.arrays.rows)
+    assert found.arrays.nbytes_per_device == shards - found.memory.host
+    classes = found.memory.classes
+    assert found.arrays.nbytes_per_device == classes["parameters"] + classes["optimizer state"]
+    page = str(found)
+    assert re.search(r"^layers.0.mlp.up.kernel .* host ", page, re.M) and re.search(
+        r"^embed.kernel .* device ", page, re.M
+    )
+    assert f"total of {len(away)} arrays" in page
+    assert "offloaded activations (residual) are counted on the device: CPU has one memory" in page
+
+
+def test_the_page_says_which_of_several_programs_it_shows(config):
+    def run(*shares):
+        data = dataclasses.replace(config.data, split_shares=shares)
+        return AbstractRun(dataclasses.replace(config, data=data, mesh="context=2"), MODEL)
+
+    assert run(0, 0.5, 0.25).launcher.split == (32, 64)
+    page = str(explain(run(0.5)))
+    assert "the step of the largest of data.split_shares: 0.5 (32 of 64 tokens)" in page
+
+
 def test_rows_of_the_table_are_sorted_by_bytes(explanation):
     classes = sorted(explanation.memory.classes, key=lambda name: -explanation.memory.classes[name])
     lines = str(explanation.memory).splitlines()[1 : 1 + len(classes)]
