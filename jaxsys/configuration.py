@@ -112,6 +112,9 @@ def _set(cls: type, values: dict[str, Any], path: list[str], text: str, where: s
             raise UserError(
                 f"configuration key {where + '.'.join(path)!r}: {where + name} is {inner!r}, it has no keys"
             )
+        if len(classes) > 1 and path[1:] == ["kind"]:
+            _choose(classes, text, where + name)
+            raise UserError(f"configuration key {where}{name}.kind: found {text!r}, give {where}{name}={text}")
         inner_cls = _choose(classes, inner["kind"], where + name) if len(classes) > 1 else classes[0]
         _set(inner_cls, inner, path[1:], text, f"{where}{name}.")
         return

@@ -68,7 +68,6 @@ def load(
     tokenizer = Tokenizer.of(source)
     enable_persistent_cache()
     devices = spec.build()
-    refuse_idle_axes(devices.shape, PARAMETERS, _SERVING)
     decoder, params = _read(source, devices, dtype)
     graphs = Graphs(devices)
     engine = Engine(decoder, Live(params, graphs), graphs, config, name=str(source.path))
@@ -86,6 +85,7 @@ def _read(source: ModelSource, devices: Mesh, dtype: str, attempts: int = 4) -> 
         pretrained = Pretrained.open(source)
         model = build(pretrained.config, dtype=dtype)
         placed = plan(model.layout, devices, PARAMETERS, model.units)
+        refuse_idle_axes(placed, _SERVING, model.activation_axes)
         return model.with_layout(placed.layout), put(placed, pretrained.reader)
     except UserError:
         if attempts == 1 or steps <= set(source.path.glob("step-*")):

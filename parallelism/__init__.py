@@ -3,7 +3,7 @@
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Region, Stored
 from parallelism.mesh import AXES, MeshSpec
-from parallelism.rules import ACTIVATIONS, PARAMETERS, Rule, Rules, refuse_idle_axes
+from parallelism.rules import ACTIVATIONS, PARAMETERS, Rule, Rules
 from parallelism.sharding import (
     Decision,
     Plan,
@@ -14,6 +14,7 @@ from parallelism.sharding import (
     plan,
     platform,
     put,
+    refuse_idle_axes,
     sharding_context,
     to_host,
 )

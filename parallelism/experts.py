@@ -27,8 +27,8 @@ from jax.sharding import PartitionSpec
 
 from parallelism import sequence
 from parallelism.errors import UserError
-from parallelism.manual import axes_of, on_devices, scattered_sum
-from parallelism.sharding import current, platform, spec_of
+from parallelism.manual import on_devices, scattered_sum
+from parallelism.sharding import axes_of, current, platform, spec_of
 
 EXPERTS, WIDTH = "act_experts", "act_expert_embed"
 """Logical axes of a kernel: its experts, and the dimension that is read whole and whose gradient is scattered. Others

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from parallelism.sharding import current, manual_axes, platform
 
@@ -25,11 +24,6 @@ def on_devices(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
         axis_names=set(context.mesh.axis_names) - manual,
         check_vma=False,
     )
-
-
-def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
-    """Mesh axes that a spec names, in order."""
-    return tuple(name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry))
 
 
 def width_axes(row_axes: tuple[str, ...], width: int) -> tuple[str, ...]:

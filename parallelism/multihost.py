@@ -102,6 +102,8 @@ def detect(
 
 def _checked(found: _Found, environment: Environment) -> Processes:
     """``found`` as a job, if it is a whole one."""
+    if found.count is not None and found.count[0] < 1:
+        raise UserError(f"processes: found {found.count[0]} ({found.count[1]}), expected at least 1")
     alone = found.count is not None and found.count[0] == 1
     parts = {"coordinator": found.coordinator, "processes": found.count, "process": found.index}
     given = {name: value for name, value in parts.items() if value is not None}

@@ -40,6 +40,7 @@ def roll_call(coordinator: str, count: int, index: int, seconds: float) -> None:
     hello = {"process": index, "count": count, "host": socket.gethostname(), "jax": jax.__version__}
     lead = None
     if index == 0:
+        _resolve(coordinator)
         lead = threading.Thread(target=_Lead(count, _listen(coordinator), seconds).run, name="roll call", daemon=True)
         lead.start()
     error = _answer(coordinator, f"process {index} of {count}", hello, seconds)
@@ -47,6 +48,18 @@ def roll_call(coordinator: str, count: int, index: int, seconds: float) -> None:
         lead.join()  # JAX is to find the port free, and those that come late an answer
     if error:
         raise UserError(error)
+
+
+def _resolve(coordinator: str) -> None:
+    """Raises UserError where process 0 cannot tell its own address: the others may know the name later, it must now."""
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UserError(
+            f"processes: the coordinator {coordinator}, where process 0 is to listen, has a name that this machine "
+            f"does not know ({error.strerror or error}): give a name or an address of this machine"
+        ) from error
 
 
 def _listen(coordinator: str) -> socket.socket:
@@ -85,8 +98,9 @@ def _answer(coordinator: str, who: str, hello: dict[str, Any], seconds: float) -
             why, final = error.strerror or str(error), isinstance(error, ConnectionResetError)
         if final:
             raise UserError(
-                f"{who}: process 0, the coordinator, at {coordinator} ended while the job came together, or something "
-                f"else listens there ({why}): see what it said, or give another port with --coordinator"
+                f"{who}: at {coordinator} nobody waits for processes any more: the job is complete, with another "
+                f"{who.partition(' of ')[0]}, or process 0 ended, or something else listens there ({why}): see what "
+                "process 0 said, or give another --process or port"
             )
         if time.monotonic() > begun + seconds:
             raise UserError(

@@ -155,20 +155,6 @@ class Rules(Mapping[str, Rule]):
         return tuple(found)
 
 
-def refuse_idle_axes(mesh: Mapping[str, int], *tables: Rules) -> None:
-    """Raises UserError for a mesh axis that no rule uses: its devices would all do the same work.
-
-    mesh: sizes by axis.
-    """
-    used = {axis for rules in tables for rule in rules.values() for axis in rule.mesh_axes}
-    for axis, size in mesh.items():
-        if size > 1 and axis not in used:
-            raise UserError(
-                f"mesh {axis}={size}: no rule splits anything over {axis!r}, so its devices would only repeat each "
-                f"other's work: expected one of {', '.join(a for a in AXES if a in used)}; leave {axis} out"
-            )
-
-
 PARAMETERS = Rules(
     "parameters",
     {

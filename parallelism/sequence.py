@@ -29,10 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from parallelism.errors import UserError, unknown_name
 from parallelism.manual import on_devices, scattered_sum
+from parallelism.rules import Rules
 from parallelism.sharding import current, spec_of
 
 AXIS = "context"
@@ -78,6 +79,16 @@ def balanced_order(length: int, n: int) -> np.ndarray:
     return np.concatenate([chunks[[i, 2 * n - 1 - i]].ravel() for i in range(n)])
 
 
+def check_rule(mesh: Mesh, rules: Rules) -> None:
+    """Raises UserError where the mesh splits rows and the rule of ``seq`` does not, or over another axis."""
+    over = [axis for axis in rules["seq"].mesh_axes if mesh.shape[axis] > 1]
+    if mesh.shape[AXIS] > 1 and over != [AXIS]:
+        raise UserError(
+            f"{rules.name} rule seq={rules['seq']} on a mesh with {AXIS}={mesh.shape[AXIS]}: attention splits rows "
+            f"over {AXIS} and nothing else: expected seq={AXIS}, or leave {AXIS} out of the mesh"
+        )
+
+
 def pieces() -> int:
     """How many pieces the active context's mesh splits a row into; 1 without a context."""
     context = current()
@@ -114,6 +125,7 @@ def attention(
     context = current()
     assert context is not None, "context parallelism needs a sharding_context"
     mesh = context.mesh
+    check_rule(mesh, context.rules)
     rows = spec_of(q.shape[:2], ("batch", "seq"))
     heads = spec_of(k.shape, ("batch", "seq", "act_kv_heads", None))
     grouped = PartitionSpec(*heads[:3], None, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
+from parallelism.mesh import AXES
 from parallelism.rules import ACTIVATIONS, PARAMETERS, Rules
 
 # ---------------------------------------------------------------------------------------------------------- planning
@@ -76,6 +77,29 @@ def plan(layout: Layout, mesh: Mesh, rules: Rules = PARAMETERS, units: Mapping[s
         shardings[key] = NamedSharding(mesh, placed.spec)
         decisions += placed.decisions
     return Plan(Layout(stored), mesh, rules, shardings, tuple(decisions))
+
+
+def refuse_idle_axes(plan: Plan, activations: Rules, used: Iterable[str]) -> None:
+    """Raises UserError for a mesh axis that splits nothing: its devices would all do the same work.
+
+    plan: of the parameters. used: the axes of ``activations`` that the model's activations have.
+    """
+    by_activations = {mesh_axis for axis in used for mesh_axis in activations[axis].mesh_axes}
+    busy = by_activations | {axis for sharding in plan.shardings.values() for axis in axes_of(sharding.spec)}
+    named = by_activations | {
+        mesh_axis
+        for array in plan.layout.values()
+        for axis in array.axes
+        if axis
+        for mesh_axis in plan.rules[axis].mesh_axes
+    }
+    for axis, size in plan.mesh.shape.items():
+        if size > 1 and axis not in busy:
+            raise UserError(
+                f"mesh {axis}={size}: no parameter and no activation is split over {axis!r}, so its devices would only "
+                f"repeat each other's work: expected one of {', '.join(a for a in AXES if a in named - {axis})}; "
+                f"leave {axis} out"
+            )
 
 
 def _unpadded(stored: Stored) -> tuple[int, ...]:
@@ -203,6 +227,11 @@ def spec_of(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
     assert context is not None, "spec_of needs a sharding_context"
     free = {axis: n for axis, n in context.mesh.shape.items() if axis not in manual_axes()}
     return _place(f"activation {tuple(shape)}", shape, axes, free, context.rules, {}).spec
+
+
+def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """Mesh axes that a spec names, in order."""
+    return tuple(name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry))
 
 
 def manual_axes() -> frozenset[str]:

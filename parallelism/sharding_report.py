@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from parallelism.layout import Stored
 from parallelism.rules import Rules
 from parallelism.sharding import Decision, Plan
+from parallelism.streaming import HOST
 from parallelism.text import columns, in_units
 
 
@@ -21,6 +22,7 @@ from parallelism.text import columns, in_units
 class Row:
     """One stored array.
 
+    memory: ``device``, or ``host`` of an array that lies in the memory of the device's host.
     spec: mesh axes of each dimension, ``-`` for none; nbytes, padding: bytes of the whole stored array and of the
     padding in it; nbytes_per_device: bytes of one shard; replicated: every device holds all of it although there are
     several; why: why it is replicated, or a dimension of it padded or kept whole; empty if neither.
@@ -30,6 +32,7 @@ class Row:
     shape: tuple[int, ...]
     dtype: str
     spec: str
+    memory: str
     nbytes: int
     padding: int
     nbytes_per_device: int
@@ -51,7 +54,8 @@ class Report:
 
     @property
     def nbytes_per_device(self) -> int:
-        return sum(row.nbytes_per_device for row in self.rows)
+        """In the memory of a device."""
+        return sum(row.nbytes_per_device for row in self.rows if row.memory != "host")
 
     @property
     def indivisible(self) -> list[str]:
@@ -72,12 +76,18 @@ class Report:
 
         groups: dict[tuple, list[Row]] = defaultdict(list)
         for row in self.rows:
-            groups[_numbers_starred(row.array), row.shape, row.dtype, row.spec].append(row)
-        table = [("array", "shape", "dtype", "spec", "bytes", "per device")]
-        for (_, shape, dtype, spec), rows in groups.items():
-            table.append((_name(rows), "x".join(map(str, shape)) or "scalar", dtype, spec, *_sums(rows)))
-        table.append((f"total of {_arrays(len(self.rows))}", "", "", "", *_sums(self.rows)))
-        lines += columns(table, right=4)
+            groups[_numbers_starred(row.array), row.shape, row.dtype, row.spec, row.memory].append(row)
+        away = [row for row in self.rows if row.memory == "host"]
+        here = [row for row in self.rows if row.memory != "host"]
+        table: list[tuple[str, ...]] = [("array", "shape", "dtype", "spec", "memory", "bytes", "per device")]
+        for (_, shape, dtype, spec, memory), rows in groups.items():
+            table.append((_name(rows), "x".join(map(str, shape)) or "scalar", dtype, spec, memory, *_sums(rows)))
+        table.append((f"total of {_arrays(len(here))}", "", "", "", "device" if away else "", *_sums(here)))
+        if away:
+            table.append((f"total of {_arrays(len(away))}", "", "", "", "host", *_sums(away)))
+        else:  # a column of one value
+            table = [(*cells[:4], *cells[5:]) for cells in table]
+        lines += columns(table, right=len(table[0]) - 2)
         if padding := sum(row.padding for row in self.rows):
             lines.append(f"padding: {in_units(padding)} of the total")
 
@@ -110,6 +120,7 @@ def report(plan: Plan) -> Report:
                 shape=stored.shape,
                 dtype=str(stored.dtype),
                 spec=_spec(sharding.spec),
+                memory="host" if sharding.memory_kind == HOST else "device",
                 nbytes=stored.nbytes,
                 padding=stored.nbytes - sum(math.prod(p.shape) for p in stored.parts) * stored.dtype.itemsize,
                 nbytes_per_device=shard,

@@ -35,7 +35,7 @@ from jaxsys.models.config import Experts, Llama3Scaling, ModelConfig
 from jaxsys.train import DataConfig, TrainConfig
 from jaxsys.train.abstract import AbstractRun
 from jaxsys.train.explain import Explanation, explain, explained
-from parallelism.manual import axes_of
+from parallelism.sharding import axes_of
 from parallelism.text import in_units
 
 LLAMA = {"family": "llama", "vocab_size": 128_256, "rope_theta": 500_000.0, "n_kv_heads": 8}

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from parallelism.manual import axes_of, on_devices, sum_gradient, width_axes
-from parallelism.sharding import current, platform, spec_of
+from parallelism.manual import on_devices, sum_gradient, width_axes
+from parallelism.sharding import axes_of, current, platform, spec_of
 
 
 def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxsys.kernels.matmul import linear, weight_gradient
-from parallelism.manual import axes_of, on_devices, sum_gradient, width_axes
-from parallelism.sharding import current, spec_of
+from parallelism.manual import on_devices, sum_gradient, width_axes
+from parallelism.sharding import axes_of, current, spec_of
 
 # Logits alive at once on a device, in elements: large enough for full-speed matmuls.
 CHUNK_LOGITS = 1 << 23

@@ -42,6 +42,12 @@ class Model:
         """Query heads may only be split or padded in whole groups that share a key/value head."""
         return {"heads": self.config.query_group}
 
+    @property
+    def activation_axes(self) -> tuple[str, ...]:
+        """Names of the dimensions of what it computes in training that the rules may split."""
+        dense = ("batch", "seq", "residual", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab")
+        return dense if self.config.experts is None else (*dense, "act_experts", "act_expert_embed")
+
     def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
         """The nnx model on these arrays (call it inside traced code)."""
         paths: Any = {_path(key): array for key, array in params.items()}

@@ -14,8 +14,7 @@ from jaxsys.kernels.paged import PAGES, Pool, heads_side_by_side
 from jaxsys.kernels.paged_tpu import SUBLANES
 from jaxsys.models.state import Model
 from parallelism.errors import UserError
-from parallelism.manual import axes_of
-from parallelism.sharding import constrain, current, platform, spec_of
+from parallelism.sharding import axes_of, constrain, current, platform, spec_of
 
 
 def make_pool(model: Model, replicas: int, pages: int, page_size: int, dtype: np.dtype) -> Callable[[], Pool]:

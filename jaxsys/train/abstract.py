@@ -6,6 +6,7 @@ The trainer fills it with arrays; ``--explain`` and ahead-of-time compilation fo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,18 +16,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.graphs import Graphs
 from jaxsys.hub import resolve
+from jaxsys.kernels.attention import ATTENTION
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import build
 from jaxsys.optim import Optimizer
 from jaxsys.train.config import TrainConfig
-from jaxsys.train.launch import Launcher
+from jaxsys.train.launch import Launcher, batch_grid
 from jaxsys.train.step import Step
 from parallelism import (
     ACTIVATIONS,
     PARAMETERS,
     MeshSpec,
     Plan,
+    Rule,
     Rules,
     placement,
     plan,
@@ -66,12 +69,15 @@ class AbstractRun:
         self.mesh = MeshSpec.parse(config.mesh).build(devices)
         parameter_rules = PARAMETERS.override(config.parameter_rules)
         self.activation_rules = ACTIVATIONS.override(config.activation_rules)
-        refuse_idle_axes(self.mesh.shape, parameter_rules, self.activation_rules)
+        # Before the plan, which would name the first array that does not divide for the same reason.
+        self._check_experts(model, parameter_rules["experts"])
         self._check_rows(model)
+        self._check_offload()
         self.graphs = Graphs(self.mesh, self.activation_rules)
         with sharding_context(self.mesh, self.activation_rules):  # how layers are stored depends on the platform
             self.unpadded = build(model, dtype=config.parameter_dtype, storage=config.storage)
         self.plan = plan(self.unpadded.layout, self.mesh, parameter_rules, self.unpadded.units)
+        refuse_idle_axes(self.plan, self.activation_rules, self.unpadded.activation_axes)
         self.model = self.unpadded.with_layout(self.plan.layout)
         self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
         self.plans = state_plans(
@@ -118,9 +124,20 @@ class AbstractRun:
         others = {name: [line for line in found if line not in said] for name, found in lines.items()}
         return {name: found for name, found in {**others, "parameters": said}.items() if found}
 
+    def _check_experts(self, model: ModelConfig, rule: Rule) -> None:
+        over = {axis: self.mesh.shape[axis] for axis in rule.mesh_axes}
+        if model.experts is None or rule.indivisible != "error" or model.experts.number % math.prod(over.values()) == 0:
+            return
+        sizes = ",".join(f"{axis}={n}" for axis, n in over.items() if n > 1)
+        raise UserError(
+            f"mesh {sizes}: the model's {model.experts.number} experts do not divide over it: change the mesh, or keep "
+            "all experts on every device with parameter_rules=experts=:replicate"
+        )
+
     def _check_rows(self, model: ModelConfig) -> None:
         data = self.config.data
         if (pieces := self.mesh.shape[sequence.AXIS]) > 1:
+            sequence.check_rule(self.mesh, self.activation_rules)
             sequence.balanced_order(data.seq_len, pieces)
         if data.seq_len > model.max_seq_len:
             raise UserError(
@@ -135,6 +152,15 @@ class AbstractRun:
         if data.batch_size % self.config.accumulate:
             raise UserError(
                 f"data.batch_size {data.batch_size} does not divide by accumulate={self.config.accumulate}: change one"
+            )
+        batch_grid(self.config, self.mesh, self.activation_rules)
+
+    def _check_offload(self) -> None:
+        pieces, names = self.mesh.shape[sequence.AXIS], placement.Offload.parse(self.config.offload).activations
+        if pieces > 1 and ATTENTION in names:
+            raise UserError(
+                f"offload activations={ATTENTION} on a mesh with {sequence.AXIS}={pieces}: attention over split rows "
+                f"has no activation of that name: leave {ATTENTION} out, or the axis {sequence.AXIS}"
             )
 
     def _optimizer_plan(self) -> Plan:

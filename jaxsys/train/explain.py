@@ -43,12 +43,15 @@ class Memory:
       the compiler gave up, the last two are one: all that it says is needed above the others.
     host: bytes in the memory of the device's host. capacity: of the device, None where it is not published.
     residuals: the activations one by one, largest first.
+    not_moved: names of activations that are offloaded and that the program keeps on the device all the same, as on
+      CPU, where both memories are one; they are among ``activations`` and ``temporaries``.
     """
 
     classes: dict[str, int]
     host: int
     capacity: int | None
     residuals: tuple[Residual, ...] = ()
+    not_moved: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -64,6 +67,11 @@ class Memory:
         if self.host:
             table.append(("in host memory", in_units(self.host), ""))
         lines = columns(table, right=1)
+        if self.not_moved:
+            lines.append(
+                f"offloaded activations ({', '.join(self.not_moved)}) are counted on the device: CPU has one memory, "
+                "where the program keeps them; on GPU and TPU they wait in host memory"
+            )
         if self.residuals:
             lines += ["", "largest activations"]
             shown = self.residuals[:SHOWN_RESIDUALS]
@@ -75,26 +83,35 @@ class Memory:
 class Explanation:
     """``str()`` is a page for people.
 
-    arrays: of the whole state and the batch. collectives: of all programs of one step, runs counted.
+    arrays: of the whole state and the batch. collectives: of all programs of one step, runs counted. split: tokens of
+    a device's split region in these programs, of how many tokens; None where rows are in order.
     """
 
     arrays: Report
     collectives: tuple[Collective, ...]
     memory: Memory
+    split: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return f"{self.arrays}\n\n{_collectives_table(self.collectives)}\n\n{self.memory}"
+        parts = [str(self.arrays), _collectives_table(self.collectives), str(self.memory)]
+        if self.split is not None:
+            size, room = self.split
+            parts.insert(
+                1,
+                f"below, the step of the largest of data.split_shares: {size / room:g} ({size} of {room} tokens)",
+            )
+        return "\n\n".join(parts)
 
 
 def explain(run: AbstractRun) -> Explanation:
     """Compiles the step and reads what it will do off its programs. Raises what the compiler raises."""
     run.prepare()
-    return Explanation(state_report(run), tuple(step_collectives(run)), memory(run))
+    return Explanation(state_report(run), tuple(step_collectives(run)), memory(run), run.launcher.split)
 
 
 def state_report(run: AbstractRun) -> Report:
     """The report of parameters and optimizer state."""
-    of_parameters, of_optimizer = report(run.plan), report(run.optimizer_plan)
+    of_parameters, of_optimizer = report(run.stored), report(run.optimizer_plan)
     return Report(
         of_parameters.mesh,
         (*of_parameters.rows, *of_optimizer.rows),
@@ -135,7 +152,8 @@ def memory(run: AbstractRun, failure: str | None = None) -> Memory:
     classes["activations"] = min(sum(r.nbytes for r in kept), max(temporary, 0))
     classes["temporaries"] = max(temporary - classes["activations"], 0)
     host += max(graph.stats.host_temporary_bytes or 0 for graph in programs)
-    return Memory(classes, host, capacity, tuple(kept))
+    one_memory = all(graph.stats.host_temporary_bytes is None for graph in programs)
+    return Memory(classes, host, capacity, tuple(kept), run.step.offload.activations if one_memory else ())
 
 
 @contextlib.contextmanager

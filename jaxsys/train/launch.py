@@ -36,6 +36,7 @@ class Launcher:
         self._config, self._functions, self._plan, self._graphs = config, functions, plan, graphs
         self._rows = config.data.batch_size // config.accumulate
         grid = batch_grid(config, plan.mesh, rules)
+        self._room = grid.room
         # What is launched, by the size of the split region, and the rows and tokens of its microbatches.
         self._steps: dict[int | None, Step] = {None: functions}
         self._shape = (self._rows, config.data.seq_len)
@@ -53,6 +54,11 @@ class Launcher:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A whole batch [A, B, T], as the fused step takes it."""
         return self._abstract(self._config.accumulate, *self._shape, sharding=self._whole)
+
+    @property
+    def split(self) -> tuple[int, int] | None:
+        """The size of the split region in ``programs``, and the tokens of a device that it is of; None without."""
+        return None if self._largest is None else (self._largest, self._room)
 
     @property
     def rows(self) -> list[slice]:

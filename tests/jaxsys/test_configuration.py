@@ -140,6 +140,8 @@ def test_the_configuration_that_is_overridden_stays():
 @pytest.mark.parametrize(
     ("assignment", "parts"),
     [
+        ("method.kind=newton", ["configuration key method.kind: found 'newton'", "give method=newton"]),
+        ("method.kind=newtn", ["unknown method 'newtn'", "'newton'"]),
         ("cuont=1", ["'cuont'", "'count'"]),
         ("method.dekay=1", ["'method.dekay'", "'method.decay'"]),
         ("method=momentun", ["'momentun'", "'momentum'"]),

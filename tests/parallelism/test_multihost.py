@@ -120,6 +120,7 @@ def test_one_process_connects_to_a_coordinator_that_it_was_given():
         ({"index": 0}, {}, "without coordinator and processes"),
         ({"index": 3}, VARIABLES, r"found index 3 \(--process\) of 3 \(JAX_PROCESS_COUNT\), expected 0 to 2"),
         ({"count": 1, "index": 1}, {}, "found index 1"),
+        ({"count": 0, "index": 0}, {}, r"processes: found 0 \(--processes\), expected at least 1"),
         ({"coordinator": "a"}, VARIABLES, r"coordinator 'a' \(--coordinator\), expected HOST:PORT"),
         ({}, {**VARIABLES, "JAX_PROCESS_COUNT": "two"}, "JAX_PROCESS_COUNT='two' in the environment, expected a whole"),
         ({}, {**SLURM, "SLURM_STEP_NODELIST": ",n1"}, "SLURM_STEP_NODELIST=',n1' in the environment, expected names"),

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 
 import pytest
 
@@ -133,6 +134,28 @@ def test_a_coordinator_that_is_not_there_or_is_something_else_is_told(address, c
         threading.Thread(target=web).start()
         (text,) = outcomes(address, (2, 1))
     assert "or something else listens there (its answer is none of ours)" in text
+
+
+def test_one_that_comes_to_a_complete_job_is_told_that_it_may_be_there_already(address):
+    with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))) as server:
+
+        def job():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+
+        thread = threading.Thread(target=job)
+        thread.start()
+        (text,) = outcomes(address, (2, 1))
+        thread.join()
+    assert "the job is complete, with another process 1, or process 0 ended" in text
+
+
+def test_process_0_does_not_wait_at_a_name_that_does_not_resolve():
+    begun = time.monotonic()
+    (text,) = outcomes("nohost.invalid:7814", (2, 0), seconds=60)
+    assert "the coordinator nohost.invalid:7814, where process 0 is to listen, has a name that this machine" in text
+    assert time.monotonic() - begun < 30
 
 
 def test_a_port_that_is_taken_is_told_at_once(address):

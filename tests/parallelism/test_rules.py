@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallelism import ACTIVATIONS, AXES, PARAMETERS, Rule, Rules, UserError, refuse_idle_axes
+from parallelism import ACTIVATIONS, AXES, PARAMETERS, Rule, Rules, UserError
 
 
 def test_defaults_are_fsdp_and_megatron():
@@ -104,12 +104,3 @@ def test_unknown_logical_axis_names_the_array():
 def test_two_dimensions_on_one_mesh_axis_name_the_array():
     with pytest.raises(UserError, match=r"mlp\.up .* split both 'heads' and 'mlp' over the mesh axis 'tensor'"):
         PARAMETERS.rules_of("mlp.up", ("heads", "mlp"))
-
-
-def test_a_mesh_axis_that_no_rule_uses_is_refused():
-    refuse_idle_axes({"data": 2, "context": 2, "tensor": 2, "stage": 1}, PARAMETERS, ACTIVATIONS)
-    with pytest.raises(
-        UserError, match=r"mesh stage=2: no rule splits .*expected one of data, fsdp, expert, context, tensor;"
-    ):
-        refuse_idle_axes({"data": 2, "stage": 2}, PARAMETERS, ACTIVATIONS)
-    refuse_idle_axes({"stage": 2}, PARAMETERS.override("mlp=stage"), ACTIVATIONS)

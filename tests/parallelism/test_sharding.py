@@ -27,6 +27,7 @@ from parallelism import (
     plan,
     platform,
     put,
+    refuse_idle_axes,
     sharding_context,
     to_host,
 )
@@ -49,6 +50,23 @@ def test_rules_give_the_specs():
     assert p.shardings[Q].spec == P("fsdp", "tensor", None)
     assert p.shardings["layers.0.mlp.down.kernel"].spec == P("tensor", "fsdp")
     assert p.shardings[NORM].spec == P(None)
+
+
+def test_a_mesh_axis_that_splits_nothing_is_refused():
+    def refuse(text, rules="", used=("batch", "seq"), activations="", layout=None):
+        p = plan(layout or smollm2(1), mesh(text), PARAMETERS.override(rules), {"heads": 3})
+        refuse_idle_axes(p, ACTIVATIONS.override(activations), used)
+
+    refuse("data=2,context=2,tensor=2")
+    refuse("stage=2", "mlp=stage")
+    refuse("stage=2", activations="seq=stage")
+    with pytest.raises(
+        UserError, match=r"mesh stage=2: no parameter and .*expected one of data, fsdp, expert, context, tensor;"
+    ):
+        refuse("data=2,stage=2")
+    for idle in ({"rules": "layers=stage"}, {"activations": "pages=stage"}, {"rules": "mlp=stage:replicate"}):
+        with pytest.raises(UserError, match=r"mesh stage=5: .*expected one of [^;]*tensor; leave stage out"):
+            refuse("stage=5", **idle)
 
 
 def test_several_mesh_axes_split_one_dimension():

@@ -9,11 +9,15 @@ import pytest
 from tiny_runs import MODEL, make_config, quiet, write_recipe
 
 from jaxsys.cli.main import main
+from jaxsys.models.config import Experts
 from jaxsys.train.abstract import AbstractRun
 from jaxsys.train.explain import OutOfMemory, explain, explained, memory, state_report
 from jaxsys.train.trainer import Trainer
 from parallelism.errors import UserError
 
+MIXTRAL = dataclasses.replace(
+    MODEL, family="mixtral", n_heads=4, n_kv_heads=2, tie_embeddings=False, experts=Experts(8, 2, 12)
+)
 FULL = jax.errors.JaxRuntimeError(
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     "Used 20.13G of 15.75G hbm. Exceeded hbm capacity by 4.38G."
@@ -114,6 +118,34 @@ def test_a_step_that_runs_out_of_memory_ends_in_the_table_and_other_errors_pass(
     assert len(tables) == 1 and "temporaries" in tables[0]
 
 
+def test_what_is_in_host_memory_is_shown_and_not_counted_on_the_device(config):
+    offload = "parameters,optimizer=0.5,activations=residual"
+    run = AbstractRun(dataclasses.replace(config, offload=offload, remat="full"), MODEL)
+    found = explain(run)
+    away = {row.array for row in found.arrays.rows if row.memory == "host"}
+    assert {"layers.0.mlp.up.kernel"} < away and "embed.kernel" not in away
+    shards = sum(row.nbytes_per_device for row in found.arrays.rows)
+    assert found.arrays.nbytes_per_device == shards - found.memory.host
+    classes = found.memory.classes
+    assert found.arrays.nbytes_per_device == classes["parameters"] + classes["optimizer state"]
+    page = str(found)
+    assert re.search(r"^layers.0.mlp.up.kernel .* host ", page, re.M) and re.search(
+        r"^embed.kernel .* device ", page, re.M
+    )
+    assert f"total of {len(away)} arrays" in page
+    assert "offloaded activations (residual) are counted on the device: CPU has one memory" in page
+
+
+def test_the_page_says_which_of_several_programs_it_shows(config):
+    def run(*shares):
+        data = dataclasses.replace(config.data, split_shares=shares)
+        return AbstractRun(dataclasses.replace(config, data=data, mesh="context=2"), MODEL)
+
+    assert run(0, 0.5, 0.25).launcher.split == (32, 64)
+    page = str(explain(run(0.5)))
+    assert "the step of the largest of data.split_shares: 0.5 (32 of 64 tokens)" in page
+
+
 def test_rows_of_the_table_are_sorted_by_bytes(explanation):
     classes = sorted(explanation.memory.classes, key=lambda name: -explanation.memory.classes[name])
     lines = str(explanation.memory).splitlines()[1 : 1 + len(classes)]
@@ -123,7 +155,29 @@ def test_rows_of_the_table_are_sorted_by_bytes(explanation):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh": "stage=2"}, "mesh stage=2: no rule splits anything"),
+        ({"mesh": "stage=2"}, "mesh stage=2: no parameter and no activation is split over 'stage'"),
+        ({"mesh": "stage=2", "activation_rules": "replica=stage"}, "mesh stage=2: no parameter"),
+        (
+            {"mesh": "stage=2,fsdp=2", "parameter_rules": "layers=stage", "storage": "listed"},
+            "mesh stage=2: no parameter",
+        ),
+        (
+            {"mesh": "context=2", "activation_rules": "seq=none"},
+            "rule seq=none:replicate on a mesh with context=2.*expected",
+        ),
+        (
+            {"mesh": "context=2,tensor=2", "activation_rules": "seq=context+tensor"},
+            "rule seq=context.tensor:replicate on",
+        ),
+        (
+            {"mesh": "context=2", "offload": "activations=attention", "remat": "full"},
+            "attention on a mesh with context=2:",
+        ),
+        ({"mesh": "fsdp=3"}, "a microbatch of 4 rows .* does not divide over the 3 shards"),
+        (
+            {"mesh": "expert=3", "model": MIXTRAL},
+            "mesh expert=3: the model's 8 experts do not divide over it: .*experts=:rep",
+        ),
         ({"accumulate": 3}, "does not divide by accumulate=3"),
         ({"model": None}, "give either init_from"),
     ],
@@ -134,6 +188,13 @@ def test_what_does_not_go_together_is_told_before_anything_is_compiled(config, c
     changed = dataclasses.replace(config, **changes)
     with pytest.raises(UserError, match=message):
         AbstractRun(changed, starting_model(changed)[0])
+
+
+def test_experts_that_do_not_divide_go_together_with_a_mesh_where_every_device_keeps_them_all(config):
+    data, model = dataclasses.replace(config.data, batch_size=3), dataclasses.replace(MIXTRAL, d_model=12)
+    rules = "experts=:replicate"
+    run = AbstractRun(dataclasses.replace(config, data=data, mesh="expert=3", parameter_rules=rules), model)
+    assert "experts=8 does not divide over expert=3: kept whole" in run.indivisible()["parameters"][0]
 
 
 def test_memory_of_a_failed_compile_of_which_nothing_is_known_has_no_such_class(config):
