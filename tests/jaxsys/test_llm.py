@@ -260,7 +260,10 @@ def test_a_bad_call_is_refused_and_leaves_nothing_behind(llm, call, words):
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"mesh": "tensor=99"}, "99 devices"),
         ({"mesh": "tensor"}, "expected AXIS=NUMBER"),
-        ({"mesh": "context=2"}, "mesh context=2: no rule splits .*expected one of data, fsdp, expert, tensor; leave"),
+        (
+            {"mesh": "context=2"},
+            "mesh context=2: no parameter and no activation is split .*expected one of data, fsdp, expert, tensor",
+        ),
         ({"mesh": 3}, "mesh: found 3, expected text"),
         ({"dtype": jax.numpy.float32}, "unknown dtype .*known: bfloat16, float32"),
         ({"model": None}, "model None: expected a path or a name"),

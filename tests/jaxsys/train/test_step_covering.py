@@ -80,7 +80,7 @@ PLAIN = {name: values[0] for name, values in PAIRWISE.items()}
         ({"offload": "parameters"}, "offload parameters with remat=none"),
         ({"batches": "documents"}, r"data\.split_shares .* context=1 splits no document"),
         ({"batches": "documents", "context": 2, "model": "capacity"}, r"data\.split_shares .* and .*capacity_factor"),
-        ({"model": "qwen3_moe", "expert": 8}, "axis 'experts' of size 4"),
+        ({"model": "qwen3_moe", "expert": 8}, "the model's 4 experts do not divide"),
         ({"context": 8}, "16 tokens"),
     ],
 )
