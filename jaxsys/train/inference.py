@@ -66,7 +66,8 @@ class Inference:
         sizes: tuple[Size, ...] = (small,) if self._prompts else ()
         if config.eval_batches:
             tokens = config.data.batch_size // config.accumulate * config.data.seq_len // replicas
-            sizes += (next((size for size in chunks if size.rows >= tokens), chunks[-1]),)
+            rows = min(max(chunks[0].rows, 1 << (tokens - 1).bit_length()), chunks[-1].rows)
+            sizes += (Size(rows, chunks[-1].sequences, rows * chunks[-1].queries // chunks[-1].rows),)
         sizes = SIZES["fast"] if serves else sizes
         dtype = pool_dtype(live.like(self._view))
         least = least_bytes(model, replicas, context, EngineConfig.page_size, dtype)
