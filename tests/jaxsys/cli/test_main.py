@@ -86,29 +86,13 @@ def test_a_value_that_is_no_number_is_named(capsys, words, says):
     assert said.startswith(f"jaxsys: {says}") and said.count("\n") == 1
 
 
-def test_an_interrupt_while_modules_are_imported_ends_quietly():
-    """The interrupt comes from the first heavy import itself, so that no clock decides."""
-    code = (
-        "import os, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background is born without
-        "class Interrupt:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == 'tyro':\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Interrupt())\n"
-        "from jaxsys.cli.main import entry\n"
-        "entry()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "jaxsys: interrupted\n")
-
-
-def test_an_interrupt_waits_for_nothing_that_threads_are_at():
-    """A thread that never ends stands for a compile, which would crash in an interpreter that is taken down."""
+def interrupted(before=""):
+    """How the program ends when the interrupt comes from its first heavy import, so that no clock decides. before:
+    Python to run first."""
     code = (
         "import os, signal, sys, threading\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "threading.Thread(target=threading.Event().wait).start()\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background is born without
+        f"{before}\n"
         "class Interrupt:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'tyro':\n"
@@ -118,4 +102,13 @@ def test_an_interrupt_waits_for_nothing_that_threads_are_at():
         "entry()"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (130, "jaxsys: interrupted\n")
+    return done.returncode, done.stderr
+
+
+def test_an_interrupt_while_modules_are_imported_ends_quietly():
+    assert interrupted() == (130, "jaxsys: interrupted\n")
+
+
+def test_an_interrupt_waits_for_nothing_that_threads_are_at():
+    """A thread that never ends stands for a compile, which would crash in an interpreter that is taken down."""
+    assert interrupted("threading.Thread(target=threading.Event().wait).start()") == (130, "jaxsys: interrupted\n")
