@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 
-from jaxsys.hugepages import restart_with_huge_pages
+from jaxsys.malloc import restart_with_tunables
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -65,7 +65,7 @@ def _drop_output() -> None:
 def entry() -> None:
     """The ``jaxsys`` program."""
     try:
-        restart_with_huge_pages()
+        restart_with_tunables()
         code = main()
     except KeyboardInterrupt:  # between two lines of ``main``'s own
         code = INTERRUPTED

@@ -22,6 +22,7 @@ from jaxsys.serve.request import Made, Request
 from parallelism.errors import UserError
 
 MIXED = -1  # the version of keys and values that different weights made
+FILLED = 3 / 4  # of the largest budget: with fewer rows several steps with the smaller one take no longer
 
 NewWeights = Literal["switch", "recompute", "finish", "restart"]
 """What a running request does when weights are published. ``switch``: it goes on with them, and with the keys and
@@ -97,8 +98,9 @@ class Scheduler:
 
     pages: of each replica. sizes: the shapes there are; max_steps: device steps of one plan. budget: rows of a replica
     in a plan at most, None is those of the largest shape. beside: the same of a plan in which somebody is given a token
-    that is not their first, so that they wait for no long prompt of others (Agrawal et al. 2024, section 4); None is
-    those of the next smaller shape that holds as many sequences. new_weights: see ``NewWeights``.
+    that is not their first, so that they wait for no long prompt of others (Agrawal et al. 2024, section 4), and of one
+    that would not fill ``FILLED`` of the budget; None is those of the next smaller shape that holds as many sequences.
+    new_weights: see ``NewWeights``.
     """
 
     def __init__(
@@ -262,7 +264,10 @@ class Scheduler:
             take(new)
         if not any(plan):
             return None
-        size = self._size(budget - min(left), max(map(len, plan)))
+        if budget - min(left) <= FILLED * budget:
+            plan = [_first_rows(chunks, self.beside) for chunks in plan]
+        rows = max(sum(chunk.count for chunk in chunks) for chunks in plan)
+        size = self._size(rows, max(map(len, plan)))
         most = min(max_steps or self.max_steps, self.max_steps)
         # Whoever waits for rows alone comes with the next plan.
         steps = 1 if len(self.waiting) and not all(left) else self._steps(version, size, plan, most)
@@ -447,3 +452,14 @@ class Scheduler:
             self._end(request)
         self.counts.finished += len(done)
         return done
+
+
+def _first_rows(chunks: Sequence[Chunk], rows: int) -> list[Chunk]:
+    """What of the chunks fits so many rows."""
+    kept = []
+    for chunk in chunks:
+        count = min(chunk.count, rows)
+        if count:
+            kept.append(dataclasses.replace(chunk, count=count, samples=chunk.samples and count == chunk.count))
+        rows -= count
+    return kept

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxsys.hugepages import restart_with_huge_pages
+from jaxsys.malloc import restart_with_tunables
 
 # Experts, rows of all of them, width in and out: one kernel of a layer of each model, scaled down.
 SHAPES = {
@@ -181,5 +181,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart_with_tunables()
     main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 
-from jaxsys.hugepages import restart_with_huge_pages
+from jaxsys.malloc import restart_with_tunables
 
 TRAINING = [(1024, 1024, 1024), (2048, 384, 1536), (2048, 1536, 384), (4096, 4096, 4096)]
 DECODE = [(rows, 576, n) for n in (1536, 49152) for rows in (1, 4, 16)]
@@ -75,5 +75,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart_with_tunables()
     main()

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxsys.hugepages import restart_with_huge_pages
+from jaxsys.malloc import restart_with_tunables
 from parallelism.hlo import Instruction, Program
 
 NAMES = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "s32": "int32", "s8": "int8"}
@@ -232,5 +232,5 @@ def moved(at: Instruction, inside: dict[str, Instruction]) -> float:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart_with_tunables()
     main()

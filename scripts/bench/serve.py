@@ -28,7 +28,7 @@ from engines import CONTESTANTS, PEERS, WIDTH, Job
 from measure import Ended, Quiet, Worker, machine
 from models import MODELS, write_random
 
-from jaxsys.hugepages import restart_with_huge_pages
+from jaxsys.malloc import restart_with_tunables
 from jaxsys.models.config import ModelConfig
 
 # What a request must keep to count: seconds to its first token, and a token after that on average.
@@ -350,5 +350,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    restart_with_huge_pages()
+    restart_with_tunables()
     main()

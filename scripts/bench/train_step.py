@@ -13,7 +13,7 @@ import argparse
 import time
 from collections.abc import Callable
 
-from jaxsys.hugepages import restart_with_huge_pages
+from jaxsys.malloc import restart_with_tunables
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 3e-4, 0.1, 1.0
 # Steps of a round before the clock starts: the turns of others leave caches cold, and kernels reclaim idle memory.
@@ -148,5 +148,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart_with_tunables()
     main()

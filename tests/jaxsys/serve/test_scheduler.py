@@ -70,18 +70,34 @@ def test_decodes_go_before_prefills_and_are_never_stalled():
 def test_a_long_prompt_gets_the_largest_shape_until_somebody_goes_on_beside_it():
     large = Size(64, 4, queries=16)
     s = Scheduler([Pages(40, 8)], (*SIZES, large), 8)
-    short, long, other = (Request(n, list(range(n, 2 * n)), Sampling(k), 0) for n, k in ((3, 20), (100, 1), (200, 1)))
+    short, long, other = (Request(n, list(range(n, 2 * n)), Sampling(k), 0) for n, k in ((3, 20), (110, 1), (200, 1)))
     s.add(long)
     plan = s.schedule()
     assert plan.size == large and chunks(plan) == [(0, 64, False)]
     execute(s, plan)
     s.add(short)
     plan = s.schedule()
-    assert chunks(plan) == [(64, 36, True), (0, 3, True)] and plan.size == large  # nobody waits for a second token
+    assert chunks(plan) == [(64, 46, True), (0, 3, True)] and plan.size == large  # nobody waits for a second token
     execute(s, plan)
     s.add(other)
     plan = s.schedule()
     assert chunks(plan) == [(3, 1, True), (0, 15, False)] and plan.size == SIZES[2]
+
+
+def test_the_largest_shape_is_left_where_it_would_not_be_filled():
+    s = Scheduler([Pages(40, 8)], (*SIZES, Size(64, 4, queries=16)), 8)
+    for rows in (10, 30, 8):
+        s.add(Request(rows, list(range(rows, 2 * rows)), Sampling(1), 0))
+    seen = []
+    while s.busy:
+        plan = s.schedule()
+        seen.append((plan.size.rows, chunks(plan)))
+        execute(s, plan)
+    assert seen == [
+        (16, [(0, 10, True), (0, 6, False)]),
+        (16, [(6, 16, False)]),
+        (16, [(22, 8, True), (0, 8, True)]),
+    ]
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, SIZES[0]), (2, SIZES[1]), (4, SIZES[1]), (5, SIZES[2])])

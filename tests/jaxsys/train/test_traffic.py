@@ -102,9 +102,12 @@ def test_experts_exchange_slots_for_the_worst_case_there_and_back(remat):
     model = dataclasses.replace(MODEL, windows=(), experts=Experts(E, k, 16))
     _, found = collectives_of(f"expert={n}", model, remat=remat)
     tokens = ROWS * LENGTH // n
-    rows = (n - 1) * F32 * model.d_model * min(k, E // n) * tokens
-    counts = (n - 1) * F32 * E // n
+    rows, counts = n * F32 * model.d_model * min(k, E // n) * tokens, F32 * E
     passes = 2 if remat == "none" else 3  # forward and backward; forward again
     again = 1 if remat == "none" else 2
-    sent = sum(c.sent for c in found if c.kind == "all-to-all")
-    assert sent == model.n_layers * (passes * 2 * rows + again * counts)
+    sent = {}
+    for each in found:
+        if each.kind == "all-to-all":
+            sent[each.nbytes] = sent.get(each.nbytes, 0) + each.sent
+    part = (n - 1) / n * model.n_layers
+    assert sent == {rows: passes * 2 * part * rows, counts: again * part * counts}, found
