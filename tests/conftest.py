@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and one compile cache for all: set before jax is imported."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def pytest_collection_modifyitems(items):
         name = item.path.relative_to(root).as_posix()
         if any(name == part or name.startswith(part + "/") for part in SMOKE):
             item.add_marker("smoke")
+
+
+@pytest.fixture(autouse=True)
+def settings_of_jax_are_left_as_they_were():
+    """64-bit types that a test leaves on change what later ones compile."""
+    yield
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.config.values["jax_enable_x64"]:
+        jax.config.update("jax_enable_x64", False)
+        pytest.fail("jax_enable_x64 is left on")
 
 
 @pytest.fixture(scope="session")

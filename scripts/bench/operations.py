@@ -2,6 +2,7 @@
 
     python scripts/bench/operations.py train_step [--model llama-25m] [--dtype bfloat16]
     python scripts/bench/operations.py decode|prefill [--model smollm2-135m-instruct] [--dtype bfloat16] [--batch 16]
+        [--numerics invariant]
 
 Operations that do the same work count as one row: a matmul by its shapes and dtypes, others by what they do. For a
 matmul ``alone`` is the rate of the same product in a program of its own, for the rest that of a copy: what is left
@@ -135,7 +136,7 @@ def copy_rate() -> float:
     return 2 * x.nbytes / best(jax.jit(lambda x: x + 1), (x,), 0.5)
 
 
-def train_step(model: str, dtype: str, batch: int) -> tuple[Callable[[], Any], Any]:
+def train_step(model: str, dtype: str, batch: int, numerics: str) -> tuple[Callable[[], Any], Any]:
     from models import MODELS
     from train_step import jaxsys_step
 
@@ -143,20 +144,24 @@ def train_step(model: str, dtype: str, batch: int) -> tuple[Callable[[], Any], A
     return run, run.graph
 
 
-def decode(model: str, dtype: str, batch: int) -> tuple[Callable[[], Any], Any]:
+def decode(model: str, dtype: str, batch: int, numerics: str) -> tuple[Callable[[], Any], Any]:
     """48 tokens each for some prompts of 128 that are known already."""
-    return _generate(model, dtype, [[begin + 2, *(1 + i % 1000 for i in range(127))] for begin in range(batch)], 49)
+    prompts = [[begin + 2, *(1 + i % 1000 for i in range(127))] for begin in range(batch)]
+    return _generate(model, dtype, prompts, 49, numerics)
 
 
-def prefill(model: str, dtype: str, batch: int) -> tuple[Callable[[], Any], Any]:
+def prefill(model: str, dtype: str, batch: int, numerics: str) -> tuple[Callable[[], Any], Any]:
     """Prompts of 512 tokens, of which nothing is known, in chunks of the largest size."""
-    return _generate(model, dtype, [[begin + 2, *(1 + i % 1000 for i in range(511))] for begin in range(batch)], 1)
+    prompts = [[begin + 2, *(1 + i % 1000 for i in range(511))] for begin in range(batch)]
+    return _generate(model, dtype, prompts, 1, numerics)
 
 
-def _generate(model: str, dtype: str, prompts: list[list[int]], max_tokens: int) -> tuple[Callable[[], Any], Any]:
+def _generate(
+    model: str, dtype: str, prompts: list[list[int]], max_tokens: int, numerics: str
+) -> tuple[Callable[[], Any], Any]:
     import jaxsys
 
-    llm = jaxsys.load(model, dtype=dtype, max_context=1024)
+    llm = jaxsys.load(model, dtype=dtype, max_context=1024, numerics=numerics)
     sizes = llm.engine.config.shapes
     size = sizes[-1] if max_tokens == 1 else next(size for size in sizes if size.sequences >= len(prompts))
     graph = next(g for g in llm.engine.graphs if g.name == f"forward[{size.rows}x{size.sequences}]")
@@ -183,6 +188,7 @@ def main() -> None:
     parser.add_argument("graph", choices=list(GRAPHS))
     parser.add_argument("--model", help="default: llama-25m to train, else smollm2-135m-instruct")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--numerics", choices=["fast", "invariant"], default="fast", help="of decode and prefill")
     parser.add_argument("--batch", type=int, help="rows of 256 tokens, or prompts; default: 8 to train, else 1")
     parser.add_argument("--rows", type=int, default=14, help="longest rows to print")
     options = parser.parse_args()
@@ -191,7 +197,7 @@ def main() -> None:
     begin, usual, batch = GRAPHS[options.graph]
     model = options.model or usual
     with Quiet():
-        run, graph = begin(model, options.dtype, options.batch or batch)
+        run, graph = begin(model, options.dtype, options.batch or batch, options.numerics)
         run()
         with tempfile.TemporaryDirectory() as directory:
             profiling = jax.profiler.ProfileOptions()

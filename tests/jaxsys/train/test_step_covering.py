@@ -71,7 +71,7 @@ def test_every_pair_that_can_occur_is_covered():
         np.testing.assert_array_equal(found, expected, f"{names[a]} and {names[b]}")
 
 
-PLAIN = {name: values[0] for name, values in PAIRWISE.items()}
+PLAIN = {name: values[0] for name, values in PAIRWISE.items()} | {"dtype": "float32"}
 
 
 @pytest.mark.parametrize(
