@@ -157,9 +157,11 @@ def side_by_side(pool, together, width):
     return np.pad(pool, ((0, 0),) * 5 + ((0, width - together * h),))
 
 
-def assert_near(found, plain):
-    """By the norm: single elements of the plain form are themselves up to 1.2e-6 from the loop in float64."""
-    assert np.linalg.norm(found - plain) <= 1e-6 * np.linalg.norm(plain)
+def assert_near(found, expected):
+    """By the norm. Single elements of sums over 128 products in float32 are up to 1.6e-6 from a loop in float64, the
+    whole within 5e-7."""
+    assert np.linalg.norm(found - expected) <= 1e-6 * np.linalg.norm(expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=3e-6)
 
 
 def equals_the_plain_form_and_a_loop(case, name, monkeypatch, trials=6):
@@ -172,7 +174,7 @@ def equals_the_plain_form_and_a_loop(case, name, monkeypatch, trials=6):
         found, plain = (run(case, form, context, q, keys, values, window) for form in (name, "xla"))
         assert_near(found, plain)
         expected = oracle(case, context, q, keys, values, window if case.windowed else None)
-        np.testing.assert_allclose(found, expected[context.positions >= 0], rtol=1e-6, atol=1e-6)
+        assert_near(found, expected[context.positions >= 0])
 
 
 @pytest.mark.parametrize("name", KERNELS)
