@@ -53,5 +53,5 @@ def test_a_process_begins_again_with_them_unless_malloc_is_tuned(before, after):
 
 
 def test_a_launch_finds_the_memory_that_the_last_one_left():
-    assert int(output(FAULTS, TUNED)) < 5
+    assert int(output(FAULTS, TUNED)) < 20  # of the thread itself
     assert int(output(FAULTS, "glibc.malloc.hugetlb=1")) > 40  # 48 huge pages, or 24,576 small ones
