@@ -264,9 +264,9 @@ class Scheduler:
             take(new)
         if not any(plan):
             return None
-        if budget - min(left) <= FILLED * budget:
-            plan = [_first_rows(chunks, self.beside) for chunks in plan]
-        rows = max(sum(chunk.count for chunk in chunks) for chunks in plan)
+        rows = budget - min(left)
+        if self.beside < rows <= FILLED * budget:
+            rows, plan = self.beside, [_first_rows(chunks, self.beside) for chunks in plan]
         size = self._size(rows, max(map(len, plan)))
         most = min(max_steps or self.max_steps, self.max_steps)
         # Whoever waits for rows alone comes with the next plan.
@@ -456,10 +456,10 @@ class Scheduler:
 
 def _first_rows(chunks: Sequence[Chunk], rows: int) -> list[Chunk]:
     """What of the chunks fits so many rows."""
-    kept = []
+    kept: list[Chunk] = []
     for chunk in chunks:
-        count = min(chunk.count, rows)
-        if count:
-            kept.append(dataclasses.replace(chunk, count=count, samples=chunk.samples and count == chunk.count))
-        rows -= count
+        if chunk.count > rows:
+            return [*kept, dataclasses.replace(chunk, count=rows, samples=False)] if rows else kept
+        kept.append(chunk)
+        rows -= chunk.count
     return kept
