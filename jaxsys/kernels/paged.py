@@ -23,7 +23,7 @@ from jaxsys.kernels.paged_tpu import LANES
 from parallelism.manual import on_devices
 from parallelism.sharding import current, platform, spec_of
 
-BLOCK_ROWS = 128  # of queries that ``reference`` takes through the pages together
+BLOCK_ROWS, BLOCK_KEYS = 256, 256  # of queries that ``reference`` takes through the pages together, and of keys
 PAGES = ("replica", "layers", "pages", "act_kv_heads", None, "head_dim")  # the logical axes of a pool's keys and values
 
 
@@ -224,6 +224,12 @@ def _items_of_block(queries: int) -> int:
     return max(BLOCK_ROWS // queries, 1)
 
 
+def _pages_together(queries: int, page: int) -> int:
+    """How many pages an item of so many queries takes at once: what is rescaled after each block is worth 64 keys, but
+    a single query reads keys for nothing where its sequence is shorter."""
+    return 1 if queries == 1 else max(min(2 * max(queries, 64), BLOCK_KEYS) // page, 1)
+
+
 def _blocks(a: jax.Array, each: int, axis: int, fill: int) -> jax.Array:
     """An axis of items as two: of blocks, and of the ``each`` items (fewer, if there is but one block) of one."""
     each = min(each, a.shape[axis])
@@ -235,31 +241,43 @@ def _blocks(a: jax.Array, each: int, axis: int, fill: int) -> jax.Array:
 def _one_block(queries, at, sequences, reach, page_table, keys, values, layer, *, window, scale, softcap):
     I, Q, K, G, h = queries.shape
     page, dtype = keys.shape[3], keys.dtype
-    last, table = at.max(-1)[:, None], page_table[sequences]
+    together = _pages_together(Q, page)
+    block = together * page
+    table = page_table[sequences]
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % together)))
+    last = at.max(-1)[:, None]
     accumulate = jnp.promote_types(dtype, jnp.float32)
+    queries = queries.transpose(0, 2, 3, 1, 4).reshape(I, K, G * Q, h)
 
-    def one_page(c, state):
+    def read(pool, pages):
+        """Pages of each item, one after the other: [I, K, block, h]."""
+        return pool[layer, pages].transpose(0, 2, 1, 3, 4).reshape(I, K, block, h)
+
+    def some_pages(c, state):
         top, total, out = state
-        k, v = keys[layer, table[:, c]], values[layer, table[:, c]]
-        s = jnp.einsum("nqkgh,nksh->nkgqs", queries, k, preferred_element_type=accumulate)
-        s = cap(s * scale, softcap)
-        key_at = c * page + jnp.arange(page)
+        pages = lax.dynamic_slice_in_dim(table, c * together, together, 1)
+        k, v = read(keys, pages), read(values, pages)
+        s = jnp.einsum("nkqh,nksh->nkqs", queries, k, preferred_element_type=accumulate)
+        s = cap(s * scale, softcap).reshape(I, K, G, Q, block)
+        key_at = c * block + jnp.arange(block)
         # A page may hold anything where its sequence has not come: zero weight times NaN would be NaN.
         v = jnp.where((key_at[None, :] <= last)[:, None, :, None], v, 0)
         seen = key_at[None, None, :] <= at[:, :, None]
         if window is not None:
             seen &= at[:, :, None] - key_at[None, None, :] < window
-        seen = seen[:, None, None]
-        new = jnp.maximum(top, jnp.where(seen, s, NEVER).max(-1))
-        p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
+        s = jnp.where(seen[:, None, None], s, NEVER)
+        new = jnp.maximum(top, s.max(-1))
+        p = jnp.exp(s - new[..., None])  # 0 where masked, as the largest so far is never NEVER
         shrink = jnp.exp(top - new)
-        o = jnp.einsum("nkgqs,nksh->nkgqh", p.astype(dtype), v, preferred_element_type=accumulate)
-        return new, total * shrink + p.sum(-1), out * shrink[..., None] + o
+        o = jnp.einsum(
+            "nkqs,nksh->nkqh", p.reshape(I, K, G * Q, block).astype(dtype), v, preferred_element_type=accumulate
+        )
+        return new, total * shrink + p.sum(-1), out * shrink[..., None] + o.reshape(I, K, G, Q, h)
 
     start = (
-        jnp.full((I, K, G, Q), NEVER, accumulate),
+        jnp.full((I, K, G, Q), NEVER / 2, accumulate),
         jnp.zeros((I, K, G, Q), accumulate),
         jnp.zeros((I, K, G, Q, h), accumulate),
     )
-    _, total, out = lax.fori_loop(0, reach // page + 1, one_page, start)  # -1 // page is -1
+    _, total, out = lax.fori_loop(0, reach // block + 1, some_pages, start)  # -1 // block is -1
     return (out / jnp.maximum(total, 1e-30)[..., None]).transpose(0, 3, 1, 2, 4)

@@ -30,7 +30,7 @@ from parallelism.errors import UserError, unknown_name
 # A pool of so many times what its sequences can use at once keeps enough of what was said before.
 SPARE = 4
 SIZES = {
-    "fast": (Size(1, 1), Size(16, 16), Size(128, 16, queries=16), Size(512, 16, queries=64)),
+    "fast": (Size(1, 1), Size(16, 16), Size(128, 16, queries=16), Size(512, 16, queries=128)),
     # Rows of XLA:CPU's matmuls depend on their number below 64; and a query's attention, from jax 0.12 on, on its place
     # among the queries that go together.
     "invariant": (Size(64, 16),),
