@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -183,6 +183,11 @@ class Graphs:
             built = self._workers.submit(build)
         self._graphs[key] = Graph(name, built, placement.moves(program.jaxpr))
         return self._graphs[key]
+
+    def discard(self, graphs: Iterable[Graph]) -> None:
+        """Forgets graphs that nobody will launch."""
+        gone = set(map(id, graphs))
+        self._graphs = {key: graph for key, graph in self._graphs.items() if id(graph) not in gone}
 
     def freeze(self) -> None:
         """Warm-up is over: from now on ``compile`` only returns what it has."""

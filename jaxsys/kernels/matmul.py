@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxsys.kernels.alike import alike
 from parallelism.sharding import current, manual_axes, platform
 
 # XLA:CPU runs a bfloat16 dot of fewer rows than this at scalar speed: 2 GB/s of weights against 20.
@@ -63,6 +64,8 @@ def linear(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
 def _kernel_left(n: int, w: jax.Array) -> bool:
     """Whether w [F, D] is the left operand for n rows on CPU. Laid out as it comes, or XLA swaps the operands back."""
     f, d = w.shape
+    if alike():
+        return False
     if w.dtype == jnp.bfloat16:
         return d > f and 8 <= n <= CPU_FEW_ROWS
     return 1 < n <= CPU_FEW_ROWS

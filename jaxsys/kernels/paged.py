@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxsys.kernels import paged_gpu, paged_tpu
+from jaxsys.kernels.alike import LEAST_ROWS, alike, row_sums
 from jaxsys.kernels.masked import NEVER, cap
 from jaxsys.kernels.paged_tpu import LANES
 from parallelism.manual import on_devices
@@ -227,7 +228,7 @@ def _items_of_block(queries: int) -> int:
 def _pages_together(queries: int, page: int) -> int:
     """How many pages an item of so many queries takes at once: what is rescaled after each block is worth 64 keys, but
     a single query reads keys for nothing where its sequence is shorter."""
-    return 1 if queries == 1 else max(min(2 * max(queries, 64), BLOCK_KEYS) // page, 1)
+    return 1 if queries == 1 or alike() else max(min(2 * max(queries, 64), BLOCK_KEYS) // page, 1)
 
 
 def _blocks(a: jax.Array, each: int, axis: int, fill: int) -> jax.Array:
@@ -253,11 +254,16 @@ def _one_block(queries, at, sequences, reach, page_table, keys, values, layer, *
         """Pages of each item, one after the other: [I, K, block, h]."""
         return pool[layer, pages].transpose(0, 2, 1, 3, 4).reshape(I, K, block, h)
 
+    def product(dimensions, a, b):
+        more = LEAST_ROWS - G * Q if alike() else 0
+        a = jnp.pad(a, ((0, 0), (0, 0), (0, more), (0, 0))) if more > 0 else a
+        return jnp.einsum(dimensions, a, b, preferred_element_type=accumulate)[:, :, : G * Q]
+
     def some_pages(c, state):
         top, total, out = state
         pages = lax.dynamic_slice_in_dim(table, c * together, together, 1)
         k, v = read(keys, pages), read(values, pages)
-        s = jnp.einsum("nkqh,nksh->nkqs", queries, k, preferred_element_type=accumulate)
+        s = product("nkqh,nksh->nkqs", queries, k)
         s = cap(s * scale, softcap).reshape(I, K, G, Q, block)
         key_at = c * block + jnp.arange(block)
         # A page may hold anything where its sequence has not come: zero weight times NaN would be NaN.
@@ -269,10 +275,8 @@ def _one_block(queries, at, sequences, reach, page_table, keys, values, layer, *
         new = jnp.maximum(top, s.max(-1))
         p = jnp.exp(s - new[..., None])  # 0 where masked, as the largest so far is never NEVER
         shrink = jnp.exp(top - new)
-        o = jnp.einsum(
-            "nkqs,nksh->nkqh", p.reshape(I, K, G * Q, block).astype(dtype), v, preferred_element_type=accumulate
-        )
-        return new, total * shrink + p.sum(-1), out * shrink[..., None] + o.reshape(I, K, G, Q, h)
+        o = product("nkqs,nksh->nkqh", p.reshape(I, K, G * Q, block).astype(dtype), v)
+        return new, total * shrink + row_sums(p)[..., 0], out * shrink[..., None] + o.reshape(I, K, G, Q, h)
 
     start = (
         jnp.full((I, K, G, Q), NEVER / 2, accumulate),

@@ -18,23 +18,34 @@ from jaxsys.kernels.attention import Pool
 from jaxsys.live import Live
 from jaxsys.models.state import Model
 from jaxsys.serve.batch import empty_batch, pack
-from jaxsys.serve.forward import Numerics, Output, make_forward
+from jaxsys.serve.forward import Form, Numerics, Output, make_forward
+from jaxsys.serve.invariance import difference
 from jaxsys.serve.moves import Mover
 from jaxsys.serve.pages import Pages
 from jaxsys.serve.pool import least_bytes, make_pool, page_bytes, pool_dtype
 from jaxsys.serve.request import Made, Request, Top
 from jaxsys.serve.sampling import Sampling, token_ids, whole
-from jaxsys.serve.scheduler import Chunk, Counts, NewWeights, Plan, Scheduler, Size
+from jaxsys.serve.scheduler import Chunk, NewWeights, Plan, Scheduler, Size
 from parallelism.errors import UserError, unknown_name
+from parallelism.sharding import platform
 
 # A pool of so many times what its sequences can use at once keeps enough of what was said before.
 SPARE = 4
-SIZES = {
-    "fast": (Size(1, 1), Size(16, 16), Size(128, 16, queries=16), Size(512, 16, queries=128)),
-    # Rows of XLA:CPU's matmuls depend on their number below 64; and a query's attention, from jax 0.12 on, on its place
-    # among the queries that go together.
-    "invariant": (Size(64, 16),),
-}
+FAST = (Size(1, 1), Size(16, 16), Size(128, 16, queries=16), Size(512, 16, queries=128))
+ALIKE = (Size(8, 8), Size(16, 16), Size(128, 16, queries=16), Size(512, 16, queries=16))
+ONE = (Size(64, 16),)
+
+
+def sizes_of(numerics: Numerics) -> list[tuple[Size, ...]]:
+    """The shapes that suit the numerics on this platform, those to try first first.
+
+    Under ``invariant`` one of 64 rows is the last resort: with it everything goes through the same program. On CPU
+    programs of several sizes agree with one another too, where the model is not so small that XLA computes some of
+    their products in another way.
+    """
+    if numerics == "fast":
+        return [FAST]
+    return [ALIKE, ONE] if platform() == "cpu" else [ONE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +56,9 @@ class EngineConfig:
     sequences can use at once, the rest being for what can be used again. host_kv_bytes: host memory for more of that.
     page_size: positions a page; what attention reads at once. max_steps: tokens a sequence makes between two looks of
     the host. numerics: see ``jaxsys.serve.forward.Numerics``. sizes: the shapes that are compiled; None is those that
-    suit the numerics, and ``invariant`` has one, through which everything goes. new_weights: what running requests do
-    when weights are published, see ``jaxsys.serve.scheduler.NewWeights``.
-    Raises UserError for a number that is not whole and positive, for names that there are not, and for numerics that
-    the sizes do not allow.
+    suit the numerics (``sizes_of``). new_weights: what running requests do when weights are published, see
+    ``jaxsys.serve.scheduler.NewWeights``.
+    Raises UserError for a number that is not whole and positive, and for names that there are not.
     """
 
     max_context: int | None = None
@@ -65,19 +75,10 @@ class EngineConfig:
             if name != "max_context" or self.max_context is not None:
                 whole(name, getattr(self, name), 1)
         whole("host_kv_bytes", self.host_kv_bytes, 0)
-        if str(self.numerics) not in SIZES:
-            raise unknown_name("numerics", str(self.numerics), SIZES)
+        if str(self.numerics) not in get_args(Numerics):
+            raise unknown_name("numerics", str(self.numerics), get_args(Numerics))
         if str(self.new_weights) not in get_args(NewWeights):
             raise unknown_name("new_weights", str(self.new_weights), get_args(NewWeights))
-        if self.numerics == "invariant" and len(self.shapes) != 1:
-            raise UserError(
-                f"numerics 'invariant' with {len(self.shapes)} sizes, expected one that everything goes through"
-            )
-
-    @property
-    def shapes(self) -> tuple[Size, ...]:
-        """The sizes in use."""
-        return self.sizes or SIZES[self.numerics]
 
 
 class NonFiniteLogits(UserError):
@@ -116,33 +117,50 @@ class Engine:
         self.model, self.live, self.graphs, self.view, self.name = model, live, graphs, view, name
         params = live.like(view)
         dtype = pool_dtype(params)
-        replicas = replicas_of(graphs)
-        self.max_context, pages = pool_size(model, config, dtype, replicas)
+        self._replicas = replicas_of(graphs)
+        self.max_context, self._pages = pool_size(model, config, dtype, self._replicas)
         self._width = -(-self.max_context // config.page_size)
-        slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype) // replicas
-        allocators = [Pages(pages, config.page_size, slots) for _ in range(replicas)]
-        self.scheduler = Scheduler(allocators, config.shapes, config.max_steps, new_weights=config.new_weights)
-        self._make_pool = graphs.compile("kv_pool", make_pool(model, replicas, pages, config.page_size, dtype))
-        pool = self._make_pool.outputs
+        self._slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype) // self._replicas
+        make = make_pool(model, self._replicas, self._pages, config.page_size, dtype)
+        self._make_pool = graphs.compile("kv_pool", make)
+        self.pool: Pool | None = None
+        self._holding: frozenset[int] = frozenset()
+        for sizes in [config.sizes] if config.sizes else sizes_of(config.numerics):
+            self._build(sizes)
+            wrong = difference(self, sizes) if config.numerics == "invariant" else None
+            if wrong is None:
+                return
+            graphs.discard(self._forward.values())
+        raise UserError(f"numerics 'invariant' does not hold here: {wrong}: use 'fast'")
+
+    def _build(self, sizes: Sequence[Size]) -> None:
+        """Everything that depends on the sizes, and the pool if there is none yet."""
+        config, model, graphs, replicas = self.config, self.model, self.graphs, self._replicas
+        form: Form = "fast" if config.numerics == "fast" else "alike" if len(sizes) > 1 else "one"
+        params, pool = self.live.like(self.view), self._make_pool.outputs
         everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
         shardings = None if everywhere is None else (everywhere, jax.tree.map(lambda a: a.sharding, pool))
         self._forward = {}
         with graphs.at_once():
-            for size in config.shapes:
+            for size in sizes:
                 batch = jax.tree.map(
                     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
                     empty_batch(size, replicas, self._width, config.page_size, model.config.vocab_size),
                 )
-                forward = make_forward(model, size, config.max_steps, config.numerics)
+                forward = make_forward(model, size, config.max_steps, form)
                 name = f"forward[{size.rows}x{size.sequences}]"
                 self._forward[size] = graphs.compile(
                     name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
                 )
-            self._mover = Mover(graphs, pool, slots)
-        self._pool: Pool | None = self._make_pool()
-        self._holding: frozenset[int] = frozenset()
-        if config.numerics == "invariant":
-            self._try_invariance()
+            self._mover = Mover(graphs, pool, self._slots)
+        if self.pool is None:
+            self.pool = self._make_pool()
+        self.schedule_over(sizes)
+
+    def schedule_over(self, sizes: Sequence[Size]) -> None:
+        """Begins anew, with nobody served and nothing known, over some of the sizes that are compiled."""
+        pages = [Pages(self._pages, self.config.page_size, self._slots) for _ in range(self._replicas)]
+        self.scheduler = Scheduler(pages, sizes, self.config.max_steps, new_weights=self.config.new_weights)
 
     # -------------------------------------------------------------------------------------------------- requests
 
@@ -198,6 +216,11 @@ class Engine:
         return f"{context}; {pages} pages of {self.config.page_size}"
 
     @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The shapes of its graphs, in rising order."""
+        return tuple(sorted(self._forward))
+
+    @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
         return self.scheduler.busy
@@ -227,9 +250,9 @@ class Engine:
                 return None
             batch = pack(plan, self._width, self.config.page_size, self.model.config.vocab_size)
             lease = self.live.lease(self.view, plan.version)
-            pool = self._make_pool() if self._pool is None else self._pool
+            pool = self._make_pool() if self.pool is None else self.pool
             pool = self._mover.launch(pool, plan.moves)
-            output, self._pool = self._forward[plan.size](dict(lease.params), pool, batch)
+            output, self.pool = self._forward[plan.size](dict(lease.params), pool, batch)
             return Launched(plan, output)
 
         return dispatcher().call(work)
@@ -266,29 +289,6 @@ class Engine:
             self._holding = self.scheduler.versions
             dispatcher().call(self.live.hold, self, self.view, self._holding)
 
-    def _try_invariance(self) -> None:
-        """Some tokens alone, with others, and scored. Raises UserError where a log-probability differs by a bit."""
-        vocabulary, room = self.model.config.vocab_size, self.max_context
-        made, prompt = min(6, room // 2), [(37 * i + 11) % vocabulary for i in range(min(20, room - room // 2))]
-        settings = Sampling(made, temperature=0.0)
-        alone = self.add_request(prompt, settings)
-        self.run([alone])
-        others = [self.add_request([i % vocabulary] * (1 + 7 * i % (room - made)), settings) for i in range(1, 6)]
-        among = self.add_request(prompt, settings)
-        self.run([*others, among])
-        score = self.add_request(alone.tokens[:room], Sampling(max_tokens=0, prompt_logprobs=True))
-        self.run([score])
-        scored = score.prompt_logprobs[len(prompt) - 1 :]
-        for what, there in (("among others", among.logprobs), ("scored", scored)):
-            for i, (a, b) in enumerate(zip(alone.logprobs, there, strict=False)):
-                if a != b:
-                    raise UserError(
-                        f"numerics 'invariant' does not hold here: token {i + 1} of {made} has log-probability {a!r} "
-                        f"alone and {b!r} {what}: use 'fast'"
-                    )
-        self.scheduler.evict()
-        self.scheduler.counts = Counts()
-
     def give_back(self) -> int:
         """Frees the memory of the pool and of the view that is served, until the next batch; returns the pool's bytes.
 
@@ -296,8 +296,8 @@ class Engine:
         """
 
         def free() -> int:
-            freed = sum(a.nbytes for a in jax.tree.leaves(self._pool))
-            self._pool = None
+            freed = sum(a.nbytes for a in jax.tree.leaves(self.pool))
+            self.pool = None
             self.live.release(self.view)
             return freed
 
@@ -388,5 +388,5 @@ def pool_size(model: Model, config: EngineConfig, dtype: np.dtype, replicas: int
             f"max_context {wanted}: expected 1 to {longest}: a KV pool of {config.kv_bytes} bytes holds no more "
             f"({need} bytes hold the {wanted})"
         )
-    sequences = max(s.sequences for s in config.shapes)
+    sequences = max(s.sequences for s in config.sizes or sizes_of(config.numerics)[0])
     return wanted, min(affordable, SPARE * sequences * -(-wanted // size) + 1)

@@ -6,6 +6,7 @@ a row a sequence, the token it just sampled. How many steps run is data.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsys.kernels.alike import rows_alike
 from jaxsys.kernels.attention import Paged, Pool
 from jaxsys.models.state import Model
 from jaxsys.serve.batch import Batch
@@ -24,9 +26,13 @@ from jaxsys.serve.scheduler import Size
 from parallelism.sharding import constrain
 
 Numerics = Literal["fast", "invariant"]
-"""``fast``: the output matmul runs over the rows that need it. ``invariant``: it always runs over all rows of the graph
-and every log-probability comes out of that one product, so that within one graph a token's is bitwise the same
-whether it is sampled or scored, whatever shares its batch."""
+"""``invariant``: a token's log-probability is bitwise the same whether it is sampled or scored, whatever shares its
+batch. ``fast``: it is as far as rounding goes."""
+
+Form = Literal["fast", "alike", "one"]
+"""``fast``: products take the fastest form, the output product runs over the rows that need it. ``alike``: the same, in
+the forms whose rows do not depend on their number (``jaxsys.kernels.alike``). ``one``: the output product
+runs over all rows of the graph and every log-probability comes out of it, so that within one graph they are alike."""
 
 
 @jax.tree_util.register_dataclass
@@ -50,10 +56,14 @@ class Output:
     steps: jax.Array
 
 
-def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -> Callable[..., tuple[Output, Pool]]:
+def make_forward(model: Model, size: Size, max_steps: int, form: Form) -> Callable[..., tuple[Output, Pool]]:
     """``forward(params, pool, batch) -> (Output, pool)`` for one size; the pool is to be donated."""
 
     def forward(params: Mapping[str, jax.Array], pool: Pool, batch: Batch) -> tuple[Output, Pool]:
+        with rows_alike() if form == "alike" else contextlib.nullcontext():
+            return steps(params, pool, batch)
+
+    def steps(params: Mapping[str, jax.Array], pool: Pool, batch: Batch) -> tuple[Output, Pool]:
         decoder = model.bind(params)
         R = batch.tokens.shape[0]
         of_steps, of_rows = (max_steps, R, size.sequences), (R, size.rows)
@@ -105,7 +115,7 @@ def make_forward(model: Model, size: Size, max_steps: int, numerics: Numerics) -
                 return lax.cond(wanted & batch.alternatives, lambda: alternatives(logits), lambda: otherwise)
 
             old = out.target_logprobs, out.target_top_tokens, out.target_top_logprobs
-            if numerics == "invariant":
+            if form == "one":
                 every = project(hidden)
                 logits = _at(every, row)
                 made, drawn = choose(logits)

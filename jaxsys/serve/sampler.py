@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsys.kernels.alike import row_sums
 from jaxsys.serve.sampling import ALTERNATIVES
 
 
@@ -51,7 +52,13 @@ def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     # the same, but takes XLA:CPU ten times as long.
     hit = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == tokens[..., None]
     picked = jnp.where(hit, logits, -jnp.inf).max(-1)
-    return (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
+    return (picked - log_total(logits)[..., 0]).astype(jnp.float32)
+
+
+def log_total(logits: jax.Array) -> jax.Array:
+    """log of the sum of exp(logits [..., V]), [..., 1]; the largest is finite."""
+    top = logits.max(-1, keepdims=True)
+    return top + jnp.log(row_sums(jnp.exp(logits - top)))
 
 
 def likeliest(logits: jax.Array) -> jax.Array:
@@ -67,7 +74,7 @@ def likeliest(logits: jax.Array) -> jax.Array:
 def alternatives(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The most likely tokens and log softmax(logits) of them: [..., ALTERNATIVES] int32 and float32."""
     best, tokens = lax.top_k(logits, min(ALTERNATIVES, logits.shape[-1]))
-    found = (best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).astype(jnp.float32)
+    found = (best - log_total(logits)).astype(jnp.float32)
     missing = [(0, 0)] * (logits.ndim - 1) + [(0, ALTERNATIVES - best.shape[-1])]
     return jnp.pad(tokens.astype(jnp.int32), missing), jnp.pad(found, missing, constant_values=-jnp.inf)
 
@@ -157,7 +164,7 @@ def _restrict(scaled: jax.Array, settings: Settings) -> jax.Array:
     order = _ordered(scaled)
     order_k = _largest_with(order, jnp.ones_like(scaled), k.astype(jnp.float32))
     scaled = jnp.where(order >= order_k[..., None], scaled, -jnp.inf)
-    p = jax.nn.softmax(scaled, axis=-1)
+    p = jnp.exp(scaled - log_total(scaled))
     # The most likely token is kept however small top_p: one below the smallest normal number counts as zero.
     order_p = jnp.minimum(_largest_with(order, p, settings.top_p), order.max(-1))
     order_p = jnp.where(settings.top_p < 1, order_p, 0)
@@ -180,7 +187,7 @@ def _largest_with(order: jax.Array, weight: jax.Array, need: jax.Array) -> jax.A
 
     def bit(i, threshold):
         higher = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        enough = jnp.where(order >= higher[..., None], weight, 0).sum(-1) >= need
+        enough = row_sums(jnp.where(order >= higher[..., None], weight, 0))[..., 0] >= need
         return jnp.where(enough, higher, threshold)
 
     return lax.fori_loop(0, 32, bit, jnp.zeros(need.shape, jnp.uint32))

@@ -125,7 +125,7 @@ class Scheduler:
         # What runs together must fit every shape that its rows can call for.
         self.max_sequences = max(sizes, key=lambda size: size.rows).sequences
         self.budget = min(budget or most, most)
-        holding = sorted(size.rows for size in sizes if size.sequences >= self.max_sequences and size.queries > 1)
+        holding = sorted(size.rows for size in sizes if size.rows > size.sequences >= self.max_sequences)
         self.beside = min(beside or [*holding, most][max(len(holding) - 2, 0)], self.budget)
         if self.beside < self.max_sequences:
             raise ValueError(f"a budget of {self.beside} rows for {self.max_sequences} sequences would stall some")

@@ -13,7 +13,7 @@ from jaxsys.graphs import Graphs
 from jaxsys.live import Live
 from jaxsys.llm import LLM
 from jaxsys.models.state import Model
-from jaxsys.serve.engine import SIZES, Engine, EngineConfig, pool_size, replicas_of
+from jaxsys.serve.engine import FAST, Engine, EngineConfig, pool_size, replicas_of
 from jaxsys.serve.pool import least_bytes, pool_dtype
 from jaxsys.serve.request import Request, Result
 from jaxsys.serve.sampling import Sampling
@@ -61,14 +61,14 @@ class Inference:
         served = served_context(config, model, replicas) if serves else 0
         contexts += [served] if serves else []
         context = min(max(contexts), model.config.max_seq_len)
-        _, small, *chunks = SIZES["fast"]
+        _, small, *chunks = FAST
         # All that a server has, or those that suit what is asked for: each takes its time to compile.
         sizes: tuple[Size, ...] = (small,) if self._prompts else ()
         if config.eval_batches:
             tokens = config.data.batch_size // config.accumulate * config.data.seq_len // replicas
             rows = min(max(chunks[0].rows, 1 << (tokens - 1).bit_length()), chunks[-1].rows)
             sizes += (Size(rows, chunks[-1].sequences, rows * chunks[-1].queries // chunks[-1].rows),)
-        sizes = SIZES["fast"] if serves else sizes
+        sizes = FAST if serves else sizes
         dtype = pool_dtype(live.like(self._view))
         least = least_bytes(model, replicas, context, EngineConfig.page_size, dtype)
         options = EngineConfig(

@@ -162,7 +162,7 @@ def _generate(
     import jaxsys
 
     llm = jaxsys.load(model, dtype=dtype, max_context=1024, numerics=numerics)
-    sizes = llm.engine.config.shapes
+    sizes = llm.engine.sizes
     size = sizes[-1] if max_tokens == 1 else next(size for size in sizes if size.sequences >= len(prompts))
     graph = next(g for g in llm.engine.graphs if g.name == f"forward[{size.rows}x{size.sequences}]")
 

@@ -253,7 +253,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 def scheduler_milliseconds(ordering: str, queued: int = 10_000, steps: int = 200) -> list[float]:
     """The scheduler's own time for each of so many batches while so many requests wait. ordering: fcfs or fair."""
-    from jaxsys.serve.engine import SIZES
+    from jaxsys.serve.engine import FAST
     from jaxsys.serve.pages import Pages
     from jaxsys.serve.policies import FairShare, FirstComeFirstServed
     from jaxsys.serve.request import Request
@@ -263,7 +263,7 @@ def scheduler_milliseconds(ordering: str, queued: int = 10_000, steps: int = 200
 
     draw = random.Random(0)
     policy = {"fcfs": FirstComeFirstServed, "fair": FairShare}[ordering]()
-    scheduler, executor = Scheduler([Pages(1025, 64)], SIZES["fast"], 4, ordering=policy), SimulatedExecutor(64)
+    scheduler, executor = Scheduler([Pages(1025, 64)], FAST, 4, ordering=policy), SimulatedExecutor(64)
     for i in range(queued + 4 * steps):
         prompt = draw.choices(range(50), k=draw.randint(16, 256))
         scheduler.add(Request(len(prompt), prompt, Sampling(max_tokens=32), seed=i, client=str(i % 100)))

@@ -11,9 +11,10 @@ from tiny_models import x64
 
 from jaxsys.graphs import Graphs, LateCompileError, no_compiles
 from jaxsys.live import Live
+from jaxsys.models.config import ModelConfig
 from jaxsys.models.state import build
 from jaxsys.serve import engine as engine_module
-from jaxsys.serve.engine import Engine, EngineConfig
+from jaxsys.serve.engine import ALIKE, ONE, Engine, EngineConfig
 from jaxsys.serve.forward import make_forward
 from jaxsys.serve.pages import Pages
 from jaxsys.serve.sampling import Sampling
@@ -178,19 +179,19 @@ def test_after_warm_up_nothing_is_compiled_and_a_late_compile_raises(engine):
 
 
 def test_the_pool_is_donated_and_never_copied(engine):
-    pool = sum(np.asarray(a).nbytes for a in engine._pool.__dict__.values())
+    pool = sum(np.asarray(a).nbytes for a in engine.pool.__dict__.values())
     for size in SIZES:
         stats = engine._forward[size].stats
         assert stats.aliased_bytes >= pool
-    addresses = [a.unsafe_buffer_pointer() for a in (engine._pool.k, engine._pool.v)]
+    addresses = [a.unsafe_buffer_pointer() for a in (engine.pool.k, engine.pool.v)]
     run(engine, PROMPTS)
-    assert [a.unsafe_buffer_pointer() for a in (engine._pool.k, engine._pool.v)] == addresses
+    assert [a.unsafe_buffer_pointer() for a in (engine.pool.k, engine.pool.v)] == addresses
 
 
 def test_nothing_is_read_that_the_sequence_did_not_write():
     engine = make_engine()
     expected = [made(request) for request in run(engine, PROMPTS)]
-    engine._pool = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, np.nan, a.dtype), a.sharding), engine._pool)
+    engine.pool = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, np.nan, a.dtype), a.sharding), engine.pool)
     engine.scheduler.pages = (Pages(engine.scheduler.pages[0].count, 8),)  # nothing of before is used again
     assert [made(request) for request in run(engine, PROMPTS)] == expected
 
@@ -228,7 +229,7 @@ def test_engines_that_share_a_registry_keep_their_own_pool_and_steps():
         Engine(model, live, graphs, EngineConfig(context, page_size=8, max_steps=steps, sizes=SIZES[2:]))
         for context, steps in ((8, 2), (96, 8))
     )
-    assert short._pool.k.shape != long._pool.k.shape
+    assert short.pool.k.shape != long.pool.k.shape
     direct = make_engine(sizes=SIZES[2:])
     assert [made(r) for r in run(long, PROMPTS)] == [made(r) for r in run(direct, PROMPTS)]
 
@@ -269,8 +270,8 @@ def on_one_device():
 def test_a_mesh_makes_the_tokens_of_one_device_with_its_pool_split_by_replicas_and_heads(mesh, replicas):
     engine = make_engine(NINE_THREE, mesh=mesh, sizes=SIZES[2:])
     heads = 4 if "tensor" in mesh else 3
-    assert (engine._pool.k.shape[0], engine._pool.k.shape[3]) == (replicas, heads)
-    split = {(shard.data.shape[0], shard.data.shape[3]) for shard in engine._pool.k.addressable_shards}
+    assert (engine.pool.k.shape[0], engine.pool.k.shape[3]) == (replicas, heads)
+    split = {(shard.data.shape[0], shard.data.shape[3]) for shard in engine.pool.k.addressable_shards}
     assert split == {(1, 2 if "tensor" in mesh else 3)}
     requests = run(engine, PROMPTS, score=True)
     assert {request.replica for request in requests} == set(range(replicas))
@@ -282,7 +283,7 @@ def test_a_mesh_makes_the_tokens_of_one_device_with_its_pool_split_by_replicas_a
 def test_replicas_send_each_other_nothing_of_their_keys_and_values():
     engine = make_engine(mesh="data=2", sizes=SIZES[2:], page_size=64)
     (forward,) = engine._forward.values()
-    read = engine._pool.k[0, 0, 0].nbytes * SIZES[2].sequences  # a page for each sequence, more than their logits
+    read = engine.pool.k[0, 0, 0].nbytes * SIZES[2].sequences  # a page for each sequence, more than their logits
     assert all(each.nbytes < read for each in collectives(forward.text, engine.graphs.mesh))
 
 
@@ -294,8 +295,8 @@ def test_invariance_is_tried_at_the_start(monkeypatch):
         return out._replace(logprob=out.logprob * (1 + 1e-7 * at[2]))
 
     monkeypatch.setattr(engine_module, "_made", by_row)
-    with pytest.raises(UserError, match="numerics 'invariant' does not hold here: token 1 of 6 has log-probability"):
-        make_engine(numerics="invariant", sizes=None)
+    with pytest.raises(UserError, match="does not hold here: a text continued by 64 rows among others differs in 2 of"):
+        make_engine(numerics="invariant", sizes=ONE)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -357,13 +358,13 @@ def test_weights_that_are_not_finite_are_an_error_and_no_token(where, score):
 
 def test_the_pool_stays_within_its_bytes_and_shortens_the_context():
     engine = make_engine(kv_bytes=20_000, sizes=(Size(1, 1),))
-    assert engine._pool.k.nbytes + engine._pool.v.nbytes <= 20_000
+    assert engine.pool.k.nbytes + engine.pool.v.nbytes <= 20_000
     assert engine.max_context == 64
     assert engine.room == "context 64 of the model's 96: kv_bytes=20000 holds no more; 8 pages of 8"
     assert len(made(run(engine, [[1] * 60], dataclasses.replace(GREEDY, max_tokens=9))[0])) == 4
 
 
-@pytest.mark.parametrize("options", [{"sizes": SIZES[2:]}, {"numerics": "invariant", "sizes": None}], ids=str)
+@pytest.mark.parametrize("options", [{"sizes": SIZES[2:]}, {"numerics": "invariant", "sizes": ONE}], ids=str)
 def test_a_process_with_64_bit_types_makes_the_same_tokens(engine, options):
     sampling = Sampling(8, top_k=9, top_p=0.9, seed=1)
     with x64():
@@ -376,10 +377,24 @@ def test_a_process_with_64_bit_types_makes_the_same_tokens(engine, options):
 # ---------------------------------------------------------------------------------------------------------- numerics
 
 
-@pytest.mark.parametrize(("dtype", "mesh"), [("float32", ""), ("bfloat16", ""), ("float32", "tensor=2")])
-def test_invariant_logprobs_are_bitwise_those_of_the_request_alone_and_of_scoring(dtype, mesh):
-    """Over the shape that is served: rows of XLA:CPU's matmuls depend on their number below it."""
-    engine = make_engine(dtype=dtype, mesh=mesh, numerics="invariant", sizes=None)
+# Wide enough that programs of several sizes agree.
+WIDE = dataclasses.replace(CONFIG, d_model=256, n_heads=4, head_dim=64, d_ff=512)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "mesh", "sizes"),
+    [
+        (CONFIG, "float32", "", ONE),
+        (CONFIG, "bfloat16", "", ONE),
+        (CONFIG, "float32", "tensor=2", ONE),
+        (WIDE, "float32", "", ALIKE),
+    ],
+    ids=lambda a: "" if isinstance(a, ModelConfig) else f"{len(a)} sizes" if isinstance(a, tuple) else None,
+)
+def test_invariant_logprobs_are_bitwise_those_of_the_request_alone_and_of_scoring(config, dtype, mesh, sizes):
+    pool = {"page_size": 64, "kv_bytes": 8 << 20} if sizes is ALIKE else {}
+    engine = make_engine(config, dtype=dtype, mesh=mesh, numerics="invariant", sizes=sizes, **pool)
+    assert engine.scheduler.counts.computed == 0  # of the trial nothing is left
     prompts = [*PROMPTS, list(range(90, 3, -1))]  # the last one is computed in two chunks
     sampling = dataclasses.replace(GREEDY, max_tokens=9, temperature=0.7, seed=3)
     together = [engine.add_request(prompt, dataclasses.replace(sampling, prompt_logprobs=True)) for prompt in prompts]
@@ -394,7 +409,7 @@ def test_invariant_logprobs_are_bitwise_those_of_the_request_alone_and_of_scorin
 
 
 def test_invariant_logprobs_are_those_of_the_whole_forward(reference):
-    engine = make_engine(numerics="invariant", sizes=None)
+    engine = make_engine(numerics="invariant", sizes=ONE)
     for prompt, request in zip(PROMPTS, run(engine, PROMPTS, score=True), strict=True):
         tokens, logprobs = reference.greedy(prompt, 12)
         assert made(request) == tokens
@@ -403,8 +418,14 @@ def test_invariant_logprobs_are_those_of_the_whole_forward(reference):
         np.testing.assert_allclose(request.prompt_logprobs, expected, atol=1e-5)
 
 
-def test_invariant_numerics_with_several_sizes_are_refused():
-    with pytest.raises(UserError, match="'invariant' with 3 sizes"):
-        EngineConfig(numerics="invariant", sizes=SIZES)
+def test_invariant_numerics_fall_back_on_one_program_where_several_differ(monkeypatch):
+    tried = iter(["they differ", None])
+    monkeypatch.setattr(engine_module, "difference", lambda engine, sizes: next(tried))
+    engine = make_engine(numerics="invariant", sizes=None)
+    assert engine.sizes == ONE
+    assert [graph.name for graph in engine.graphs if "forward" in graph.name] == ["forward[64x16]"]
+
+
+def test_numerics_that_there_are_not_are_refused():
     with pytest.raises(UserError, match="unknown numerics 'exact'"):
         EngineConfig(numerics="exact")

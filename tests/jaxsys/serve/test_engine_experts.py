@@ -7,6 +7,7 @@ import pytest
 from serve_engines import CONFIG, SIZES, Reference, make_engine
 
 from jaxsys.models.config import Experts
+from jaxsys.serve.engine import ONE
 from jaxsys.serve.sampling import Sampling
 
 EXPERTS = dataclasses.replace(
@@ -35,7 +36,7 @@ def test_greedy_decode_equals_the_full_forward_and_drops_nothing(greedy, mesh, s
 
 def test_invariant_logprobs_are_bitwise_the_same_whatever_shares_the_batch():
     """Rows of one expert lie where others leave them room."""
-    engine = make_engine(EXPERTS, numerics="invariant", sizes=None)
+    engine = make_engine(EXPERTS, numerics="invariant", sizes=ONE)
     sampling = Sampling(max_tokens=8, temperature=1.0, seed=3)
 
     def made(prompts):

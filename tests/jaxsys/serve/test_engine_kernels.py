@@ -32,7 +32,7 @@ def on(monkeypatch, name):
 def test_kernels_in_the_engine_make_the_tokens_of_the_full_forward(monkeypatch, name, config, mesh, stored):
     on(monkeypatch, name)
     engine = make_engine(config, mesh=mesh, sizes=SIZES[-1:], storage="stacked")
-    assert (engine._pool.k.shape[3], engine._pool.k.shape[5]) == stored
+    assert (engine.pool.k.shape[3], engine.pool.k.shape[5]) == stored
     requests = [engine.add_request(prompt, Sampling(max_tokens=12, temperature=0.0)) for prompt in PROMPTS]
     engine.run(requests)
     reference = Reference(config)

@@ -132,7 +132,7 @@ def test_the_pool_given_back_is_made_again_and_tokens_do_not_change(trained):
     engine.run(expected)
     requests = [engine.add_request(prompt, GREEDY) for prompt in prompts]
     engine.step(2)
-    held = sum(a.nbytes for a in jax.tree.leaves(engine._pool))
+    held = sum(a.nbytes for a in jax.tree.leaves(engine.pool))
     before = sum(array.nbytes for array in jax.live_arrays())
     with no_compiles("giving the pool back"):
         assert engine.give_back() == held > 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from serve_engines import make_engine
 
+from jaxsys.serve.engine import ONE
 from jaxsys.serve.sampling import ALTERNATIVES, Sampling
 from parallelism.errors import UserError
 
@@ -15,7 +16,7 @@ GREEDY = Sampling(max_tokens=12, temperature=0.0)
 
 @pytest.fixture(scope="module", params=["fast", "invariant"])
 def engine(request, shared_engine):
-    return shared_engine if request.param == "fast" else make_engine(numerics="invariant", sizes=None)
+    return shared_engine if request.param == "fast" else make_engine(numerics="invariant", sizes=ONE)
 
 
 def run(engine, sampling, prompt=PROMPT):

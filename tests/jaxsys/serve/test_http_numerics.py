@@ -9,6 +9,7 @@ import pytest
 from http_server import CONFIG, SECONDS, make_llm, running
 
 from jaxsys.models.state import build
+from jaxsys.serve.engine import ONE
 from jaxsys.serve.pool import page_bytes
 
 
@@ -16,7 +17,7 @@ from jaxsys.serve.pool import page_bytes
 def invariant():
     """With a pool of few pages, so that requests have to leave it and come back."""
     page = page_bytes(build(CONFIG), 8, np.dtype("float32"))
-    return make_llm(numerics="invariant", sizes=None, kv_bytes=16 * page)
+    return make_llm(numerics="invariant", sizes=ONE, kv_bytes=16 * page)
 
 
 def reported(http, path: str, body: dict) -> list[tuple[list[int], list[float], list[float]]]:
