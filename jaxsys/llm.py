@@ -129,13 +129,19 @@ class LLM:
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, chat: bool = False) -> list[Request]:
         """Queues n requests a prompt with the engine, or none if one is bad; they end only where ``sampling`` says."""
-        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
-            raise UserError(f"prompts: found {prompts!r:.40}, expected a list of prompts: put it in brackets")
-        whole("n", n, 1)
-        requests = [each for prompt in prompts for each in self.siblings(self.encode(prompt, chat), sampling, n)]
+        requests = self.requests(prompts, sampling, n=n, chat=chat)
         for request in requests:
             self.engine.add(request)
         return requests
+
+    def requests(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, chat: bool = False
+    ) -> list[Request]:
+        """n requests a prompt, in order; not queued yet. Raises UserError if one is bad."""
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+            raise UserError(f"prompts: found {prompts!r:.40}, expected a list of prompts: put it in brackets")
+        whole("n", n, 1)
+        return [each for prompt in prompts for each in self.siblings(self.encode(prompt, chat), sampling, n)]
 
     def siblings(self, tokens: Sequence[int], sampling: Sampling, n: int) -> list[Request]:
         """n requests for one prompt, which is computed once; not queued yet."""

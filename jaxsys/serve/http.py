@@ -27,7 +27,7 @@ from jaxsys.serve.metrics import Metrics
 from jaxsys.serve.openapi import document
 from jaxsys.serve.protocol import Call, Kind
 from jaxsys.serve.request import Request
-from jaxsys.serve.service import Service
+from jaxsys.serve.service import Busy, Closed, Service
 from jaxsys.serve.watch import Watch
 from jaxsys.share import DeviceShare
 from parallelism.errors import UserError
@@ -190,7 +190,7 @@ class Front:
             except ClientDisconnect:
                 status = 499
                 return Response(status_code=499)
-            except UserError as error:
+            except (UserError, Busy, Closed) as error:
                 response = await _answer(request, error)
                 status = response.status_code
                 return response
@@ -263,8 +263,8 @@ class _Stream(Response):
             if (last := self._answer.last()) is not None:
                 await event(json.dumps(last))
             await event("[DONE]")
-        except Refused as refused:
-            await event(json.dumps(refused.body))
+        except (Refused, Closed) as error:
+            await event(json.dumps(_refused(error).body))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -289,10 +289,8 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
 
 async def _answer(request: HTTPRequest, error: Exception) -> Response:
     """Any error in OpenAI's shape."""
-    if isinstance(error, Refused):
-        refused = error
-    elif isinstance(error, UserError):
-        refused = Refused(str(error))
+    if isinstance(error, Refused | Busy | Closed | UserError):
+        refused = _refused(error)
     elif isinstance(error, HTTPException):
         known = {
             404: f"no such path: {request.url.path:.80}",
@@ -303,6 +301,17 @@ async def _answer(request: HTTPRequest, error: Exception) -> Response:
         refused = Refused("a defect of the server; its log has more", status=500, code="internal_error")
     headers = dict(getattr(error, "headers", None) or {}) | refused.headers
     return _json(refused.body, refused.status, headers)
+
+
+def _refused(error: Exception) -> Refused:
+    """What a client may be told of as it is."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, Busy):
+        return Refused(str(error), status=429, code="queue_full", retry=error.seconds)
+    if isinstance(error, Closed):
+        return Refused(str(error), status=503, code="unavailable", retry=5.0)
+    return Refused(str(error))
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -7,9 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 from jaxsys.serve.answers import State
-from jaxsys.serve.errors import Refused
 from jaxsys.serve.request import Request
-from jaxsys.serve.service import Busy, Closed, Service
+from jaxsys.serve.service import Closed, Service
 
 
 class Watch:
@@ -26,13 +25,8 @@ class Watch:
         self._states = {request: State() for request in requests}
 
     def submit(self) -> None:
-        """Queues the requests. Raises Refused: 429 where too many wait, 503 where none is taken any more."""
-        try:
-            self._service.submit(self._requests, self._progress)
-        except Busy as busy:
-            raise Refused(str(busy), status=429, code="queue_full", retry=busy.seconds) from None
-        except Closed as closed:
-            raise Refused(str(closed), status=503, code="unavailable", retry=5.0) from None
+        """Queues the requests. Raises Busy where too many wait, Closed where none is taken any more."""
+        self._service.submit(self._requests, self._progress)
 
     def cancel(self) -> None:
         """Drops what is not finished."""
@@ -43,7 +37,7 @@ class Watch:
     async def states(self) -> AsyncIterator[list[State]]:
         """How far each request is, whenever that changed; the last time all are finished.
 
-        Raises Refused, 503, if a request was cancelled from within: the server ends, or the engine failed.
+        Raises Closed if a request was cancelled from within: the service ends, or the engine failed.
         """
         done = False
         while not done:
@@ -51,7 +45,7 @@ class Watch:
             self._changed.clear()
             states = [self._states[request] for request in self._requests]
             if any(state.finish_reason == "cancelled" for state in states):
-                raise Refused(self._service.reason, status=503, code="unavailable", retry=5.0)
+                raise Closed(self._service.reason)
             done = all(state.finish_reason is not None for state in states)
             yield states
 

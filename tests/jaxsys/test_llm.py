@@ -280,7 +280,7 @@ def test_a_bad_load_is_refused(directory, options, words):
 
 
 def test_a_stream_that_is_never_read_holds_nothing(llm):
-    stream = llm.stream("abc")
+    stream = llm.stream("abc", max_tokens=60, seed=1, stop=())
     assert not llm.engine.busy
     next(stream)
     assert llm.engine.busy
