@@ -96,7 +96,7 @@ MESSAGES: Schema = {
     "items": {
         "type": "object",
         "properties": {
-            "role": _only("system", "user", "assistant"),
+            "role": _only("system", "developer", "user", "assistant"),
             "content": {
                 "anyOf": [_TEXT, {"type": "array", "items": _PART, "minItems": 1}],
                 "description": "a text or a list of parts of type text",
@@ -323,7 +323,9 @@ def _chat_prompt(messages: Sequence[Mapping[str, Any]], llm: LLM) -> list[int]:
     def text(content: Any) -> str:
         return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
-    plain = [{"role": message["role"], "content": text(message["content"])} for message in messages]
+    # What OpenAI's newer models call the developer's, the templates of others know as the system's.
+    roles = {"developer": "system"}
+    plain = [{"role": roles.get(m["role"], m["role"]), "content": text(m["content"])} for m in messages]
     return llm.tokenizer.encode(llm.tokenizer.apply_chat_template(plain), add_bos=False)
 
 

@@ -56,6 +56,14 @@ def test_an_answer_can_be_sent_back_and_parts_are_one_text(server, client):
     assert client.chat.completions.create(messages=plain, **GREEDY).choices[0].message == parts.choices[0].message
 
 
+def test_a_developers_message_is_the_systems(http):
+    def tokens(role):
+        messages = [{"role": role, "content": "be brief"}, *HI]
+        return http.post("/tokenize", json={"model": "tiny", "messages": messages}).json()["tokens"]
+
+    assert tokens("developer") == tokens("system") != tokens("user")
+
+
 @pytest.mark.parametrize("shape", ["text", "texts", "ids", "lists"])
 def test_a_prompt_is_a_text_texts_ids_or_lists_of_ids(server, client, llm, alone, shape):
     ids = [llm.tokenizer.encode(text) for text in ("abc", "hello")]
