@@ -36,16 +36,20 @@ ALIKE = (Size(8, 8), Size(16, 16), Size(128, 16, queries=16), Size(512, 16, quer
 ONE = (Size(64, 16),)
 
 
-def sizes_of(numerics: Numerics) -> list[tuple[Size, ...]]:
+# Of narrower heads XLA:CPU computes attention's products in several ways, which a short trial need not meet.
+LEAST_HEAD_DIM = 64
+
+
+def sizes_of(numerics: Numerics, model: Model) -> list[tuple[Size, ...]]:
     """The shapes that suit the numerics on this platform, those to try first first.
 
     Under ``invariant`` one of 64 rows is the last resort: with it everything goes through the same program. On CPU
-    programs of several sizes agree with one another too, where the model is not so small that XLA computes some of
-    their products in another way.
+    programs of several sizes agree with one another too, where heads are not narrow.
     """
     if numerics == "fast":
         return [FAST]
-    return [ALIKE, ONE] if platform() == "cpu" else [ONE]
+    several = platform() == "cpu" and model.config.head_dim >= LEAST_HEAD_DIM
+    return [ALIKE, ONE] if several else [ONE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Engine:
         self._make_pool = graphs.compile("kv_pool", make)
         self.pool: Pool | None = None
         self._holding: frozenset[int] = frozenset()
-        for sizes in [config.sizes] if config.sizes else sizes_of(config.numerics):
+        for sizes in [config.sizes] if config.sizes else sizes_of(config.numerics, model):
             self._build(sizes)
             wrong = difference(self, sizes) if config.numerics == "invariant" else None
             if wrong is None:
@@ -388,5 +392,5 @@ def pool_size(model: Model, config: EngineConfig, dtype: np.dtype, replicas: int
             f"max_context {wanted}: expected 1 to {longest}: a KV pool of {config.kv_bytes} bytes holds no more "
             f"({need} bytes hold the {wanted})"
         )
-    sequences = max(s.sequences for s in config.sizes or sizes_of(config.numerics)[0])
+    sequences = max(s.sequences for s in config.sizes or sizes_of(config.numerics, model)[0])
     return wanted, min(affordable, SPARE * sequences * -(-wanted // size) + 1)

@@ -421,7 +421,7 @@ def test_invariant_logprobs_are_those_of_the_whole_forward(reference):
 def test_invariant_numerics_fall_back_on_one_program_where_several_differ(monkeypatch):
     tried = iter(["they differ", None])
     monkeypatch.setattr(engine_module, "difference", lambda engine, sizes: next(tried))
-    engine = make_engine(numerics="invariant", sizes=None)
+    engine = make_engine(WIDE, numerics="invariant", sizes=None)
     assert engine.sizes == ONE
     assert [graph.name for graph in engine.graphs if "forward" in graph.name] == ["forward[64x16]"]
 
