@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsys.dispatch import dispatcher
+from jaxsys.kept import By, Known, kept, name_of, name_of_text
 from parallelism import placement
 from parallelism.rules import ACTIVATIONS, Rules
 from parallelism.sharding import sharding_context
@@ -143,8 +144,12 @@ class Graphs:
         donate: Sequence[int] = (),
         out_shardings: Any = None,
         compiler_options: dict[str, Any] | None = None,
+        made_of: tuple | None = None,
     ) -> Graph:
         """The graph ``name`` for arguments like ``args`` (arrays or ShapeDtypeStructs with shardings).
+
+        made_of: all that ``fn`` depends on beside its source, in values whose text says what they are: where the
+        persistent cache is on, a program of one device is kept by it, and a later process loads it without tracing.
 
         Asked again with the same name, function, arguments, donation, output shardings and options it returns the
         graph it has. Two functions are the same if they are equal: closures are not, however alike, as what they close
@@ -164,25 +169,31 @@ class Graphs:
             with sharding_context(self.mesh, self.rules) if self.mesh is not None else contextlib.nullcontext():
                 return fn(*args)
 
-        start = time.perf_counter()
-        program = jax.jit(traced_fn, donate_argnums=tuple(donate), **options).trace(*args)
-        lowered = program.lower()
-        traced, wide = time.perf_counter() - start, jax.config.values["jax_enable_x64"]
-
-        def build() -> tuple[Any, GraphStats]:
-            start = time.perf_counter()
-            with _Events(of_this_thread=True) as events, jax.enable_x64(wide):
-                compiled = lowered.compile(compiler_options)
-            seconds, cached = time.perf_counter() - start, events.hits > 0 and events.misses == 0
-            return compiled, _stats(name, compiled, traced, seconds, cached, self._one_memory)
-
+        jitted = jax.jit(traced_fn, donate_argnums=tuple(donate), **options)
+        by = self._kept_by(name, fn, args, made_of, key[2:]) if made_of is not None else None
+        building = _Building(name, jitted, args, compiler_options, self._one_memory, by)
         built: Future[tuple[Any, GraphStats]] = Future()
         if self._workers is None:
-            built.set_result(build())
+            built.set_result(building.build())
         else:
-            built = self._workers.submit(build)
-        self._graphs[key] = Graph(name, built, placement.moves(program.jaxpr))
+            built = self._workers.submit(building.build)
+        self._graphs[key] = Graph(name, built, building.moves)
         return self._graphs[key]
+
+    def _kept_by(self, name: str, fn: Callable, args: tuple, made_of: tuple, asked: tuple) -> By | None:
+        """Where a program is kept; what several devices share cannot always be written down."""
+        if self.mesh is not None:
+            devices = set(self.mesh.devices.flat)
+        else:
+            shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args))
+            devices = {d for sharding in shardings if sharding for d in sharding.device_set} or {jax.devices()[0]}
+        store = kept()
+        if store is None or len(devices) > 1:
+            return None
+        (device,) = devices
+        context = None if self.mesh is None else (self.mesh.axis_names, dict(self.rules))
+        source = getattr(fn, "__qualname__", type(fn).__qualname__)
+        return By(store, device, name_of(name, source, made_of, asked, context, device))
 
     def discard(self, graphs: Iterable[Graph]) -> None:
         """Forgets graphs that nobody will launch."""
@@ -262,25 +273,79 @@ def _abstract(leaf: Any) -> tuple:
     return (np.shape(leaf), str(dtype), getattr(leaf, "sharding", None))
 
 
-def _stats(name: str, compiled: Any, trace: float, seconds: float, cached: bool, one_memory: bool) -> GraphStats:
+def _costs(compiled: Any, one_memory: bool) -> dict[str, Any]:
+    """The fields of ``GraphStats`` that the program itself says."""
     memory = compiled.memory_analysis()
     cost: dict[str, float] = {}
     with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):
         cost = compiled.cost_analysis() or {}
-    return GraphStats(
-        name,
-        trace,
-        seconds,
-        cached,
-        getattr(memory, "argument_size_in_bytes", None),
-        getattr(memory, "output_size_in_bytes", None),
-        getattr(memory, "temp_size_in_bytes", None),
-        getattr(memory, "alias_size_in_bytes", None),
-        cost.get("flops"),
-        cost.get("bytes accessed"),
-        None if one_memory else getattr(memory, "host_argument_size_in_bytes", None),
-        None if one_memory else getattr(memory, "host_temp_size_in_bytes", None),
-    )
+    sizes = ("argument", "output", "temporary", "aliased", "host_argument", "host_temporary")
+    names = ("argument", "output", "temp", "alias", "host_argument", "host_temp")
+    found = {
+        f"{size}_bytes": getattr(memory, f"{name}_size_in_bytes", None)
+        for size, name in zip(sizes, names, strict=True)
+        if not (one_memory and name.startswith("host"))
+    }
+    absent = {"host_argument_bytes": None, "host_temporary_bytes": None}
+    return absent | found | {"flops": cost.get("flops"), "bytes_accessed": cost.get("bytes accessed")}
+
+
+class _Building:
+    """A program on its way: traced when this is made, unless one is kept; then built, by any thread."""
+
+    def __init__(
+        self,
+        name: str,
+        jitted: Any,
+        args: tuple,
+        compiler_options: dict[str, Any] | None,
+        one_memory: bool,
+        by: By | None,
+    ):
+        self._name, self._jitted, self._args, self._options = name, jitted, args, compiler_options
+        self._one_memory, self._by = one_memory, by
+        self._wide = jax.config.values["jax_enable_x64"]
+        self._known = None if by is None else by.known()
+        if self._known is None:
+            self._trace()
+        else:
+            self.moves = self._known.moves
+
+    def _trace(self) -> None:
+        start = time.perf_counter()
+        program = self._jitted.trace(*self._args)
+        self._lowered = program.lower()
+        self.moves = placement.moves(program.jaxpr)
+        self._trace_seconds = time.perf_counter() - start
+
+    def build(self) -> tuple[Any, GraphStats]:
+        with jax.enable_x64(self._wide):
+            return self._load() or self._compile()
+
+    def _load(self) -> tuple[Any, GraphStats] | None:
+        if self._by is None or self._known is None:
+            return None
+        start = time.perf_counter()
+        compiled = self._by.load(self._known.text, self._args, self._known.outputs)
+        if compiled is None:
+            self._trace()
+            return None
+        seconds = time.perf_counter() - start
+        return compiled, GraphStats(self._name, 0.0, seconds, True, **self._known.costs)
+
+    def _compile(self) -> tuple[Any, GraphStats]:
+        start = time.perf_counter()
+        outputs = jax.tree.map(lambda _: 0, self._lowered.out_info)
+        text = name_of_text(self._lowered.as_text(), self._options, self._by.device) if self._by else ""
+        found = self._by.load(text, self._args, outputs) if self._by else None
+        with _Events(of_this_thread=True) as events:
+            compiled = found or self._lowered.compile(self._options)
+        seconds, costs = time.perf_counter() - start, _costs(compiled, self._one_memory)
+        again = found is not None or (events.hits > 0 and events.misses == 0)
+        # XLA:CPU does not write down again what it has read.
+        if self._by is not None and (found is not None or (not again and self._by.keep(text, compiled))):
+            self._by.know(Known(text, outputs, self.moves, costs))
+        return compiled, GraphStats(self._name, self._trace_seconds, seconds, again, **costs)
 
 
 class _Events:

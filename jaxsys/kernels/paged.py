@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxsys.kernels import paged_gpu, paged_tpu
-from jaxsys.kernels.alike import LEAST_ROWS, alike, row_sums
+from jaxsys.kernels.alike import LEAST_ROWS, alike
 from jaxsys.kernels.masked import NEVER, cap
 from jaxsys.kernels.paged_tpu import LANES
 from parallelism.manual import on_devices
@@ -276,7 +276,7 @@ def _one_block(queries, at, sequences, reach, page_table, keys, values, layer, *
         p = jnp.exp(s - new[..., None])  # 0 where masked, as the largest so far is never NEVER
         shrink = jnp.exp(top - new)
         o = product("nkqs,nksh->nkqh", p.reshape(I, K, G * Q, block).astype(dtype), v)
-        return new, total * shrink + row_sums(p)[..., 0], out * shrink[..., None] + o.reshape(I, K, G, Q, h)
+        return new, total * shrink + p.sum(-1), out * shrink[..., None] + o.reshape(I, K, G, Q, h)
 
     start = (
         jnp.full((I, K, G, Q), NEVER / 2, accumulate),

@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxsys.kernels.alike import row_sums
 from jaxsys.kernels.attention import Paged, Rows, attend
 from jaxsys.kernels.embedding import lookup
 from jaxsys.kernels.matmul import activation_dtype, linear
@@ -43,7 +42,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         scale, y = self.scale[...], x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y = y * jax.lax.rsqrt(row_sums(y * y, scale.ndim) / self.count + self.eps)
+        y = y * jax.lax.rsqrt((y * y).sum(tuple(range(-scale.ndim, 0)), keepdims=True) / self.count + self.eps)
         return (y * (self.offset + scale.astype(y.dtype))).astype(x.dtype)
 
 

@@ -48,6 +48,11 @@ class Model:
         dense = ("batch", "seq", "residual", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab")
         return dense if self.config.experts is None else (*dense, "act_experts", "act_expert_embed")
 
+    @property
+    def made_of(self) -> tuple:
+        """What its functions depend on beside their source, as text says it (``Graphs.compile``)."""
+        return self.config, tuple(self.layout.values()), self.storage
+
     def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
         """The nnx model on these arrays (call it inside traced code)."""
         paths: Any = {_path(key): array for key, array in params.items()}
@@ -81,10 +86,19 @@ class Model:
 def build(config: ModelConfig, *, dtype: Any = jnp.float32, storage: str | None = None) -> Model:
     """The model and its layout, without making an array."""
     storage = storage or default_storage()
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, storage=storage))
+    # Nothing is drawn: one key does, and counting them costs three times what the rest does.
+    rngs: Any = _OneKey()
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=rngs, dtype=dtype, storage=storage))
     variables = sorted(_variables(abstract).items(), key=lambda item: _natural(item[0]))
     layout = Layout(_stored(key, variable) for key, variable in variables)
     return Model(config, nnx.split(abstract)[0], layout, storage)
+
+
+class _OneKey:
+    """What layers take their keys from, where the arrays are only described."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
 
 
 def _variables(decoder: Decoder) -> dict[str, nnx.Variable]:

@@ -10,10 +10,11 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graphs
+from jaxsys.kernels.alike import LEAST_SUMMED
 from jaxsys.kernels.attention import Pool
 from jaxsys.live import Live
 from jaxsys.models.state import Model
@@ -40,16 +41,23 @@ ONE = (Size(64, 16),)
 LEAST_HEAD_DIM = 64
 
 
-def sizes_of(numerics: Numerics, model: Model) -> list[tuple[Size, ...]]:
-    """The shapes that suit the numerics on this platform, those to try first first.
+def sizes_of(config: EngineConfig, model: Model, mesh: Mesh | None) -> list[tuple[Size, ...]]:
+    """The shapes that suit the numerics here, those to try first first.
 
-    Under ``invariant`` one of 64 rows is the last resort: with it everything goes through the same program. On CPU
-    programs of several sizes agree with one another too, where heads are not narrow.
+    Under ``invariant`` one of 64 rows is the last resort: with it everything goes through the same program. On one
+    CPU device programs of several sizes agree with one another too, where nothing that is summed is too small.
     """
-    if numerics == "fast":
+    if config.sizes:
+        return [config.sizes]
+    if config.numerics == "fast":
         return [FAST]
-    several = platform() == "cpu" and model.config.head_dim >= LEAST_HEAD_DIM
-    return [ALIKE, ONE] if several else [ONE]
+    c = model.config
+    of_a_row = [c.d_model, c.vocab_size, c.n_heads * config.page_size]
+    if c.qk_norm is not None:
+        of_a_row.append(c.n_kv_heads * c.head_dim)
+    wide = c.head_dim >= LEAST_HEAD_DIM and ALIKE[0].rows * min(of_a_row) >= LEAST_SUMMED
+    alone = platform() == "cpu" and (mesh is None or mesh.size == 1)
+    return [ALIKE, ONE] if alone and wide and c.experts is None else [ONE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +133,11 @@ class Engine:
         self.max_context, self._pages = pool_size(model, config, dtype, self._replicas)
         self._width = -(-self.max_context // config.page_size)
         self._slots = config.host_kv_bytes // page_bytes(model, config.page_size, dtype) // self._replicas
-        make = make_pool(model, self._replicas, self._pages, config.page_size, dtype)
-        self._make_pool = graphs.compile("kv_pool", make)
+        room = self._replicas, self._pages, config.page_size, dtype
+        self._make_pool = graphs.compile("kv_pool", make_pool(model, *room), made_of=(model.made_of, room))
         self.pool: Pool | None = None
         self._holding: frozenset[int] = frozenset()
-        for sizes in [config.sizes] if config.sizes else sizes_of(config.numerics, model):
+        for sizes in sizes_of(config, model, graphs.mesh):
             self._build(sizes)
             wrong = difference(self, sizes) if config.numerics == "invariant" else None
             if wrong is None:
@@ -153,8 +161,9 @@ class Engine:
                 )
                 forward = make_forward(model, size, config.max_steps, form)
                 name = f"forward[{size.rows}x{size.sequences}]"
+                made_of = model.made_of, size, config.max_steps, form
                 self._forward[size] = graphs.compile(
-                    name, forward, params, pool, batch, donate=(1,), out_shardings=shardings
+                    name, forward, params, pool, batch, donate=(1,), out_shardings=shardings, made_of=made_of
                 )
             self._mover = Mover(graphs, pool, self._slots)
         if self.pool is None:
@@ -392,5 +401,5 @@ def pool_size(model: Model, config: EngineConfig, dtype: np.dtype, replicas: int
             f"max_context {wanted}: expected 1 to {longest}: a KV pool of {config.kv_bytes} bytes holds no more "
             f"({need} bytes hold the {wanted})"
         )
-    sequences = max(s.sequences for s in config.sizes or sizes_of(config.numerics, model)[0])
+    sequences = max(s.sequences for s in config.sizes or FAST)
     return wanted, min(affordable, SPARE * sequences * -(-wanted // size) + 1)

@@ -29,12 +29,14 @@ class Mover:
         self._replicas = pool.tokens.shape[0]
         numbers = jax.ShapeDtypeStruct((self._replicas, AT_ONCE), np.dtype("int32"), sharding=everywhere)
         laid = None if everywhere is None else jax.tree.map(lambda a: a.sharding, pool)
-        self._copy = graphs.compile("kv_copy", _copy, pool, numbers, numbers, donate=(0,), out_shardings=laid)
+        self._copy = graphs.compile(
+            "kv_copy", _copy, pool, numbers, numbers, donate=(0,), out_shardings=laid, made_of=()
+        )
         self._out: Graph | None = None
         if slots:
-            self._out = graphs.compile("kv_out", _out, pool, numbers)
+            self._out = graphs.compile("kv_out", _out, pool, numbers, made_of=())
             some = self._out.outputs
-            self._in = graphs.compile("kv_in", _in, pool, numbers, some, donate=(0,), out_shardings=laid)
+            self._in = graphs.compile("kv_in", _in, pool, numbers, some, donate=(0,), out_shardings=laid, made_of=())
             # A page is one piece of memory, [replica, slot, ...]; touched when it is used, not before.
             self._host = jax.tree.map(lambda a: np.empty((a.shape[0], slots, a.shape[1], *a.shape[3:]), a.dtype), some)
         self._leaving: list[tuple[list[list[int]], Any]] = []

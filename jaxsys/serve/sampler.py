@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsys.kernels.alike import row_sums
 from jaxsys.serve.sampling import ALTERNATIVES
 
 
@@ -58,7 +57,7 @@ def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def log_total(logits: jax.Array) -> jax.Array:
     """log of the sum of exp(logits [..., V]), [..., 1]; the largest is finite."""
     top = logits.max(-1, keepdims=True)
-    return top + jnp.log(row_sums(jnp.exp(logits - top)))
+    return top + jnp.log(jnp.exp(logits - top).sum(-1, keepdims=True))
 
 
 def likeliest(logits: jax.Array) -> jax.Array:
@@ -187,7 +186,7 @@ def _largest_with(order: jax.Array, weight: jax.Array, need: jax.Array) -> jax.A
 
     def bit(i, threshold):
         higher = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        enough = row_sums(jnp.where(order >= higher[..., None], weight, 0))[..., 0] >= need
+        enough = jnp.where(order >= higher[..., None], weight, 0).sum(-1) >= need
         return jnp.where(enough, higher, threshold)
 
     return lax.fori_loop(0, 32, bit, jnp.zeros(need.shape, jnp.uint32))

@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsys.kernels.alike import row_sums, rows_alike
+from jaxsys.kernels.alike import LEAST_SUMMED, rows_alike
 from jaxsys.kernels.matmul import linear
 from jaxsys.kernels.paged import reference
+from jaxsys.serve.sampler import log_probability
 
 NUMBERS = (8, 16, 48, 64, 128)
 
@@ -33,19 +34,13 @@ def test_products(f, d, dtype):
     alike(lambda x: linear(x, kernel))(x)
 
 
-@pytest.mark.parametrize("width", [32, 576])
-def test_sums(width):
-    """Also of one row: XLA:CPU sums in another order where there is little to sum."""
-    x = np.random.default_rng(0).standard_normal((512, width)).astype(np.float32)
-    alike(row_sums)(x, (1, 2, *NUMBERS))
-
-
-def test_sums_are_sums():
-    x = np.random.default_rng(0).standard_normal((3, 2, 5, 7))
-    expected = x.sum((-2, -1), keepdims=True)
-    np.testing.assert_allclose(row_sums(jnp.asarray(x, jnp.float32), 2), expected, rtol=1e-5)
-    with rows_alike():
-        np.testing.assert_allclose(row_sums(jnp.asarray(x, jnp.float32), 2), expected, rtol=1e-5)
+@pytest.mark.parametrize("of_a_row", [LEAST_SUMMED // 8, 576, 1031])
+def test_sums_and_the_exponentials_before_them(of_a_row):
+    """Of no less than so many elements: into a sum so large XLA:CPU takes the exp, which is another then."""
+    x = 3 * np.random.default_rng(0).standard_normal((512, of_a_row)).astype(np.float32)
+    tokens = jnp.arange(of_a_row)[:1]
+    alike(lambda x: log_probability(x, jnp.broadcast_to(tokens, x.shape[:1])))(x)
+    alike(lambda x: x.sum(-1))(x)
 
 
 @pytest.mark.parametrize("group", [1, 3])

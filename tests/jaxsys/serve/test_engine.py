@@ -11,14 +11,15 @@ from tiny_models import x64
 
 from jaxsys.graphs import Graphs, LateCompileError, no_compiles
 from jaxsys.live import Live
-from jaxsys.models.config import ModelConfig
+from jaxsys.models.config import Experts, ModelConfig
 from jaxsys.models.state import build
 from jaxsys.serve import engine as engine_module
-from jaxsys.serve.engine import ALIKE, ONE, Engine, EngineConfig
+from jaxsys.serve.engine import ALIKE, ONE, Engine, EngineConfig, sizes_of
 from jaxsys.serve.forward import make_forward
 from jaxsys.serve.pages import Pages
 from jaxsys.serve.sampling import Sampling
 from jaxsys.serve.scheduler import Size
+from parallelism import MeshSpec
 from parallelism.collectives import collectives
 from parallelism.errors import UserError
 
@@ -377,8 +378,8 @@ def test_a_process_with_64_bit_types_makes_the_same_tokens(engine, options):
 # ---------------------------------------------------------------------------------------------------------- numerics
 
 
-# Wide enough that programs of several sizes agree.
-WIDE = dataclasses.replace(CONFIG, d_model=256, n_heads=4, head_dim=64, d_ff=512)
+# Just wide enough that programs of several sizes agree.
+WIDE = dataclasses.replace(CONFIG, vocab_size=512, d_model=512, n_heads=8, head_dim=64, d_ff=512)
 
 
 @pytest.mark.parametrize(
@@ -421,9 +422,29 @@ def test_invariant_logprobs_are_those_of_the_whole_forward(reference):
 def test_invariant_numerics_fall_back_on_one_program_where_several_differ(monkeypatch):
     tried = iter(["they differ", None])
     monkeypatch.setattr(engine_module, "difference", lambda engine, sizes: next(tried))
-    engine = make_engine(WIDE, numerics="invariant", sizes=None)
+    engine = make_engine(WIDE, numerics="invariant", sizes=None, page_size=64)
     assert engine.sizes == ONE
     assert [graph.name for graph in engine.graphs if "forward" in graph.name] == ["forward[64x16]"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"d_model": 511},
+        {"vocab_size": 511},
+        {"n_heads": 6},
+        {"head_dim": 32},
+        {"qk_norm": "head", "n_kv_heads": 4},
+        {"experts": Experts(number=4, per_token=2, width=64)},
+    ],
+    ids=str,
+)
+def test_several_sizes_are_for_one_device_and_models_with_enough_to_sum(change):
+    config = EngineConfig(numerics="invariant")
+    assert sizes_of(config, build(WIDE), None) == sizes_of(config, build(WIDE), MeshSpec().build()) == [ALIKE, ONE]
+    assert sizes_of(config, build(WIDE), MeshSpec.parse("tensor=2").build()) == [ONE]
+    assert sizes_of(EngineConfig(numerics="invariant", page_size=32), build(WIDE), None) == [ONE]
+    assert sizes_of(config, build(dataclasses.replace(WIDE, **change)), None) == [ONE]
 
 
 def test_numerics_that_there_are_not_are_refused():
