@@ -37,7 +37,7 @@ ALIKE = (Size(8, 8), Size(16, 16), Size(128, 16, queries=16), Size(512, 16, quer
 ONE = (Size(64, 16),)
 
 
-# Of narrower heads XLA:CPU computes attention's products in several ways, which a short trial need not meet.
+# Of narrower heads XLA:CPU computes attention's products in several ways, and norms of heads too.
 LEAST_HEAD_DIM = 64
 
 
@@ -52,12 +52,11 @@ def sizes_of(config: EngineConfig, model: Model, mesh: Mesh | None) -> list[tupl
     if config.numerics == "fast":
         return [FAST]
     c = model.config
-    of_a_row = [c.d_model, c.vocab_size, c.n_heads * config.page_size]
-    if c.qk_norm is not None:
-        of_a_row.append(c.n_kv_heads * c.head_dim)
-    wide = c.head_dim >= LEAST_HEAD_DIM and ALIKE[0].rows * min(of_a_row) >= LEAST_SUMMED
+    of_a_row = min(c.d_model, c.vocab_size, c.n_heads * config.page_size)
+    wide = c.head_dim >= LEAST_HEAD_DIM and ALIKE[0].rows * of_a_row >= LEAST_SUMMED
+    several = wide and c.qk_norm is None and c.experts is None
     alone = platform() == "cpu" and (mesh is None or mesh.size == 1)
-    return [ALIKE, ONE] if alone and wide and c.experts is None else [ONE]
+    return [ALIKE, ONE] if several and alone else [ONE]
 
 
 @dataclasses.dataclass(frozen=True)

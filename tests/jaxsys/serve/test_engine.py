@@ -434,7 +434,7 @@ def test_invariant_numerics_fall_back_on_one_program_where_several_differ(monkey
         {"vocab_size": 511},
         {"n_heads": 6},
         {"head_dim": 32},
-        {"qk_norm": "head", "n_kv_heads": 4},
+        {"qk_norm": "head"},
         {"experts": Experts(number=4, per_token=2, width=64)},
     ],
     ids=str,
