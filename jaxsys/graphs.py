@@ -67,12 +67,12 @@ class GraphStats:
 class Graph:
     """A compiled function. Calling it launches it on the dispatcher's thread and returns device arrays.
 
-    moves: what it moves between the memories of host and device, as it was traced. What was asked for inside
-    ``Graphs.at_once`` may still be compiled: ``compiled`` and ``stats`` wait for it.
+    moves: what it moves between the memories of host and device, as it was traced. kept: it was on disk. What was asked
+    for inside ``Graphs.at_once`` may still be on its way: ``compiled`` and ``stats`` wait for it.
     """
 
-    def __init__(self, name: str, built: Future[tuple[Any, GraphStats]], moves: placement.Moves):
-        self.name, self.moves, self._built = name, moves, built
+    def __init__(self, name: str, built: Future[tuple[Any, GraphStats]], moves: placement.Moves, kept: bool):
+        self.name, self.moves, self.kept, self._built = name, moves, kept, built
 
     @functools.cached_property
     def compiled(self) -> Any:
@@ -119,7 +119,8 @@ class Graphs:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """What is asked for inside is compiled by threads while the next is traced; the end waits for all of it.
+        """What is asked for inside is compiled by threads while the next is traced. The end waits for all of it, but
+        not for what is kept on disk: that is loaded meanwhile, one after the other.
 
         Raises what ``compile`` would have raised, of the first that failed.
         """
@@ -128,13 +129,17 @@ class Graphs:
         try:
             yield
             for key in self._graphs.keys() - before:
-                self._graphs[key].stats  # noqa: B018
-        finally:
+                if not self._graphs[key].kept:
+                    self._graphs[key].stats  # noqa: B018
+        except BaseException:
             self._workers.shutdown(cancel_futures=True)
-            self._workers = None
             for key in self._graphs.keys() - before:
                 if not self._graphs[key].done:
                     del self._graphs[key]
+            raise
+        finally:
+            self._workers.shutdown(wait=False)
+            self._workers = None
 
     def compile(
         self,
@@ -177,7 +182,7 @@ class Graphs:
             built.set_result(building.build())
         else:
             built = self._workers.submit(building.build)
-        self._graphs[key] = Graph(name, built, building.moves)
+        self._graphs[key] = Graph(name, built, building.moves, building.kept)
         return self._graphs[key]
 
     def _kept_by(self, name: str, fn: Callable, args: tuple, made_of: tuple, asked: tuple) -> By | None:
@@ -310,6 +315,11 @@ class _Building:
             self._trace()
         else:
             self.moves = self._known.moves
+
+    @property
+    def kept(self) -> bool:
+        """Whether it was on disk when this was made."""
+        return self._known is not None
 
     def _trace(self) -> None:
         start = time.perf_counter()

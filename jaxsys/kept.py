@@ -27,6 +27,8 @@ from jax.experimental import serialize_executable
 from parallelism.placement import Moves
 
 DIGEST = 16  # bytes before those of a file
+# Two that are loaded at once take twice as long each (glibc has one arena, see malloc.py), and one is wanted first.
+_one_at_a_time = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +70,10 @@ class By:
             return None
         trees = jax.tree.structure((arguments, {})), jax.tree.structure(outputs)
         try:
-            return serialize_executable.deserialize_and_load(
-                data, *trees, self.device.client, execution_devices=[self.device]
-            )
+            with _one_at_a_time:
+                return serialize_executable.deserialize_and_load(
+                    data, *trees, self.device.client, execution_devices=[self.device]
+                )
         except Exception:  # whatever XLA raises for what it cannot use
             return None
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,18 @@ def test_kept_programs_compiled_at_once_are_loaded_at_once(program):
     for graph in both():
         assert graph.stats.cached
     assert program.traced == 2
+
+
+def test_nobody_waits_for_what_is_kept_until_it_is_called(program, monkeypatch):
+    program.graph()
+    come, graphs, load = threading.Event(), Graphs(), kept.By.load
+    monkeypatch.setattr(kept.By, "load", lambda *args: come.wait() and load(*args))
+    with graphs.at_once():
+        graph = program.graph(graphs=graphs)
+    assert not graph.done
+    come.set()
+    holds(program, graph)
+    assert program.traced == 1
 
 
 SERVE = """
