@@ -46,26 +46,26 @@ class ServeArgs:
     api_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A key that clients must have, this or another; better in a file, as others on the machine can read this."""
     api_keys_file: Path | None = None
-    """A file of such keys, one a line."""
+    """A file of such keys, one a line; lines that begin with # are none."""
     drain_seconds: float = 30.0
     """How long what runs may take to finish after the first SIGTERM."""
 
     def run(self) -> int:
         access.require()
-        if self.drain_seconds < 0:
+        if not self.drain_seconds >= 0:  # nor NaN
             raise UserError(f"serve: --drain-seconds {self.drain_seconds}, expected 0 or more")
         for option, value in (("max-queue", self.max_queue), ("max-body", self.max_body)):
             if value < 1:
                 raise UserError(f"serve: --{option} {value}, expected at least 1")
         keys = self._keys()
-        from jaxsys.serve.server import listen
+        from jaxsys.serve.server import reserve
 
         # Before the model is loaded, so that a port that is taken is said at once.
-        with listen(self.host, self.port) as listening:
-            self._serve(listening, keys)
+        with reserve(self.host, self.port) as reserved:
+            self._serve(reserved, keys)
         return 0
 
-    def _serve(self, listening: socket.socket, keys: list[str]) -> None:
+    def _serve(self, reserved: socket.socket, keys: list[str]) -> None:
         from jaxsys.console import Console
         from jaxsys.llm import load
         from jaxsys.serve.http import Front
@@ -83,7 +83,7 @@ class ServeArgs:
         name = self.name or Path(self.model).name
         front = Front(llm, name=name, keys=keys, max_queue=self.max_queue, max_body=self.max_body)
         Server(
-            front, listening, self.drain_seconds, lambda address: console.line(f"serving {name} on {address}")
+            front, reserved, self.drain_seconds, lambda address: console.line(f"serving {name} on {address}")
         ).run_until_ended()
         console.line("ended")
 

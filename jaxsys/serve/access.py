@@ -17,11 +17,12 @@ def require() -> None:
 
 
 def read_keys(path: Path) -> list[str]:
-    """API keys, one a line. Raises UserError for a file that has none."""
+    """API keys, one a line; empty lines and those that begin with # are none. Raises UserError for a file without."""
     try:
-        keys = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: found no UTF-8 text, expected API keys, one a line") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise UserError(f"{path}: found no key, expected one a line")
     return keys

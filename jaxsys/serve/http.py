@@ -81,6 +81,7 @@ class Front:
         routes += [Route(path, self._counted(path, f), methods=["GET"]) for path, f in gets.items()]
         self._paths = {*posts, *gets}
         self._routed = Starlette(routes=routes, exception_handlers={HTTPException: self._unrouted, Exception: _answer})
+        self._routed.router.redirect_slashes = False  # another path is another path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.calls += 1
@@ -123,8 +124,9 @@ class Front:
 
     def _prepare(self, kind: Kind, raw: bytes, key: str) -> tuple[Call, list[Request]]:
         """What a body asks for; on a thread of its own, as texts may be long."""
-        call = protocol.read(kind, raw, self.llm, self.name, self.service.max_queue)
-        sequences = call.requests(self.llm)
+        with protocol.named_fields(kind):
+            call = protocol.read(kind, raw, self.llm, self.name, self.service.max_queue)
+            sequences = call.requests(self.llm)
         for each in sequences:
             each.client = f"{key}/{call.user}"  # a user is one of the key's, so that nobody can pass for another's
         return call, sequences

@@ -6,11 +6,12 @@ given. docs/serving.md has the meaning of each.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxsys.llm import LLM
@@ -18,8 +19,11 @@ from jaxsys.serve.errors import Refused
 from jaxsys.serve.request import Request
 from jaxsys.serve.sampling import ALTERNATIVES, BIASES, LARGEST, Sampling
 from jaxsys.serve.schema import Schema, check
+from parallelism.errors import UserError
 
 Kind = Literal["completion", "chat"]
+
+MOST_DIGITS = 400  # of a whole number; Python refuses some more itself, and float has no more than 309
 
 TOKENS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
 _TEXT: Schema = {"type": "string"}
@@ -248,6 +252,21 @@ def read(kind: Kind, raw: bytes, llm: LLM, model: str, most: int) -> Call:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def named_fields(kind: Kind) -> Iterator[None]:
+    """Turns a UserError about a field, with which its message begins, into a Refused that names it."""
+    try:
+        yield
+    except Refused:
+        raise
+    except UserError as error:
+        message = str(error).removeprefix("sampling: ")
+        name = re.match(r"\w*", message)[0]  # type: ignore[index]
+        field = {"chat": "messages", "completion": "prompt"}[kind] if name in ("prompt", "tokenizer") else name
+        known = (CHAT if kind == "chat" else COMPLETION)["properties"]
+        raise Refused(message, param=field if field in known else None) from error
+
+
 def tokenize(raw: bytes, llm: LLM, model: str) -> list[int]:
     """The tokens that /tokenize is asked for."""
     body = parse(raw, TOKENIZE, model)
@@ -256,9 +275,10 @@ def tokenize(raw: bytes, llm: LLM, model: str) -> list[int]:
     if "messages" in body:
         if "add_special_tokens" in body:
             raise Refused("add_special_tokens with messages: their template has its own", param="add_special_tokens")
-        return _chat_prompt(body["messages"], llm)
-    backend = llm.tokenizer
-    return backend.encode(body["prompt"], None if body.get("add_special_tokens", True) else False)
+        with named_fields("chat"):
+            return _chat_prompt(body["messages"], llm)
+    with named_fields("completion"):
+        return llm.tokenizer.encode(body["prompt"], None if body.get("add_special_tokens", True) else False)
 
 
 def detokenize(raw: bytes, llm: LLM, model: str) -> str:
@@ -291,6 +311,11 @@ def _load(raw: bytes) -> Any:
         whole = value.is_integer() and abs(value) < 2**53
         return int(value) if whole else value  # to JSON 3.0 and 3 are the same number
 
+    def whole_number(text: str) -> int:
+        if len(text) > MOST_DIGITS:
+            raise Refused(f"found a number of {len(text)} digits, expected at most {MOST_DIGITS}")
+        return int(text)
+
     def constant(name: str) -> None:
         raise ValueError(f"{name} is no number of JSON")
 
@@ -302,7 +327,9 @@ def _load(raw: bytes) -> Any:
         return found
 
     try:
-        return json.loads(raw, parse_float=real, parse_constant=constant, object_pairs_hook=fields)
+        return json.loads(
+            raw, parse_int=whole_number, parse_float=real, parse_constant=constant, object_pairs_hook=fields
+        )
     except Refused:
         raise
     except ValueError as error:

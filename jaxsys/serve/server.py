@@ -39,10 +39,14 @@ class Server(uvicorn.Server):
         self.handle_exit(signal.SIGTERM, None)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Uvicorn's beginning."""
+        """Uvicorn's beginning. Raises UserError where another has begun to listen there meanwhile."""
+        host, port = self._socket.getsockname()[:2]
+        try:
+            self._socket.listen(self.config.backlog)
+        except OSError as error:
+            raise _cannot_listen(host, port, error) from error
         await super().startup(sockets)
         if self.started:
-            host, port = self._socket.getsockname()[:2]
             self._begun(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def on_tick(self, counter: int) -> bool:
@@ -63,12 +67,21 @@ class Server(uvicorn.Server):
             self._socket.close()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one. Raises UserError where that cannot be."""
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket of its own on a port, which does not listen yet, so that nobody who asks has to wait; port 0 takes a
+    free one. Raises UserError where that cannot be."""
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reserved.family == socket.AF_INET6:
+            reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        reserved.bind((host, port))
     except (OSError, OverflowError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]  # where it says the rest again
-        raise UserError(
-            f"cannot listen on host {host} port {port}: {reason}; name others with --host, --port"
-        ) from error
+        reserved.close()
+        raise _cannot_listen(host, port, error) from error
+    return reserved
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> UserError:
+    reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+    return UserError(f"cannot listen on host {host} port {port}: {reason}; name others with --host, --port")

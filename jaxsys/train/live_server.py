@@ -35,10 +35,10 @@ def prepare(config: ServeConfig, processes: int) -> tuple[socket.socket | None, 
             "and must be launched by all; leave it out, and serve the run's checkpoints with jaxsys serve"
         )
     access.require()
-    from jaxsys.serve.server import listen
+    from jaxsys.serve.server import reserve
 
     keys = access.read_keys(Path(config.api_keys_file)) if config.api_keys_file else []
-    return listen(config.host, config.port), keys
+    return reserve(config.host, config.port), keys
 
 
 class LiveServer:

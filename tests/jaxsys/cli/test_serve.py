@@ -93,6 +93,7 @@ def test_it_answers_and_lets_what_runs_finish_until_a_second_signal(model, tmp_p
     ("options", "says"),
     [
         (["--drain-seconds", "-1"], "serve: --drain-seconds -1.0, expected 0 or more"),
+        (["--drain-seconds", "nan"], "serve: --drain-seconds nan, expected 0 or more"),
         (["--max-queue", "0"], "serve: --max-queue 0, expected at least 1"),
         (["--max-body", "0"], "serve: --max-body 0, expected at least 1"),
         (["--api-key", ""], "serve: found an empty --api-key, expected a text"),
@@ -105,7 +106,7 @@ def test_it_answers_and_lets_what_runs_finish_until_a_second_signal(model, tmp_p
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, capsys, options, says):
-    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "empty").write_text("\n  # ours\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         names = {"tmp": tmp_path, "port": taken.getsockname()[1]}
         assert main(["serve", str(tmp_path / "model"), *(option.format(**names) for option in options)]) == 2

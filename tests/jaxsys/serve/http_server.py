@@ -17,7 +17,7 @@ from jaxsys.serve.engine import Engine, EngineConfig
 from jaxsys.serve.http import Front
 from jaxsys.serve.policies import FairShare
 from jaxsys.serve.scheduler import Size
-from jaxsys.serve.server import Server, listen
+from jaxsys.serve.server import Server, reserve
 from jaxsys.tokenizer import Tokenizer
 from parallelism import PARAMETERS, MeshSpec, plan, put
 
@@ -67,7 +67,7 @@ class Running:
         self.front = Front(llm, name="tiny", **options)
         begun, addresses = threading.Event(), []
         self.server = Server(
-            self.front, listen("127.0.0.1", 0), drain_seconds, lambda a: (addresses.append(a), begun.set())
+            self.front, reserve("127.0.0.1", 0), drain_seconds, lambda a: (addresses.append(a), begun.set())
         )
         self.defects: list[logging.LogRecord] = []
         self._handler = logging.Handler()

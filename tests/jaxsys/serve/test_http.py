@@ -243,6 +243,9 @@ def test_every_parameter_reaches_the_engine(server, http, monkeypatch):
         ("stream_options", {"include_usage": True}, "stream_options without stream"),
         ("processed_logprobs", True, "processed_logprobs without logprobs"),
         ("prompt", "", "prompt: found no token"),
+        ("prompt", ["a", ""], "prompt: found no token"),
+        ("min_tokens", 13, "min_tokens=13, expected at most max_tokens, 12"),
+        ("seed", 10**19, "seed: found 10000000000000000000, expected a whole number"),
         ("prompt", [], "prompt: found [], expected a text, a list of texts, token ids"),
         ("prompt", [[1], ["a"]], "prompt[1][0]: found \"a\""),
         ("prompt", [999], "prompt: token 999 is not in the vocabulary, expected 0 to 257"),
@@ -260,6 +263,27 @@ def test_what_cannot_be_honoured_is_refused_by_name(server, http, field, value, 
     assert says in error["message"] and not error["message"].startswith("the body")
     assert (error["type"], set(error)) == ("invalid_request_error", {"message", "type", "param", "code"})
     assert "\n" not in error["message"]
+    assert error["param"].startswith(json.dumps(field)[1:-1])
+
+
+@pytest.mark.parametrize("content", ["", "\ud800"], ids=["empty", "no Unicode"])
+def test_what_is_wrong_with_a_text_of_a_chat_is_said_of_its_messages(server, http, monkeypatch, content):
+    if not content:
+        monkeypatch.setattr(server.front.llm.tokenizer, "chat_template", "{% for m in messages %}{% endfor %}")
+    messages = [{"role": "user", "content": content}]
+    body = {"model": "tiny", "messages": messages}
+    assert http.post("/v1/chat/completions", content=json.dumps(body)).json()["error"]["param"] == "messages"
+    if content:
+        answer = http.post("/tokenize", content=json.dumps({"messages": messages}))
+        assert answer.json()["error"]["param"] == "messages"
+        answer = http.post("/tokenize", content=json.dumps({"prompt": content}))
+        assert answer.json()["error"]["param"] == "prompt"
+
+
+def test_a_number_of_thousands_of_digits_is_refused_as_such(http):
+    answer = http.post("/v1/completions", content='{"model": "tiny", "prompt": "a", "seed": ' + "1" * 6000 + "}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "found a number of 6000 digits, expected at most 400"
 
 
 @pytest.mark.parametrize(
@@ -321,8 +345,9 @@ def test_other_paths_and_methods_are_errors_of_the_same_shape(server, http):
     assert http.get("/nothing").status_code == 404
     assert http.get("/v1/completions").status_code == 405
     assert http.get("/nothing").json()["error"]["message"] == "no such path: /nothing"
+    assert http.get("/health/").json()["error"]["message"] == "no such path: /health/"
     counted = http.get("/metrics").text
-    assert 'jaxsys_http_calls_total{path="other",status="404"} 2.0' in counted
+    assert 'jaxsys_http_calls_total{path="other",status="404"} 3.0' in counted
     assert 'jaxsys_http_calls_total{path="/v1/completions",status="405"} 1.0' in counted
 
 

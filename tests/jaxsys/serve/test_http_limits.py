@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -12,6 +13,9 @@ import pytest
 from http_server import SECONDS, Gate, running
 
 from jaxsys.serve import http as front_module
+from jaxsys.serve.access import read_keys
+from jaxsys.serve.server import Server, reserve
+from parallelism.errors import UserError
 
 BODY = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "temperature": 0}
 LONG = {**BODY, "max_tokens": 100, "ignore_eos": True}
@@ -248,3 +252,23 @@ def test_who_does_not_read_does_not_keep_the_server_from_ending(llm):
         server.server.handle_exit(15, None)
         server.wait()
         assert server.front.calls == 0
+
+
+def test_a_file_of_keys_may_have_remarks_and_empty_lines(tmp_path):
+    (tmp_path / "keys").write_text("# of the team\none\n\n  two  \n #three\n")
+    assert read_keys(tmp_path / "keys") == ["one", "two"]
+
+
+def test_until_it_serves_connections_are_refused_and_not_left_waiting():
+    with reserve("127.0.0.1", 0) as reserved, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(reserved.getsockname(), timeout=9)
+
+
+def test_a_port_that_another_took_meanwhile_is_said_in_a_line():
+    with reserve("127.0.0.1", 0) as reserved:
+        port = reserved.getsockname()[1]
+        with reserve("127.0.0.1", port) as other:
+            other.listen()
+            front = SimpleNamespace(close=lambda: None)
+            with pytest.raises(UserError, match=f"cannot listen on host 127.0.0.1 port {port}: Address already in use"):
+                Server(front, reserved, 1.0, print).run_until_ended()
