@@ -11,11 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import os
 import pickle
 import platform
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import jax
 import xxhash
 from jax.experimental import serialize_executable
 
+from jaxsys.surroundings import code, digest, variables, versions
 from parallelism.placement import Moves
 
 DIGEST = 16  # bytes before those of a file
@@ -106,7 +105,7 @@ def name_of(*made_of: Any) -> str:
     text = repr(made_of)
     if (at := text.find(" at 0x")) >= 0:
         raise ValueError(f"a program cannot be kept by an object without a text: {text[max(at - 60, 0) : at]}")
-    return _name(_source(), text)
+    return _name(code(), text)
 
 
 def name_of_text(text: str, *options: Any) -> str:
@@ -115,28 +114,15 @@ def name_of_text(text: str, *options: Any) -> str:
 
 
 def _name(*parts: str) -> str:
-    return xxhash.xxh3_128_hexdigest("\0".join((*parts, repr(_surroundings()))).encode())
-
-
-@functools.cache
-def _source() -> str:
-    """Of the libraries whose functions are traced."""
-    here = Path(__file__).resolve().parent
-    digest = xxhash.xxh3_128()
-    for package in (here, here.parent / "parallelism"):
-        for path in sorted(package.rglob("*.py")):
-            digest.update(str(path.relative_to(here.parent)).encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest(part.encode() for part in (*parts, repr(_surroundings())))
 
 
 def _surroundings() -> tuple:
     """What else a program depends on: versions, the device and its processor, and JAX's settings."""
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")]
     device = jax.devices()[0]  # all of a process are of a kind
     settings = [(name, str(value)) for name, value in sorted(jax.config.values.items()) if "cache" not in name]
-    flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    return sys.version, versions, device.device_kind, device.client.platform_version, _processor(), settings, flags
+    kind = device.device_kind, device.client.platform_version, _processor()
+    return versions(), variables(), kind, settings
 
 
 @functools.cache
@@ -160,8 +146,8 @@ def _read(path: Path) -> bytes | None:
         data = path.read_bytes()
     except OSError:
         return None
-    digest, data = data[:DIGEST], data[DIGEST:]
-    return data if xxhash.xxh3_128_digest(data) == digest else None
+    head, data = data[:DIGEST], data[DIGEST:]
+    return data if xxhash.xxh3_128_digest(data) == head else None
 
 
 def _write(path: Path, data: bytes) -> bool:

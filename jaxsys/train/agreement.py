@@ -6,36 +6,29 @@ compute what nobody asked for.
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import xxhash
 
-import jaxsys
 from jaxsys import configuration
 from jaxsys.hub import resolve
+from jaxsys.surroundings import code, digest, variables, versions
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.resume import flat
 from parallelism.coordinator import Coordinator
 from parallelism.errors import UserError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
-VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 _PIECE = 1 << 16
 
 
 def facts(config: TrainConfig) -> dict[str, str]:
     """By name for people: versions, settings of JAX, the code of these packages, the configuration key by key."""
-    found = {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    found |= {name: str(jax.config.values[name]) for name in SETTINGS}
-    found |= {f"the environment's {name}": os.environ.get(name, "") for name in VARIABLES}
-    found["the code of jaxsys (digest)"] = _digest(_sources())
+    found = versions() | {name: str(jax.config.values[name]) for name in SETTINGS}
+    found |= {f"the environment's {name}": value for name, value in variables().items()}
+    found["the code of jaxsys (digest)"] = code()
     return found | {f"configuration key {key}": repr(value) for key, value in flat(configuration.to_dict(config))}
 
 
@@ -50,7 +43,7 @@ def model_files(config: TrainConfig) -> dict[str, str]:
 
 def agree(coordinator: Coordinator, found: Mapping[str, str]) -> None:
     """Raises UserError, the same in all processes, for the first thing that is not the same in all."""
-    if len(set(coordinator.gather("agree", _digest(f"{k}={v}".encode() for k, v in found.items())))) == 1:
+    if len(set(coordinator.gather("agree", digest(f"{k}={v}".encode() for k, v in found.items())))) == 1:
         return
     first, *others = coordinator.gather("differ", dict(found))
     for index, other in enumerate(others, start=1):
@@ -63,21 +56,6 @@ def agree(coordinator: Coordinator, found: Mapping[str, str]) -> None:
                 )
 
 
-def _sources() -> Iterator[bytes]:
-    root = Path(jaxsys.__file__).parents[1]
-    for package in ("parallelism", "checkpoint", "pipelines", "jaxsys"):
-        for path in sorted((root / package).rglob("*.py")):
-            yield str(path.relative_to(root)).encode()
-            yield path.read_bytes()
-
-
-def _digest(parts: Iterator[bytes]) -> str:
-    digest = xxhash.xxh3_64()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
-
-
 def _glance(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -87,4 +65,4 @@ def _glance(path: Path) -> str:
                 file.seek(max(at, 0))
                 yield file.read(_PIECE)
 
-        return f"{size} {_digest(pieces())}"
+        return f"{size} {digest(pieces())}"

@@ -110,14 +110,14 @@ def test_another_setting_of_jax_or_another_device_is_another_program(program):
 
 def test_changed_source_traces_again_but_compiles_only_what_changed(program, monkeypatch):
     program.graph()
-    monkeypatch.setattr(kept, "_source", lambda: "another")
+    monkeypatch.setattr(kept, "code", lambda: "another")
     with no_compiles("a change that changes no program"):
         changed = program.graph()
     assert (program.traced, holds(program, changed).cached) == (2, True)
     program.graph()
     assert program.traced == 2
     program.constant = Program().constant
-    monkeypatch.setattr(kept, "_source", lambda: "a third")
+    monkeypatch.setattr(kept, "code", lambda: "a third")
     assert not holds(program, program.graph()).cached
 
 

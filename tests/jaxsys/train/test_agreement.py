@@ -6,6 +6,7 @@ import os
 import pytest
 from tiny_runs import make_config, write_model
 
+from jaxsys.surroundings import PACKAGES, versions
 from jaxsys.train import agreement
 from jaxsys.train.agreement import agree, facts, model_files
 from parallelism.coordinator import SingleProcess
@@ -48,16 +49,17 @@ def test_a_key_of_the_configuration_is_named_with_both_values(tmp_path, material
 def test_versions_settings_and_variables_are_compared(tmp_path, material, monkeypatch):
     mine = facts(make_config(tmp_path, material))
     assert "jax: process 2 has 0.1, process 0 has " in refusal(mine, {**mine, "jax": "0.1"})
-    monkeypatch.setattr(agreement, "version", lambda name: "0.1")
+    other = {name: "0.1" for name in PACKAGES} | {"Python": versions()["Python"]}
+    monkeypatch.setattr(agreement, "versions", lambda: other)
     monkeypatch.setitem(os.environ, "XLA_FLAGS", "--xla_x=1")
     theirs = facts(make_config(tmp_path, material))
     changed = {name for name in mine if mine[name] != theirs[name]}
-    assert changed == {*agreement.PACKAGES, "the environment's XLA_FLAGS"}
+    assert changed == {*PACKAGES, "the environment's XLA_FLAGS"}
 
 
 def test_the_code_is_compared(tmp_path, material, monkeypatch):
     mine = facts(make_config(tmp_path, material))
-    monkeypatch.setattr(agreement, "_sources", lambda: iter([b"other"]))
+    monkeypatch.setattr(agreement, "code", lambda: "other")
     assert "the code of jaxsys (digest): process 2 has" in refusal(mine, facts(make_config(tmp_path, material)))
 
 
