@@ -86,7 +86,8 @@ def serve(hardware: str, mesh_axes: str, size: Size) -> Served:
         split = NamedSharding(mesh, spec_of(pool.k.shape, PAGES))
     pool = Pool(abstract(pool.k, split), abstract(pool.v, split), abstract(pool.tokens, whole))
     params = {key: abstract(stored, placed.shardings[key]) for key, stored in placed.layout.items()}
-    batch = jax.tree.map(lambda a: abstract(a, whole), empty_batch(size, 1, PER_SEQUENCE, PAGE, MODEL.vocab_size))
+    batch = empty_batch(size, 1, PER_SEQUENCE, PAGE, MODEL.vocab_size, True)
+    batch = jax.tree.map(lambda a: abstract(a, whole), batch)
     out = whole, jax.tree.map(lambda a: a.sharding, pool)
     forward = make_forward(model, size, 16, "fast")
     graph = graphs.compile("forward", forward, params, pool, batch, donate=(1,), out_shardings=out)

@@ -8,6 +8,7 @@ row changes nothing in it, so a row's result depends neither on what else is in 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from jaxsys.kernels.paged_tpu import LANES
 from parallelism.manual import on_devices
 from parallelism.sharding import current, platform, spec_of
 
-BLOCK_ROWS, BLOCK_KEYS = 256, 256  # of queries that ``reference`` takes through the pages together, and of keys
+BLOCK_KEYS = 256  # of keys that ``reference`` takes at once
 PAGES = ("replica", "layers", "pages", "act_kv_heads", None, "head_dim")  # the logical axes of a pool's keys and values
 
 
@@ -36,14 +37,15 @@ class Paged:
     positions: [R, T] int32 position of each row in its sequence, -1 for an unused row.
     sequences: [R, T] int32, the sequence (0..N-1) of each row.
     page_table: [R, N, C] int32, the page that holds positions c*page_size ... of a sequence.
-    items: [R, I, Q] int32, rows grouped by sequence: an item's rows all belong to one sequence; T means none.
-    places: [R, T] int32, where each used row is in its replica's items: item * Q + place in it.
+    items: tables [R, I, Q] int32 of rows grouped by sequence: an item's rows all belong to one sequence; T means none.
+    A used row is in one item of one table; used items of a table come before others.
+    places: [R, T] int32, where each used row is in its replica's items, those of one table after those of another.
     """
 
     positions: jax.Array
     sequences: jax.Array
     page_table: jax.Array
-    items: jax.Array
+    items: tuple[jax.Array, ...]
     places: jax.Array
 
     @property
@@ -139,38 +141,55 @@ def _on_one_device(q, k, v, context, keys, values, *, layer, window, scale, soft
 
 def attend_written(q, context, keys, values, layer, together: int, form: Callable, **options: Any) -> jax.Array:
     """q [R, T, H, h] over what the pool holds, by a form: [R, T, H, h]. together: heads of the pool in a row of it."""
-    R, T, H, h = q.shape
-    width = keys.shape[5]
-    K = keys.shape[3] * together
-
-    def items_of(q, context):
-        """Of one replica: queries [I, Q, K, G, h], their positions [I, Q] (-1: none) and sequences [I]."""
-        I, Q = context.items.shape
-        row = jnp.minimum(context.items, T - 1)
-        queries = q[row].astype(keys.dtype).reshape(I, Q, K, H // K, h)
-        at = jnp.where(context.items < T, context.positions[row], -1)
-        return _aside(queries, together, width), at, context.sequences[row[:, 0]]
-
-    def rows_of(out, context):
-        """Back from items to rows."""
-        out = _own(out, together, h).reshape(-1, H, h)
-        return out[context.places].astype(q.dtype)
-
-    queries, at, sequences = jax.vmap(items_of)(q, context)
     if form is reference:
-        # Over all replicas: one loop, not one for each.
-        reaches = _blocks(at, _items_of_block(at.shape[2]), 1, -1).max((0, 2, 3))
-        run = partial(form, layer=layer, reaches=reaches, **options)
-        out = jax.vmap(run)(queries, at, sequences, context.page_table, keys, values)
-    else:
+        return _by_blocks(q, context, keys, values, layer, together, options)
+    R, _, H, h = q.shape
+    each, found = jnp.arange(R, dtype=jnp.int32)[:, None], []
+    items_of = partial(_items_of, like=keys, together=together)
+    for items in context.items:
         # A kernel sees replicas as items, sequences and layers of their own: one launch, and the pool as it is.
-        each = jnp.arange(R, dtype=jnp.int32)[:, None]
+        queries, at, sequences = jax.vmap(items_of)(q, context, items)
         sequences, layers = sequences + each * context.page_table.shape[1], layer + each * keys.shape[1]
         layers = jnp.broadcast_to(layers, sequences.shape)
         merged = map(_merged, (queries, at, sequences, layers, context.page_table, keys, values))
         out = form(*merged, **options)
-        out = out.reshape(R, -1, *out.shape[1:])
-    return jax.vmap(rows_of)(out, context)
+        found.append(out.reshape(R, -1, 1, *out.shape[2:]))
+
+    def rows_of(out, places):
+        return _own(out, together, h).reshape(-1, H, h)[places].astype(q.dtype)
+
+    return jax.vmap(rows_of)(jnp.concatenate(found, 1), context.places)
+
+
+def _by_blocks(q, context, keys, values, layer, together: int, options: dict[str, Any]) -> jax.Array:
+    """``attend_written`` by ``reference``, a few items at a time: those that are not used cost nothing."""
+    _, T, H, h = q.shape
+    items_of = partial(_items_of, like=keys, together=together)
+
+    def block_of(items, reach, out, q, context, keys, values):
+        """The rows of one replica's items [each, Q] go to out [T, H, h]."""
+        o = reference(*items_of(q, context, items), context.page_table, keys, values, layer, reach, **options)
+        return out.at[items].set(_own(o, together, h).reshape(*items.shape, H, h).astype(out.dtype), mode="drop")
+
+    def table(out, items):
+        blocks = _blocks(items, _items_together(items.shape[2]), T)
+        at = jax.vmap(lambda row, positions: jnp.where(row < T, positions[jnp.minimum(row, T - 1)], -1))
+        reaches = at(blocks, context.positions).max((0, 2, 3))  # over all replicas: one loop, not one for each
+        used = jnp.where(reaches >= 0, jnp.arange(1, len(reaches) + 1), 0).max()
+        run = jax.vmap(block_of, in_axes=(0, None, 0, 0, 0, 0, 0))
+        return lax.fori_loop(0, used, lambda n, out: run(blocks[:, n], reaches[n], out, q, context, keys, values), out)
+
+    return functools.reduce(table, context.items, jnp.zeros_like(q))
+
+
+def _items_of(q, context, items, *, like, together: int):
+    """Of one replica, for a pool like this: queries [I, Q, K / together, together * G, width], their positions [I, Q]
+    (-1: none) and sequences [I]."""
+    (T, H, h), K = q.shape, like.shape[3] * together
+    row = jnp.minimum(items, T - 1)
+    queries = q[row].astype(like.dtype).reshape(*items.shape, K, H // K, h)
+    at = jnp.where(items < T, context.positions[row], -1)
+    return _aside(queries, together, like.shape[5]), at, context.sequences[row[:, 0]]
 
 
 def _merged(a):
@@ -201,28 +220,10 @@ def _own(out, together: int, h: int):
     return jnp.stack([out[:, :, :, n, :, n] for n in range(together)], 3).reshape(I, Q, K, G, h)
 
 
-def reference(queries, at, sequences, page_table, keys, values, layer, reaches, *, window, scale, softcap):
-    """queries [I, Q, K, G, h] at positions ``at`` [I, Q] (-1: none) of ``sequences`` [I], whose pages of keys and
-    values [L, P, K, page, h] are in ``page_table`` [N, C]: [I, Q, K, G, h] in at least float32, zeros for no query.
-
-    Goes through the pages of a block of items together, as far as ``reaches`` [blocks], the last position of any (-1:
-    there is none).
-    """
-    I, Q = at.shape
-
-    def block(of):
-        queries, at, sequences, reach = of
-        pages = page_table, keys, values, layer
-        return _one_block(queries, at, sequences, reach, *pages, window=window, scale=scale, softcap=softcap)
-
-    each = _items_of_block(Q)
-    parts = _blocks(queries, each, 0, 0), _blocks(at, each, 0, -1), _blocks(sequences, each, 0, 0), reaches
-    out = lax.map(block, parts) if len(reaches) > 1 else block([part[0] for part in parts])
-    return out.reshape(-1, *out.shape[-4:])[:I]
-
-
-def _items_of_block(queries: int) -> int:
-    return max(BLOCK_ROWS // queries, 1)
+def _items_together(queries: int) -> int:
+    """How many items of so many queries ``reference`` takes at once: two cores have something to do, caches hold their
+    keys, and little of the last block is for nothing."""
+    return min(max(64 // queries, 2), 16)
 
 
 def _pages_together(queries: int, page: int) -> int:
@@ -231,15 +232,19 @@ def _pages_together(queries: int, page: int) -> int:
     return 1 if queries == 1 or alike() else max(min(2 * max(queries, 64), BLOCK_KEYS) // page, 1)
 
 
-def _blocks(a: jax.Array, each: int, axis: int, fill: int) -> jax.Array:
-    """An axis of items as two: of blocks, and of the ``each`` items (fewer, if there is but one block) of one."""
-    each = min(each, a.shape[axis])
-    more = -a.shape[axis] % each
-    a = jnp.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)], constant_values=fill) if more else a
-    return a.reshape(*a.shape[:axis], -1, each, *a.shape[axis + 1 :])
+def _blocks(items: jax.Array, each: int, none: int) -> jax.Array:
+    """Items [R, I, Q] in blocks [R, blocks, each, Q] of ``each`` of them (fewer, if there is but one block)."""
+    each = min(each, items.shape[1])
+    more = ((0, 0), (0, -items.shape[1] % each), (0, 0))
+    return jnp.pad(items, more, constant_values=none).reshape(items.shape[0], -1, each, items.shape[2])
 
 
-def _one_block(queries, at, sequences, reach, page_table, keys, values, layer, *, window, scale, softcap):
+def reference(queries, at, sequences, page_table, keys, values, layer, reach, *, window, scale, softcap):
+    """queries [I, Q, K, G, h] at positions ``at`` [I, Q] (-1: none) of ``sequences`` [I], whose pages of keys and
+    values [L, P, K, page, h] are in ``page_table`` [N, C]: [I, Q, K, G, h] in at least float32, zeros for no query.
+
+    Goes through the pages of all items together, as far as ``reach``, the last position of any (-1: there is none).
+    """
     I, Q, K, G, h = queries.shape
     page, dtype = keys.shape[3], keys.dtype
     together = _pages_together(Q, page)

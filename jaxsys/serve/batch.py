@@ -40,15 +40,18 @@ class Batch:
     processed: jax.Array
 
 
-def pack(plan: Plan, pages_per_sequence: int, page_size: int, vocabulary: int) -> Batch:
+def pack(plan: Plan, pages_per_sequence: int, page_size: int, vocabulary: int, apart: bool) -> Batch:
     """The arrays of a plan. Sequence n of a replica is chunk n of it.
+
+    apart: rows that are alone in their chunk have items of one row, where attention takes several together.
 
     A sequence has the first ``STOPS`` of its stop tokens; the host finds the others a few tokens later.
     """
     R, T, N, I, Q = len(plan.chunks), plan.size.rows, plan.size.sequences, plan.size.items, plan.size.queries
     tokens, sequences, places = (_full((R, T), 0) for _ in range(3))
     positions, targets = _full((R, T), -1), _full((R, T), -1)
-    items, table = _full((R, I, Q), T), _full((R, N, pages_per_sequence), 0)
+    items, singles = _full((R, I, Q), T), _full((R, N, 1), T)
+    apart, table = apart and Q > 1, _full((R, N, pages_per_sequence), 0)
     last, stop = _full((R, N), -1), _full((R, N, STOPS), -1)
     floats = np.float32
     settings: Any = Settings(
@@ -59,7 +62,7 @@ def pack(plan: Plan, pages_per_sequence: int, page_size: int, vocabulary: int) -
         allowed=_full((R, N, -(-vocabulary // 32)), 0, np.uint32), limited=_full((R, N), False, np.bool_),
     )  # fmt: skip
     for r, chunks in enumerate(plan.chunks):
-        row = item = 0
+        row = item = single = 0
         for n, chunk in enumerate(chunks):
             request, here = chunk.request, slice(row, row + chunk.count)
             tokens[r, here] = request.tokens[chunk.start : chunk.start + chunk.count]
@@ -69,8 +72,13 @@ def pack(plan: Plan, pages_per_sequence: int, page_size: int, vocabulary: int) -
                 following = request.tokens[chunk.start + 1 : min(chunk.start + chunk.count + 1, request.prompt_tokens)]
                 targets[r, row : row + len(following)] = following
             offset = np.arange(chunk.count)
-            places[r, here] = (item + offset // Q) * Q + offset % Q
-            items[r].reshape(-1)[places[r, here]] = row + offset
+            if apart and chunk.count == 1:
+                singles[r, single], places[r, row] = row, I * Q + single
+                single += 1
+            else:
+                places[r, here] = item * Q + offset
+                items[r].reshape(-1)[places[r, here]] = row + offset
+                item += -(-chunk.count // Q)
             # Only pages that the dispatch can reach: the rest of the table stays page 0.
             reach = (chunk.start + chunk.count + plan.steps - 2) // page_size + 1
             table[r, n, :reach] = request.pages[:reach]
@@ -80,8 +88,7 @@ def pack(plan: Plan, pages_per_sequence: int, page_size: int, vocabulary: int) -
                 stop[r, n, : len(known)] = known
                 _set(settings, (r, n), request)
             row += chunk.count
-            item += -(-chunk.count // Q)
-    context = Paged(positions, sequences, table, items, places)
+    context = Paged(positions, sequences, table, (items, singles) if apart else (items,), places)
     asked = [chunk.request.sampling for chunks in plan.chunks for chunk in chunks]
     wants = [
         (targets >= 0).any(),
@@ -113,9 +120,11 @@ def _set(settings: Any, at: tuple[int, int], request: Request) -> None:
         settings.limited[at] = True
 
 
-def empty_batch(size: Size, replicas: int, pages_per_sequence: int, page_size: int, vocabulary: int) -> Batch:
+def empty_batch(
+    size: Size, replicas: int, pages_per_sequence: int, page_size: int, vocabulary: int, apart: bool
+) -> Batch:
     """A batch of this size in which no row is used."""
-    return pack(Plan(size, ((),) * replicas, 1), pages_per_sequence, page_size, vocabulary)
+    return pack(Plan(size, ((),) * replicas, 1), pages_per_sequence, page_size, vocabulary, apart)
 
 
 def _full(shape: tuple[int, ...], value: float, dtype: Any = np.int32) -> Any:

@@ -149,6 +149,7 @@ class Engine:
         """Everything that depends on the sizes, and the pool if there is none yet."""
         config, model, graphs, replicas = self.config, self.model, self.graphs, self._replicas
         form: Form = "fast" if config.numerics == "fast" else "alike" if len(sizes) > 1 else "one"
+        self._of_batches = self._width, config.page_size, model.config.vocab_size, form != "one"
         params, pool = self.live.like(self.view), self._make_pool.outputs
         everywhere = None if graphs.mesh is None else NamedSharding(graphs.mesh, PartitionSpec())
         shardings = None if everywhere is None else (everywhere, jax.tree.map(lambda a: a.sharding, pool))
@@ -157,7 +158,7 @@ class Engine:
             for size in sizes:
                 batch = jax.tree.map(
                     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-                    empty_batch(size, replicas, self._width, config.page_size, model.config.vocab_size),
+                    empty_batch(size, replicas, *self._of_batches),
                 )
                 forward = make_forward(model, size, config.max_steps, form)
                 name = f"forward[{size.rows}x{size.sequences}]"
@@ -261,7 +262,7 @@ class Engine:
             self._hold()
             if plan is None:
                 return None
-            batch = pack(plan, self._width, self.config.page_size, self.model.config.vocab_size)
+            batch = pack(plan, *self._of_batches)
             lease = self.live.lease(self.view, plan.version)
             pool = self._make_pool() if self.pool is None else self.pool
             pool = self._mover.launch(pool, plan.moves)

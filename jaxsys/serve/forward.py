@@ -175,13 +175,14 @@ def _at(x: jax.Array, index: jax.Array) -> jax.Array:
 def _one_row_each(made: jax.Array, position: jax.Array, context: Paged, size: Size) -> tuple[jax.Array, Paged]:
     """The rows of a later step: row n is sequence n's new token, in an item of its own."""
     R, N = made.shape
-    T, I, Q = size.rows, size.items, size.queries
+    T = size.rows
 
     def rows(x, fill):
         return jnp.full((R, T), fill, jnp.int32).at[:, :N].set(x)
 
     every = np.arange(N, dtype=np.int32)
-    items = np.full((R, I, Q), T, np.int32)
-    items[:, :N, 0] = every
-    context = Paged(rows(position, -1), rows(every, 0), context.page_table, jnp.asarray(items), rows(every * Q, 0))
-    return rows(made, 0), context
+    *others, own = context.items
+    before = sum(table.shape[1] * table.shape[2] for table in others)
+    items = *(jnp.full_like(table, T) for table in others), jnp.full_like(own, T).at[:, :N, 0].set(every)
+    places = rows(before + every * own.shape[2], 0)
+    return rows(made, 0), Paged(rows(position, -1), rows(every, 0), context.page_table, items, places)

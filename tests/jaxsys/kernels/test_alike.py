@@ -56,7 +56,7 @@ def test_attention_over_pages(group, queries):
     def attend(together):
         items = (T // together, together)
         rows = q.reshape(*items, K, group, h), at.reshape(items), np.zeros(items[0], np.int32)
-        pages = jnp.array([[1, 2]]), jnp.asarray(keys), jnp.asarray(values), 0, jnp.array([at.max()])
+        pages = jnp.array([[1, 2]]), jnp.asarray(keys), jnp.asarray(values), 0, at.max()
         options = {"window": None, "scale": 0.1, "softcap": None}
         with rows_alike():
             out = jax.jit(lambda *rows: reference(*rows, *pages, **options))(*rows)

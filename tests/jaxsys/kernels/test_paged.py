@@ -58,27 +58,31 @@ class Case:
 
 
 def packing(case, chunks, rng, replicas=1):
-    """A ``Paged`` of chunks [(start, count)] a replica, its pages anywhere."""
+    """A ``Paged`` of chunks [(start, count)] a replica, its pages anywhere; single rows in a table of their own."""
     N, Q, page = case.sequences, case.queries, case.page
     T = case.items * Q
     P = N * case.columns + 1
     positions, sequences, places = (np.full((replicas, T), fill, np.int32) for fill in (-1, 0, 0))
-    items = np.full((replicas, case.items, Q), T, np.int32)
+    items, singles = (np.full((replicas, *shape), T, np.int32) for shape in ((case.items, Q), (N, 1)))
     table = np.zeros((replicas, N, case.columns), np.int32)
     for r in range(replicas):
         free = list(rng.permutation(np.arange(1, P)))
-        row = item = 0
+        row = item = single = 0
         for n, (start, count) in enumerate(chunks):
+            if count == 1 and Q > 1:
+                positions[r, row], sequences[r, row], places[r, row] = start, n, case.items * Q + single
+                singles[r, single] = row
+                row, single, count = row + 1, single + 1, 0
             for offset in range(count):
                 positions[r, row], sequences[r, row] = start + offset, n
-                places[r, row] = (item + offset // Q) * Q + offset % Q
+                places[r, row] = item * Q + offset
                 items[r].reshape(-1)[places[r, row]] = row
                 row += 1
-            reach = (start + count - 1) // page + 1
+            reach = (start + max(count, 1) - 1) // page + 1
             table[r, n, :reach] = [free.pop() for _ in range(reach)]
             item += -(-count // Q)
         assert item <= case.items and row <= T
-    return Paged(positions, sequences, table, items, places)
+    return Paged(positions, sequences, table, (items, singles) if Q > 1 else (items,), places)
 
 
 def random_chunks(case, rng):
