@@ -34,6 +34,7 @@ class Served:
     graph: Graph
     pool: Pool
     storage: str
+    tables: int
 
     @functools.cached_property
     def program(self) -> Program:
@@ -61,8 +62,8 @@ class Served:
             )
             if moves and each.nbytes >= self.layer:
                 found.append(f"{each.opcode} {each.shape}, {self.program.source(each)}")
-        if kernels != MODEL.n_layers:
-            found.append(f"{kernels} kernels in {MODEL.n_layers} layers")
+        if kernels != MODEL.n_layers * self.tables:
+            found.append(f"{kernels} kernels in {MODEL.n_layers} layers for {self.tables} tables of items")
         sent = [c for c in collectives(self.graph.text, self.pool.k.sharding.mesh) if c.nbytes >= self.layer // 16]
         return found + [str(each) for each in sent]
 
@@ -91,4 +92,4 @@ def serve(hardware: str, mesh_axes: str, size: Size) -> Served:
     out = whole, jax.tree.map(lambda a: a.sharding, pool)
     forward = make_forward(model, size, 16, "fast")
     graph = graphs.compile("forward", forward, params, pool, batch, donate=(1,), out_shardings=out)
-    return Served(graph, pool, model.storage)
+    return Served(graph, pool, model.storage, len(batch.context.items))
