@@ -33,7 +33,7 @@ from parallelism.sharding import platform
 # A pool of so many times what its sequences can use at once keeps enough of what was said before.
 SPARE = 4
 # In the order in which a start wants them: for a short prompt, for what continues it, for longer ones.
-FAST = (Size(16, 16), Size(1, 1), Size(128, 16, queries=16), Size(512, 16, queries=128))
+FAST = (Size(16, 16), Size(1, 1), Size(4, 4), Size(128, 16, queries=16), Size(512, 16, queries=128))
 ALIKE = (Size(8, 8), Size(16, 16), Size(128, 16, queries=16), Size(512, 16, queries=16))
 ONE = (Size(64, 16),)
 

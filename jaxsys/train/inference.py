@@ -61,9 +61,9 @@ class Inference:
         served = served_context(config, model, replicas) if serves else 0
         contexts += [served] if serves else []
         context = min(max(contexts), model.config.max_seq_len)
-        _, small, *chunks = FAST
+        chunks = sorted(size for size in FAST if size.queries > 1)
         # All that a server has, or those that suit what is asked for: each takes its time to compile.
-        sizes: tuple[Size, ...] = (small,) if self._prompts else ()
+        sizes: tuple[Size, ...] = (min(FAST),) if self._prompts else ()
         if config.eval_batches:
             tokens = config.data.batch_size // config.accumulate * config.data.seq_len // replicas
             rows = min(max(chunks[0].rows, 1 << (tokens - 1).bit_length()), chunks[-1].rows)
