@@ -1,0 +1,1 @@
+"""When things run: pipeline schedules as tables, what they cost, and the executor of any of them."""

@@ -168,7 +168,8 @@ def _by_blocks(q, context, keys, values, layer, together: int, options: dict[str
 
     def block_of(items, reach, out, q, context, keys, values):
         """The rows of one replica's items [each, Q] go to out [T, H, h]."""
-        o = reference(*items_of(q, context, items), context.page_table, keys, values, layer, reach, **options)
+        queries, at, sequences = items_of(q, context, items)
+        o = reference(queries, at, sequences, context.page_table, keys, values, layer, reach, **options)
         return out.at[items].set(_own(o, together, h).reshape(*items.shape, H, h).astype(out.dtype), mode="drop")
 
     def table(out, items):

@@ -1,0 +1,76 @@
+"""Timelines as text and as pictures: a line a stage, time from left to right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from parallelism.errors import UserError
+from pipelines.schedule import KINDS, B, F, W
+from pipelines.simulate import Timeline
+
+COLOURS = {F: "#4c78a8", B: "#f58518", W: "#54a24b"}
+
+
+def text(timeline: Timeline, width: int = 100) -> str:
+    """A line a stage: microbatch numbers (their last digit) of forwards, letters of backwards (a for 0), the same in
+    capitals of backwards for the weights, dots while it waits. As many columns as the shortest action needs, at most
+    ``width``."""
+    shortest = min(end - timeline.start[key] for key, end in timeline.end.items())
+    columns = min(width, max(round(timeline.makespan / shortest), 1))
+    lines = [["."] * columns for _ in timeline.busy]
+    for key, end in timeline.end.items():
+        kind, m, number = key
+        first, stop = (round(t / timeline.makespan * columns) for t in (timeline.start[key], end))
+        letter = {F: str(m % 10), B: chr(ord("a") + m % 26), W: chr(ord("A") + m % 26)}[kind]
+        lines[timeline.table.placement.stage(number)][first:stop] = [letter] * (stop - first)
+    digits = len(str(len(lines) - 1))
+    return "\n".join(f"{stage:>{digits}} {''.join(line)}" for stage, line in enumerate(lines))
+
+
+def picture(timelines: Sequence[tuple[str, Timeline]], path: str | Path) -> None:
+    """Writes timelines one below the other, on one axis of time; the file's ending says how (.svg, .png, .pdf).
+
+    Raises UserError where matplotlib is not installed, or does not know the ending.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("a picture needs matplotlib: pip install 'jaxsys[plot]'") from error
+    stages = [len(timeline.busy) for _, timeline in timelines]
+    figure = Figure(figsize=(13, 0.9 + 0.42 * sum(stages) + 0.7 * len(stages)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=stages)[:, 0]
+    longest = max(timeline.makespan for _, timeline in timelines)
+    for panel, (name, timeline) in zip(panels, timelines, strict=True):
+        placement = timeline.table.placement
+        for (kind, m, number), end in timeline.end.items():
+            start = timeline.start[kind, m, number]
+            shade = 1.0 if placement.chunks == 1 else 1.0 - 0.45 * (number // placement.stages) / (placement.chunks - 1)
+            panel.barh(
+                placement.stage(number), end - start, left=start, height=0.86, color=COLOURS[kind], alpha=shade,
+                edgecolor="white", linewidth=0.6,
+            )  # fmt: skip
+            if (end - start) / longest > 0.008:
+                panel.text((start + end) / 2, placement.stage(number), str(m), ha="center", va="center", fontsize=7,
+                           color="white")  # fmt: skip
+        panel.set_ylim(len(timeline.busy) - 0.45, -0.55)
+        panel.set_yticks(range(len(timeline.busy)))
+        panel.set_ylabel("stage")
+        panel.set_title(
+            f"{name}: {timeline.makespan:g}, bubble {timeline.bubble:.1%}, "
+            f"at most {int(np.max(timeline.live))} in flight on a stage", loc="left", fontsize=10,
+        )  # fmt: skip
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("time")
+    kinds = sorted({kind for _, timeline in timelines for kind, _, _ in timeline.end})
+    names = {F: "forward", B: "backward", W: "backward for the weights"}
+    handles = [panels[0].barh([0], [0], color=COLOURS[kind], label=f"{KINDS[kind]}, {names[kind]}") for kind in kinds]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(kinds), frameon=False, fontsize=9)
+    try:
+        figure.savefig(path, dpi=140)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

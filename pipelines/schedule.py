@@ -1,0 +1,277 @@
+"""A pipeline schedule as a table: what each stage does at each tick.
+
+A model is cut into ``stages * chunks`` virtual stages, numbered along the forward pass; a ``Placement`` says which
+stage holds which of them. At a tick a stage may do one action of each kind, in this order: a forward (F), a
+backward for the input (B), a backward for the weights (W; where B is not split it does both). What it sends to another
+stage is there ``latency`` ticks later; what stays is there for the next action.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from parallelism.errors import UserError
+
+F, B, W = range(3)
+KINDS = ("F", "B", "W")
+NONE = -1
+
+
+class Action(NamedTuple):
+    """kind: F, B or W, of a microbatch, of a chunk of the stage that does it."""
+
+    kind: int
+    microbatch: int
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"{KINDS[self.kind]}{self.microbatch}" + (f".{self.chunk}" if self.chunk else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the virtual stages are.
+
+    ``loop``: number k is chunk k // stages of stage k % stages (Narayanan et al. 2021, section 2.2). ``v``: every other
+    chunk runs back, so that the last virtual stage is where the first is, if chunks are even (Qi et al. 2024, ZB-V).
+    """
+
+    stages: int
+    chunks: int = 1
+    shape: Literal["loop", "v"] = "loop"
+
+    def __post_init__(self) -> None:
+        if self.stages < 1 or self.chunks < 1:
+            raise UserError(f"stages={self.stages}, chunks={self.chunks}: expected at least 1 of each")
+
+    @property
+    def count(self) -> int:
+        """How many virtual stages there are."""
+        return self.stages * self.chunks
+
+    def stage(self, number: int) -> int:
+        """The stage that holds a virtual stage."""
+        chunk, place = divmod(number, self.stages)
+        return self.stages - 1 - place if self.shape == "v" and chunk % 2 else place
+
+    def number(self, stage: int, chunk: int) -> int:
+        """The virtual stage that is a stage's chunk."""
+        return chunk * self.stages + (self.stages - 1 - stage if self.shape == "v" and chunk % 2 else stage)
+
+    def numbers(self, stage: int) -> list[int]:
+        """The virtual stages that a stage holds, chunk by chunk."""
+        return [self.number(stage, chunk) for chunk in range(self.chunks)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """A schedule.
+
+    microbatch, chunk: [ticks, stages, len(KINDS)] int32, of the action of each kind; NONE for none.
+    split: whether backward for the weights is an action of its own. name: of what made it.
+    """
+
+    placement: Placement
+    microbatches: int
+    split: bool
+    microbatch: np.ndarray
+    chunk: np.ndarray
+    name: str = "table"
+
+    @property
+    def ticks(self) -> int:
+        return self.microbatch.shape[0]
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The kinds of action there are."""
+        return (F, B, W) if self.split else (F, B)
+
+    def at(self, tick: int, stage: int) -> list[Action]:
+        """What a stage does at a tick, in order."""
+        found = ((kind, int(self.microbatch[tick, stage, kind])) for kind in self.kinds)
+        return [Action(k, m, int(self.chunk[tick, stage, k])) for k, m in found if m != NONE]
+
+    def order(self, stage: int) -> list[Action]:
+        """Everything that a stage does, in order."""
+        return list(itertools.chain.from_iterable(self.at(tick, stage) for tick in range(self.ticks)))
+
+    def walk(self) -> Iterator[tuple[int, int, Action]]:
+        """(tick, stage, action), tick by tick."""
+        for tick in range(self.ticks):
+            for stage in range(self.placement.stages):
+                for action in self.at(tick, stage):
+                    yield tick, stage, action
+
+    def ticks_of(self) -> dict[tuple[int, int, int], int]:
+        """The tick of each (kind, microbatch, virtual stage). Raises UserError for one that is there twice."""
+        found: dict[tuple[int, int, int], int] = {}
+        for tick, stage, action in self.walk():
+            key = action.kind, action.microbatch, self.placement.number(stage, action.chunk)
+            if key in found:
+                raise self._wrong(f"{_named(key)} is at ticks {found[key]} and {tick}", "expected once")
+            found[key] = tick
+        return found
+
+    def check(self, latency: int = 1) -> None:
+        """Raises UserError where the table is no schedule: an action that lacks, is there twice, or comes before what
+        it needs is there."""
+        shape = self.microbatch.shape
+        if shape != self.chunk.shape or shape[1:] != (self.placement.stages, len(KINDS)):
+            expected = f"[ticks, {self.placement.stages}, {len(KINDS)}]"
+            raise self._wrong(f"arrays of {shape} and {self.chunk.shape}", f"expected {expected} twice")
+        used = self.microbatch != NONE
+        if (used & ((self.microbatch < 0) | (self.microbatch >= self.microbatches))).any():
+            raise self._wrong("a microbatch out of range", f"expected 0 to {self.microbatches - 1}")
+        if (used & ((self.chunk < 0) | (self.chunk >= self.placement.chunks))).any():
+            raise self._wrong("a chunk out of range", f"expected 0 to {self.placement.chunks - 1}")
+        ticks = self.ticks_of()
+        every = itertools.product(self.kinds, range(self.microbatches), range(self.placement.count))
+        for key in every:
+            if key not in ticks:
+                raise self._wrong(f"no {_named(key)}", "expected every microbatch at every virtual stage")
+            for need in needs(key, self.placement):
+                # A tick does its actions in the order of their kinds: what stays on the stage may be of the same one.
+                stays = self.placement.stage(need[2]) == self.placement.stage(key[2])
+                soonest = ticks[need] + ((need[0] >= key[0]) if stays else latency)
+                if ticks[key] < soonest:
+                    raise self._wrong(f"{_named(key)} at tick {ticks[key]}", f"expected {soonest} or later: it needs "
+                                      f"{_named(need)} of tick {ticks[need]}")  # fmt: skip
+        if (used[..., W].any()) and not self.split:
+            raise self._wrong("backward for the weights apart", "expected split")
+
+    def _wrong(self, found: str, expected: str) -> UserError:
+        p = self.placement
+        return UserError(
+            f"schedule {self.name!r} ({p.stages} stages, {self.microbatches} microbatches): {found}, {expected}"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table as JSON."""
+        Path(path).write_text(json.dumps(self.as_dict()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as ``from_dict`` reads them."""
+        actions = [
+            [[str(action) for action in self.at(tick, stage)] for stage in range(self.placement.stages)]
+            for tick in range(self.ticks)
+        ]
+        return {
+            "name": self.name, "placement": dataclasses.asdict(self.placement),
+            "microbatches": self.microbatches, "split": self.split, "ticks": actions,
+        }  # fmt: skip
+
+    @staticmethod
+    def load(path: str | Path) -> Table:
+        """Reads and checks what ``save`` wrote. Raises UserError for anything else."""
+        try:
+            return Table.from_dict(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}: found no schedule ({error!r}), expected one that Table.save wrote") from error
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Table:
+        """The table of ``as_dict``'s values, checked."""
+        placement = Placement(**values["placement"])
+        ticks = [[[_parsed(text) for text in actions] for actions in stages] for stages in values["ticks"]]
+        table = from_actions(placement, values["microbatches"], values["split"], ticks, values["name"])
+        table.check()
+        return table
+
+
+def _parsed(text: str) -> Action:
+    microbatch, _, chunk = text[1:].partition(".")
+    return Action(KINDS.index(text[:1]), int(microbatch), int(chunk or 0))
+
+
+def _named(key: tuple[int, int, int]) -> str:
+    return f"{KINDS[key[0]]} of microbatch {key[1]} at virtual stage {key[2]}"
+
+
+def needs(key: tuple[int, int, int], placement: Placement) -> list[tuple[int, int, int]]:
+    """What an action (kind, microbatch, virtual stage) needs to be done before it."""
+    kind, microbatch, number = key
+    if kind == F:
+        return [(F, microbatch, number - 1)] if number else []
+    if kind == W:
+        return [(B, microbatch, number)]
+    last = number == placement.count - 1
+    return [(F, microbatch, number), *([] if last else [(B, microbatch, number + 1)])]
+
+
+def from_actions(
+    placement: Placement, microbatches: int, split: bool, ticks: Sequence[Sequence[Sequence[Action]]], name: str
+) -> Table:
+    """The table of actions by tick and stage."""
+    shape = len(ticks), placement.stages, len(KINDS)
+    microbatch, chunk = (np.full(shape, NONE, np.int32) for _ in range(2))
+    for tick, stages in enumerate(ticks):
+        for stage, actions in enumerate(stages):
+            for action in actions:
+                microbatch[tick, stage, action.kind] = action.microbatch
+                chunk[tick, stage, action.kind] = action.chunk
+    return Table(placement, microbatches, split, microbatch, chunk, name)
+
+
+def from_orders(
+    placement: Placement,
+    microbatches: int,
+    orders: Sequence[Sequence[Action]],
+    name: str,
+    *,
+    together: bool = False,
+    latency: int = 1,
+) -> Table:
+    """The table in which each stage does its actions in its order, each as soon as what it needs is there.
+
+    together: as many of different kinds at a tick as come one after the other in the order F, B, W; else one a tick.
+    Raises UserError if the orders wait for each other.
+    """
+    split = any(action.kind == W for order in orders for action in order)
+    done: dict[tuple[int, int, int], int] = {}
+    place = [0] * placement.stages
+    ticks: list[list[list[Action]]] = []
+    idle = 0
+    while any(place[stage] < len(order) for stage, order in enumerate(orders)):
+        tick = len(ticks)
+        now: list[list[Action]] = [[] for _ in range(placement.stages)]
+        for stage, order in enumerate(orders):
+            while place[stage] < len(order):
+                action = order[place[stage]]
+                key = action.kind, action.microbatch, placement.number(stage, action.chunk)
+                if now[stage] and (not together or now[stage][-1].kind >= action.kind):
+                    break
+                if not all(_there(need, key, done, tick, placement, latency) for need in needs(key, placement)):
+                    break
+                done[key] = tick
+                now[stage].append(action)
+                place[stage] += 1
+        idle = 0 if any(now) else idle + 1
+        if idle > latency:
+            waits = next(f"stage {s} for {order[place[s]]}" for s, order in enumerate(orders) if place[s] < len(order))
+            raise UserError(f"schedule {name!r}: the orders of its stages wait for each other, {waits}")
+        ticks.append(now)
+    return from_actions(placement, microbatches, split, ticks, name)
+
+
+def _there(
+    need: tuple[int, int, int],
+    key: tuple[int, int, int],
+    done: Mapping[tuple[int, int, int], int],
+    tick: int,
+    placement: Placement,
+    latency: int,
+) -> bool:
+    if need not in done:
+        return False
+    stays = placement.stage(need[2]) == placement.stage(key[2])
+    return tick >= done[need] + ((need[0] >= key[0]) if stays else latency)
