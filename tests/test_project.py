@@ -137,12 +137,12 @@ def test_importing_jaxsys_imports_nothing_heavy():
 
 
 def test_extras_are_those_documented():
-    assert set(PROJECT["project"]["optional-dependencies"]) == {"cpu", "cuda", "tpu", "serve", "parity", "dev"}
+    assert set(PROJECT["project"]["optional-dependencies"]) == {"cpu", "cuda", "tpu", "serve", "parity", "plot", "dev"}
 
 
 def test_dependencies_are_what_the_packages_import():
     extras = PROJECT["project"]["optional-dependencies"]
-    declared = requirement_names(PROJECT["project"]["dependencies"]) | requirement_names(extras["serve"])
+    declared = requirement_names(PROJECT["project"]["dependencies"]) | requirement_names(extras["serve"] + extras["plot"])
     used = imported(SOURCES) - set(PACKAGES) - {name.lower() for name in sys.stdlib_module_names}
     assert declared == used
 
