@@ -142,7 +142,7 @@ def test_extras_are_those_documented():
 
 def test_dependencies_are_what_the_packages_import():
     extras = PROJECT["project"]["optional-dependencies"]
-    declared = requirement_names(PROJECT["project"]["dependencies"]) | requirement_names(extras["serve"] + extras["plot"])
+    declared = requirement_names([*PROJECT["project"]["dependencies"], *extras["serve"], *extras["plot"]])
     used = imported(SOURCES) - set(PACKAGES) - {name.lower() for name in sys.stdlib_module_names}
     assert declared == used
 
