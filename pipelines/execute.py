@@ -85,18 +85,35 @@ def unstack(stacked: Tree, layers: int, placement: Placement) -> list[Tree]:
     return [jax.tree.map(lambda a, place=place: a[place], stacked) for place in places]
 
 
-def value_and_grad(model: Layered, table: Table, layers: int, mesh: Mesh) -> Callable[[Tree, Tree, Tree], tuple]:
+def value_and_grad(
+    model: Layered,
+    table: Table,
+    layers: int,
+    mesh: Mesh,
+    *,
+    remat: Callable[[Callable], Callable] | None = None,
+    recompute: bool = False,
+) -> Callable[[Tree, Tree, Tree], tuple]:
     """``(shared, stacked layers, batches [microbatches, ...]) -> (loss, (gradients of shared, of layers))``; traceable.
 
-    Gradients are in at least float32. Raises UserError for a mesh whose axis ``stage`` is not the table's.
+    Gradients are in at least float32. remat: wraps a layer's function, ``jax.checkpoint`` with a policy, so that a
+    layer keeps less for its backward pass. recompute: a microbatch keeps the input of a stage's chunk and nothing else;
+    its backward pass begins with another forward one.
+    Raises UserError for a mesh whose axis ``stage`` is not the table's, and to recompute under a table that has W
+    apart, where both B and W would have to.
     """
     table.check()
+    if recompute and table.split:
+        raise UserError(
+            f"schedule {table.name!r}: recompute with B and W apart would compute the forward pass three times: take a "
+            "schedule that has them together, or remat, which keeps less of each layer"
+        )
     if mesh.shape.get(AXIS) != table.placement.stages:
         raise UserError(
             f"mesh axis stage={mesh.shape.get(AXIS)}: expected the {table.placement.stages} stages of the schedule "
             f"{table.name!r}"
         )
-    run = _Run(model, table, allocate(table), layers)
+    run = _Run(model, table, allocate(table), layers, remat or (lambda layer: layer), recompute)
     split, whole = PartitionSpec(AXIS), PartitionSpec()
 
     def call(shared: Tree, stacked: Tree, batches: Tree) -> tuple:
@@ -115,6 +132,8 @@ class _Run:
     table: Table
     buffers: Buffers
     layers: int
+    remat: Callable[[Callable], Callable]
+    recompute: bool
 
     def __call__(self, shared: Tree, stacked: Tree, batches: Tree) -> tuple:
         """On one stage."""
@@ -149,18 +168,20 @@ class _Run:
         def layer(params: Tree, x: jax.Array, context: Tree) -> tuple[jax.Array, jax.Array]:
             return model.layer(params, x, context[0], context[1])
 
-        split = passes(layer, one, x, (context, jax.ShapeDtypeStruct((), np.int32)), split=table.split)
+        split = passes(self.remat(layer), one, x, (context, jax.ShapeDtypeStruct((), np.int32)), split=table.split)
 
-        def zeros(shape: tuple[int, ...], like: Any) -> jax.Array:
-            return jnp.zeros((*shape, *like.shape), like.dtype)
+        def empty(shape: tuple[int, ...], like: Any) -> jax.Array:
+            """NaN: what is read before it was written shows."""
+            fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
+            return jnp.full((*shape, *like.shape), fill, like.dtype)
 
         wide = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), (shared, mine))
         depth = max(buffers.made.depth, 1)
         state = {
-            "inputs": zeros((buffers.inputs.depth + 1,), x),
-            "gradients": zeros((buffers.gradients.depth + 1,), x),
-            "kept": [zeros((depth, most), each) for each in split.kept],
-            "saved": [zeros((buffers.cotangents.depth, most), each) for each in split.saved] if table.split else [],
+            "inputs": empty((buffers.inputs.depth + 1,), x),
+            "gradients": empty((buffers.gradients.depth + 1,), x),
+            "kept": [empty((depth,), x)] if self.recompute else [empty((depth, most), each) for each in split.kept],
+            "saved": [empty((buffers.cotangents.depth, most), each) for each in split.saved] if table.split else [],
             "shared": wide[0],
             "layers": wide[1],
             "loss": jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)),
@@ -212,9 +233,11 @@ class _Run:
             def one(carry: Any, place: jax.Array, index: jax.Array) -> Any:
                 x, loss, kept = carry
                 y, aux, new = split.forward(params_of(chunk, place), x, (context, index))
-                return y, loss + aux.astype(loss.dtype), put(kept, new, row["made"], place)
+                kept = kept if self.recompute else put(kept, new, row["made"], place)
+                return y, loss + aux.astype(loss.dtype), kept
 
-            y, loss, kept = over_layers(chunk, one, (begin, state["loss"], state["kept"]), False)
+            kept = put(state["kept"], [begin], row["made"]) if self.recompute else state["kept"]
+            y, loss, kept = over_layers(chunk, one, (begin, state["loss"], kept), False)
 
             def head() -> tuple:
                 value, (d_shared, dy) = jax.value_and_grad(model.head, (0, 1))(shared, y, batch)
@@ -229,10 +252,21 @@ class _Run:
             batch, number = at(batches, m), number_of[chunk]
             context = model.context(batch)
             dy = at(state["gradients"], row["gradients"])
+            here, slot = state["kept"], row["used"]
+            if self.recompute:
+
+                def again(carry: Any, place: jax.Array, index: jax.Array) -> Any:
+                    x, kept = carry
+                    y, _, new = split.forward(params_of(chunk, place), x, (context, index))
+                    return y, put(kept, new, jnp.int32(0), place)
+
+                room = [empty((1, most), each) for each in split.kept]
+                _, here = over_layers(chunk, again, (_one_of(here[0], slot), room), False)
+                slot = jnp.int32(0)
 
             def one(carry: Any, place: jax.Array, index: jax.Array) -> Any:
                 dy, total, saved = carry
-                kept, params = kept_of(state["kept"], row["used"], place), params_of(chunk, place)
+                kept, params = kept_of(here, slot, place), params_of(chunk, place)
                 dx, small, new = split.backward(params, (context, index), kept, dy, jnp.ones((), aux_dtype))
                 if not table.split:
                     return dx, add(total, chunk, place, small), saved
@@ -261,7 +295,7 @@ class _Run:
             return state | {"layers": over_layers(chunk, one, state["layers"], False)}
 
         aux_dtype = jax.eval_shape(layer, one, x, (context, jax.ShapeDtypeStruct((), np.int32)))[1].dtype
-        nothing = jnp.zeros(x.shape, x.dtype)
+        nothing = empty((), x)
 
         def tick(state: dict, rows: dict) -> tuple[dict, None]:
             row = jax.tree.map(lambda a: a[stage], rows)

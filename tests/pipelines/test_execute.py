@@ -1,13 +1,18 @@
 """The executor against the model without a pipeline, in float64 on eight virtual devices."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from parallelism.errors import UserError
 from pipelines.execute import stack, unstack, value_and_grad
 from pipelines.generators import GENERATORS
+from pipelines.schedule import Placement
+from pipelines.split import passes
 
 D, ROWS, VOCAB = 8, 6, 11
 
@@ -65,17 +70,83 @@ def x64():
         yield
 
 
+def check(name, stages, layers, axis=None, **options):
+    table = GENERATORS[name](stages, 2 * stages)
+    model, (shared, each, batches) = Toy(), make(layers, 2 * stages)
+    expected, e_gradients = jax.value_and_grad(plain, (1, 2))(model, shared, each, batches)
+    stacked = stack(each, table.placement)
+    shape, names = ((stages,), ("stage",)) if axis is None else ((stages, 2), ("stage", axis))
+    mesh = Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), names)
+    if axis is not None:
+        out = PartitionSpec("stage", None, None, axis)
+        specs = {"scale": PartitionSpec("stage"), "up": out, "down": out}
+        if axis == "tensor":
+            specs["down"] = PartitionSpec("stage", None, None, None, axis)
+        stacked = {key: jax.device_put(a, NamedSharding(mesh, specs[key])) for key, a in stacked.items()}
+        rows = NamedSharding(mesh, PartitionSpec(None, axis) if axis == "fsdp" else PartitionSpec())
+        batches = jax.device_put(batches, rows)
+    loss, (d_shared, d_layers) = jax.jit(value_and_grad(model, table, layers, mesh, **options))(
+        shared, stacked, batches
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    found = jax.tree.map(np.asarray, (d_shared, unstack(d_layers, layers, table.placement)))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(e_gradients), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-9 * np.linalg.norm(b)
+
+
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 @pytest.mark.parametrize(("stages", "layers"), [(2, 5), (4, 9)])
 def test_loss_and_gradients_are_those_of_the_model_without_a_pipeline(name, stages, layers):
-    table = GENERATORS[name](stages, 2 * stages)
+    check(name, stages, layers)
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+@pytest.mark.parametrize("name", ["1f1b", "zb-v"])
+def test_other_axes_are_the_compilers(name, axis):
+    check(name, 2, 5, axis)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved"])
+def test_a_microbatch_may_keep_only_what_came_in(name):
+    check(name, 2, 5, recompute=True)
+
+
+@pytest.mark.parametrize("name", ["eager", "zb-h1"])
+def test_a_layer_may_keep_less(name):
+    check(name, 2, 5, remat=partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable))
+
+
+def test_what_cannot_run_is_refused():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("stage",))
+    with pytest.raises(UserError, match="mesh axis stage=2: expected the 4 stages of the schedule '1f1b'"):
+        value_and_grad(Toy(), GENERATORS["1f1b"](4, 8), 8, mesh)
+    with pytest.raises(UserError, match="schedule 'zb-h1': recompute with B and W apart"):
+        value_and_grad(Toy(), GENERATORS["zb-h1"](2, 4), 8, mesh, recompute=True)
+    with pytest.raises(UserError, match="3 layers in 2 stages of 2: expected at least 4 layers"):
+        stack(make(3, 1)[1], Placement(2, 2))
+
+
+def kept_by(remat=lambda layer: layer, split=False):
+    """Shapes of what one layer keeps, and saves from B for W."""
+    shared, (layer,), batches = make(1, 1)
+    batch = jax.tree.map(lambda a: a[0], batches)
     model = Toy()
-    shared, each, batches = make(layers, 2 * stages)
-    mesh = Mesh(np.array(jax.devices()[:stages]), ("stage",))
-    run = jax.jit(value_and_grad(model, table, layers, mesh))
-    loss, (d_shared, d_layers) = run(shared, stack(each, table.placement), batches)
-    expected, (e_shared, e_layers) = jax.value_and_grad(plain, (1, 2))(model, shared, each, batches)
-    np.testing.assert_allclose(loss, expected, rtol=1e-12)
-    found = d_shared, unstack(d_layers, layers, table.placement)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves((e_shared, e_layers)), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-9 * np.linalg.norm(b)
+    x, context = model.embed(shared, batch), model.context(batch)
+    found = passes(
+        remat(lambda params, x, context: model.layer(params, x, context, jnp.int32(3))), layer, x, context, split=split
+    )
+    return [a.shape for a in found.kept], [a.shape for a in found.saved], found.small
+
+
+def test_weights_are_not_kept_and_remat_keeps_the_input():
+    kept, saved, _ = kept_by()
+    assert kept and not {(2 * D, D), (D, 2 * D), (D,)} & set(kept) and not saved
+    kept, _, _ = kept_by(partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable))
+    assert kept == [(ROWS, D)]
+
+
+def test_b_and_w_are_cut_at_the_cotangents_of_linears():
+    """W needs of B what the outputs of the two linears had for gradients; the gradient of the scale is B's."""
+    _, saved, small = kept_by(split=True)
+    assert sorted(saved) == [(ROWS, D), (ROWS, 2 * D)]
+    assert small == (False, True, False)  # down, scale, up
