@@ -64,9 +64,16 @@ class Program:
             elif at and (instruction := _instruction(line)):
                 self.computations[at][instruction.name] = instruction
 
-    def walk(self) -> Iterator[tuple[str, Instruction, int]]:
-        """(computation, instruction, how often it runs) from the entry on; every branch of a conditional counts."""
-        yield from self._walk(self.entry, 1)
+    def walk(self, computation: str | None = None) -> Iterator[tuple[str, Instruction, int]]:
+        """(computation, instruction, how often it runs) from the entry on, or from a computation; every branch of a
+        conditional counts."""
+        yield from self._walk(computation or self.entry, 1)
+
+    def branches(self, conditional: Instruction) -> list[str]:
+        """The computations of which a conditional runs one."""
+        several = re.search(r"branch_computations={(.*?)}", conditional.rest)
+        named = re.findall(r"%?([^\s,]+)", several[1]) if several else []
+        return [*conditional.called("true_computation", "false_computation"), *(name.lstrip("%") for name in named)]
 
     def _walk(self, computation: str, times: int) -> Iterator[tuple[str, Instruction, int]]:
         for instruction in self.computations[computation].values():
@@ -74,14 +81,12 @@ class Program:
             more = times
             if instruction.opcode == "while":
                 more *= self.trip_count(instruction)
-            for name in instruction.called("body", "calls", "true_computation", "false_computation", "to_apply"):
-                if instruction.opcode in ("while", "fusion", "call", "async-start", "conditional"):
+            if instruction.opcode in ("while", "fusion", "call", "async-start"):
+                for name in instruction.called("body", "calls", "to_apply"):
                     yield from self._walk(name, more)
-            if instruction.opcode == "conditional" and (
-                branches := re.search(r"branch_computations={(.*?)}", instruction.rest)
-            ):
-                for name in re.findall(r"%?([^\s,]+)", branches[1]):
-                    yield from self._walk(name.lstrip("%"), times)
+            elif instruction.opcode == "conditional":
+                for name in self.branches(instruction):
+                    yield from self._walk(name, times)
 
     def trip_count(self, loop: Instruction) -> int:
         """How often a loop runs; 1 where its condition does not compare a counter with a constant."""

@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from parallelism.errors import UserError
+from parallelism.hlo import Program
 from pipelines.buffers import Buffers, Slots, allocate
 from pipelines.schedule import NONE, B, F, Placement, Table, W
 from pipelines.split import passes
@@ -333,6 +334,26 @@ class _Run:
             "forward": [jnp.asarray(each.arrives) for each in b.forward],
             "backward": [jnp.asarray(each.arrives) for each in b.backward],
         }  # fmt: skip
+
+
+def refuse_permutations(text: str) -> None:
+    """Raises UserError for a compiled program (its text) in which a branch holds a collective-permute.
+
+    A stage takes a branch that others do not. Where it then sends within itself, over another mesh axis, devices of
+    other stages never answer, and the program hangs.
+    """
+    program = Program(text)
+    for _, instruction, _ in program.walk():
+        if instruction.opcode != "conditional":
+            continue
+        for branch in program.branches(instruction):
+            for _, inner, _ in program.walk(branch):
+                if inner.opcode in ("collective-permute", "collective-permute-start"):
+                    raise UserError(
+                        f"a stage of the pipeline sends {inner.shape.split('{')[0]} by collective-permute over another "
+                        "mesh axis, which hangs as other stages do not take part: use "
+                        "all-gather or all-to-all inside stages, as the context methods all_gather and all_to_all do"
+                    )
 
 
 def _from(a: jax.Array, index: tuple[jax.Array, ...]) -> list[Any]:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from parallelism.errors import UserError
-from pipelines.execute import stack, unstack, value_and_grad
+from pipelines.execute import refuse_permutations, stack, unstack, value_and_grad
 from pipelines.generators import GENERATORS
 from pipelines.schedule import Placement
 from pipelines.split import passes
@@ -150,3 +150,26 @@ def test_b_and_w_are_cut_at_the_cotangents_of_linears():
     _, saved, small = kept_by(split=True)
     assert sorted(saved) == [(ROWS, D), (ROWS, 2 * D)]
     assert small == (False, True, False)  # down, scale, up
+
+
+class Shifted(Toy):
+    """Sends rows to neighbours inside a layer."""
+
+    def layer(self, params, x, context, index):
+        y, aux = super().layer(params, x, context, index)
+        return y + jnp.roll(y, 1, 0), aux
+
+
+def test_a_permutation_inside_a_stage_is_refused():
+    table = GENERATORS["1f1b"](2, 4)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("stage", "context"))
+
+    def text(model):
+        shared, each, batches = make(2, 4)
+        batches = jax.device_put(batches, NamedSharding(mesh, PartitionSpec(None, "context")))
+        run = jax.jit(value_and_grad(model, table, 2, mesh))
+        return run.lower(shared, stack(each, table.placement), batches).compile().as_text()
+
+    refuse_permutations(text(Toy()))
+    with pytest.raises(UserError, match=r"sends f64\[.*\] by collective-permute over another mesh axis"):
+        refuse_permutations(text(Shifted()))
