@@ -113,7 +113,7 @@ def by_priority(
     """
     count, ready_at = placement.count, {(F, m, 0): 0.0 for m in range(microbatches)}
     free = [0.0] * placement.stages
-    held, begun = [0] * placement.stages, [0] * placement.stages
+    held = [0] * placement.stages
     waiting: list[set[tuple[int, int, int]]] = [set() for _ in range(placement.stages)]
     for key in ready_at:
         waiting[placement.stage(0)].add(key)
@@ -135,7 +135,6 @@ def by_priority(
         key = min(able, key=lambda key: _rank(key, count))
         kind, microbatch, number = key
         waiting[stage].discard(key)
-        begun[stage] += 1
         end = now + costs[kind] + (0.0 if split or kind != B else costs[W])
         done[key], free[stage] = end, end
         orders[stage].append(Action(kind, microbatch, number // placement.stages))

@@ -138,9 +138,7 @@ class Table:
             if key not in ticks:
                 raise self._wrong(f"no {_named(key)}", "expected every microbatch at every virtual stage")
             for need in needs(key, self.placement):
-                # A tick does its actions in the order of their kinds: what stays on the stage may be of the same one.
-                stays = self.placement.stage(need[2]) == self.placement.stage(key[2])
-                soonest = ticks[need] + ((need[0] >= key[0]) if stays else latency)
+                soonest = _soonest(key, need, ticks, self.placement, latency)
                 if ticks[key] < soonest:
                     raise self._wrong(f"{_named(key)} at tick {ticks[key]}", f"expected {soonest} or later: it needs "
                                       f"{_named(need)} of tick {ticks[need]}")  # fmt: skip
@@ -250,7 +248,8 @@ def from_orders(
                 key = action.kind, action.microbatch, placement.number(stage, action.chunk)
                 if now[stage] and (not together or now[stage][-1].kind >= action.kind):
                     break
-                if not all(_there(need, key, done, tick, placement, latency) for need in needs(key, placement)):
+                needed = needs(key, placement)
+                if not all(n in done and tick >= _soonest(key, n, done, placement, latency) for n in needed):
                     break
                 done[key] = tick
                 now[stage].append(action)
@@ -263,15 +262,14 @@ def from_orders(
     return from_actions(placement, microbatches, split, ticks, name)
 
 
-def _there(
-    need: tuple[int, int, int],
+def _soonest(
     key: tuple[int, int, int],
+    need: tuple[int, int, int],
     done: Mapping[tuple[int, int, int], int],
-    tick: int,
     placement: Placement,
     latency: int,
-) -> bool:
-    if need not in done:
-        return False
+) -> int:
+    """The first tick at which an action may use what it needs. A tick does its actions in the order of their kinds:
+    what stays on the stage may be of the same one."""
     stays = placement.stage(need[2]) == placement.stage(key[2])
-    return tick >= done[need] + ((need[0] >= key[0]) if stays else latency)
+    return done[need] + ((need[0] >= key[0]) if stays else latency)
