@@ -36,9 +36,10 @@ class Job:
     made: list[int] = dataclasses.field(default_factory=list)
     times: list[float] = dataclasses.field(default_factory=list)
 
-    def take(self, tokens: Iterable[int], now: float | None = None) -> None:
-        """Tokens that are there now; what an engine makes beyond the number asked for is left out."""
-        now = time.perf_counter() if now is None else now
+    def take(self, tokens: Iterable[int], now: float) -> None:
+        """Tokens that are there now; what an engine makes beyond the number asked for is left out. Jobs of one batch
+        share ``now``: a later one's tokens, given out microseconds after the last of the first, would else not count
+        among those made before it ended."""
         new = list(tokens)[: self.tokens - len(self.made)]
         self.made += map(int, new)
         self.times += [now] * len(new)
@@ -73,10 +74,10 @@ class Continuous:
     def busy(self) -> bool:
         return bool(self._running)
 
-    def _take(self, key: Any, tokens: Sequence[int]) -> None:
+    def _take(self, key: Any, tokens: Sequence[int], now: float) -> None:
         """tokens: all of a job's so far."""
         job = self._running[key]
-        job.take(tokens[len(job.made) :])
+        job.take(tokens[len(job.made) :], now)
         if job.done:
             del self._running[key]
 
@@ -120,8 +121,9 @@ class Jaxsys(Continuous):
 
     def step(self, live: bool) -> None:
         self._engine.step(4 if live else None)  # what jaxsys.serve.service does
+        now = time.perf_counter()
         for request in list(self._running):
-            self._take(request, request.tokens[request.prompt_tokens :])
+            self._take(request, request.tokens[request.prompt_tokens :], now)
 
     def drop(self) -> None:
         for request in self._running:
@@ -152,8 +154,9 @@ class Vllm(Continuous):
         self._engine.add_request(str(self._came), {"prompt_token_ids": job.prompt}, self._sampling(job.tokens))
 
     def step(self, live: bool) -> None:
-        for output in self._engine.step():
-            self._take(output.request_id, output.outputs[0].token_ids)
+        outputs, now = self._engine.step(), time.perf_counter()
+        for output in outputs:
+            self._take(output.request_id, output.outputs[0].token_ids, now)
 
     def drop(self) -> None:
         self._engine.abort_request(list(self._running))
@@ -232,7 +235,7 @@ class Ctranslate2(Batches):
             end_token=[],
             max_length=tokens,
             include_prompt_in_result=False,
-            callback=lambda result: batch[result.batch_id].take([result.token_id]),
+            callback=lambda result: batch[result.batch_id].take([result.token_id], time.perf_counter()),
         )
 
 
@@ -287,11 +290,12 @@ class Llamacpp(Continuous):
             raise RuntimeError(f"llama_decode returned {code}")
         import numpy as np
 
+        now = time.perf_counter()
         for i, (slot, _, _, wanted) in enumerate(rows):
             if wanted:
                 logits = self._cpp.llama_get_logits_ith(self._context, i)
                 token = int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
-                self._take(slot, [*self._running[slot].made, token])
+                self._take(slot, [*self._running[slot].made, token], now)
                 if slot not in self._running:
                     self._free(slot)
 
