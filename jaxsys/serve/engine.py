@@ -136,6 +136,7 @@ class Engine:
         room = self._replicas, self._pages, config.page_size, dtype
         self._make_pool = graphs.compile("kv_pool", make_pool(model, *room), made_of=(model.made_of, room))
         self.pool: Pool | None = None
+        self._cold: list[Size] = []
         self._holding: frozenset[int] = frozenset()
         for sizes in sizes_of(config, model, graphs.mesh):
             self._build(sizes)
@@ -169,6 +170,7 @@ class Engine:
             self._mover = Mover(graphs, pool, self._slots)
         if self.pool is None:
             self.pool = self._make_pool()
+        self._cold = list(sizes)
         self.schedule_over(sizes)
 
     def schedule_over(self, sizes: Sequence[Size]) -> None:
@@ -267,9 +269,35 @@ class Engine:
             pool = self._make_pool() if self.pool is None else self.pool
             pool = self._mover.launch(pool, plan.moves)
             output, self.pool = self._forward[plan.size](dict(lease.params), pool, batch)
+            self._cold = [size for size in self._cold if size != plan.size]
             return Launched(plan, output)
 
         return dispatcher().call(work)
+
+    @property
+    def cold(self) -> bool:
+        """Whether some program has not run yet: the first time takes longer by up to seconds, as XLA:CPU prepares each
+        product when it first comes to it."""
+        return bool(self._cold)
+
+    def warm(self) -> None:
+        """Runs one of the programs that did not run yet, for nobody: its sequences lie in page 0, which is no one's."""
+
+        def work() -> Output:
+            size = self._cold.pop(0)
+            longest = max(min(size.rows - 1, self.max_context - 1), 1)
+            counts = (longest, 1)[: min(size.sequences, size.rows)]
+            asked = Sampling(2, temperature=0.0, prompt_logprobs=True)
+            chunks = tuple(
+                Chunk(Request(count, [0] * count, asked, 0, pages=[0] * self._width), 0, count, True)
+                for count in counts
+            )
+            batch = pack(Plan(size, (chunks,) * self._replicas, 1), *self._of_batches)
+            pool = self._make_pool() if self.pool is None else self.pool
+            output, self.pool = self._forward[size](dict(self.live.lease(self.view).params), pool, batch)
+            return output
+
+        jax.block_until_ready(dispatcher().call(work))
 
     def finish(self, launched: Launched) -> list[Request]:
         """The second half of ``step``: waits for a batch; before the next is launched."""

@@ -190,12 +190,19 @@ class Service:
 
     def _run(self) -> None:
         try:
-            while self._take():
+            while self._warm() or self._take():
                 party = self._party
                 with contextlib.nullcontext() if self.share is None else self.share.turn(party):
                     self._turn(party)
         except BaseException as error:
             self._fail(error)
+
+    def _warm(self) -> bool:
+        """While nobody asks anything, runs programs that have not run yet; False, so that what is asked comes next."""
+        while self.engine.cold and not (self.active or self._cancelled or self._closing):
+            with contextlib.nullcontext() if self.share is None else self.share.turn("serve"):
+                self.engine.warm()
+        return False
 
     @property
     def _party(self) -> str:

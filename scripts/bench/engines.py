@@ -63,12 +63,18 @@ class Engine(Protocol):
     def drop(self) -> None:
         """Forgets all jobs."""
 
+    def warm(self) -> None:
+        """What its server does before clients come and its constructor does not."""
+
 
 class Continuous:
     """What engines have in common in which jobs come and go between steps. Subclasses start, step and abort."""
 
     def __init__(self) -> None:
         self._running: dict[Any, Job] = {}
+
+    def warm(self) -> None:
+        pass
 
     @property
     def busy(self) -> bool:
@@ -87,6 +93,9 @@ class Batches:
 
     def __init__(self) -> None:
         self._waiting: list[Job] = []
+
+    def warm(self) -> None:
+        pass
 
     @property
     def busy(self) -> bool:
@@ -124,6 +133,10 @@ class Jaxsys(Continuous):
         now = time.perf_counter()
         for request in list(self._running):
             self._take(request, request.tokens[request.prompt_tokens :], now)
+
+    def warm(self) -> None:
+        while self._engine.cold:
+            self._engine.warm()
 
     def drop(self) -> None:
         for request in self._running:
@@ -392,6 +405,7 @@ def reply(engine: Engine, question: str) -> str:
     asked = json.loads(question)
     jobs = [Job(*job) for job in asked["jobs"]]
     if asked["warm"]:
+        engine.warm()
         run(engine, [Job(0.0, [7] * 8, 4)], False, float("inf"))
     run(engine, jobs, asked["live"], asked["until"])
     return json.dumps([(job.made, job.times) for job in jobs])

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_an_engine_serves_jobs_as_they_come_and_gives_up_at_the_deadline(bench):
         def generate(self, batch, tokens):
             for _ in range(tokens):
                 for each in batch:
-                    each.take([3])
+                    each.take([3], time.perf_counter())
 
     jobs = [engines.Job(0.0, [1], 3), engines.Job(0.05, [1], 2), engines.Job(60.0, [1], 2)]
     engines.run(Slow(), jobs, live=True, until=0.3)

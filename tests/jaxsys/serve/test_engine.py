@@ -179,6 +179,22 @@ def test_after_warm_up_nothing_is_compiled_and_a_late_compile_raises(engine):
         engine.graphs.compile("late", make_forward(engine.model, SIZES[0], 4, "fast"), 1, 2, 3)
 
 
+def test_warming_runs_every_program_and_leaves_nothing_behind(engine):
+    other = make_engine()
+    assert other.cold
+    run(other, [PROMPTS[1]])  # what runs is warm, and stays in the middle of what is not
+    calls, pages = [], other.scheduler.pages[0].free
+    for size, graph in list(other._forward.items()):
+        other._forward[size] = lambda *args, size=size, graph=graph: (calls.append(size), graph(*args))[1]
+    cold = list(other._cold)
+    with no_compiles("warming"):
+        while other.cold:
+            other.warm()
+    assert calls == cold and 0 < len(cold) < len(other.sizes)
+    assert other.scheduler.pages[0].free == pages and not other.busy
+    assert [made(r) for r in run(other, PROMPTS)] == [made(r) for r in run(engine, PROMPTS)]
+
+
 def test_the_pool_is_donated_and_never_copied(engine):
     pool = sum(np.asarray(a).nbytes for a in engine.pool.__dict__.values())
     for size in SIZES:

@@ -43,6 +43,18 @@ def service(engine):
     assert not [thread for thread in threading.enumerate() if thread.name == "jaxsys-serve"]
 
 
+def test_programs_run_once_while_nobody_asks():
+    engine = make_engine()
+    service = Service(engine)
+    request, heard = ask(service, [3, 5])
+    assert heard.finished.wait(SECONDS)
+    waiting = threading.Event()
+    while engine.cold and not waiting.wait(0.01):
+        assert service.error is None
+    service.close()
+    assert not engine.cold and len(request.logprobs) == 12
+
+
 def test_requests_of_many_threads_come_out_as_alone(service, reference):
     prompts = [[3 + i, 5, 7 + i] for i in range(12)]
     made = {}
