@@ -18,6 +18,8 @@ import jax.numpy as jnp
 
 from jaxsys.dispatch import dispatcher
 from jaxsys.graphs import Graph, Graphs
+from parallelism.layout import Layout
+from parallelism.sharding import restored
 from parallelism.streaming import to_device
 
 Params = Mapping[str, jax.Array]
@@ -102,13 +104,20 @@ class Live:
             self.kept_peak = max(self.kept_peak, self.kept_bytes)
 
     def view(
-        self, name: str, dtypes: Mapping[str, Any] | None = None, shardings: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        dtypes: Mapping[str, Any] | None = None,
+        shardings: Mapping[str, Any] | None = None,
+        layouts: tuple[Layout, Layout] | None = None,
     ) -> str | None:
         """Declares a view and compiles it. Returns its name, or None when the parameters agree already.
 
         dtypes, shardings: by key, of every parameter; None keeps those of the parameters. Declared again alike it is
-        the one there is. Raises ValueError when the name is another view's.
+        the one there is. layouts: of the parameters and of the view, where they are stored otherwise in it; dtypes and
+        shardings are by the view's keys then. Raises ValueError when the name is another view's.
         """
+        if layouts is not None:
+            return self._stored_otherwise(name, dtypes or {}, shardings or {}, layouts)
         params = self._lease.params
         want = {
             key: (
@@ -135,9 +144,23 @@ class Live:
             return {key: array.astype(want[key][0]) for key, array in to_device(params).items()}
 
         out = {key: sharding for key, (_, sharding) in want.items()}
-        graph = self._graphs.compile(f"view[{name}]", cast, dict(params), out_shardings=out)
-        size = sum(array.size * want[key][0].itemsize for key, array in params.items())
-        self.views[name] = View(name, graph, size)
+        return self._declare(name, cast, out)
+
+    def _stored_otherwise(
+        self, name: str, dtypes: Mapping[str, Any], shardings: Mapping[str, Any], layouts: tuple[Layout, Layout]
+    ) -> str:
+        if name in self.views:
+            raise ValueError(f"view {name!r} exists: give this one another name")
+
+        def store(params: Params) -> dict[str, jax.Array]:
+            found = restored(to_device(params), *layouts)
+            return {key: array.astype(dtypes[key]) for key, array in found.items()}
+
+        return self._declare(name, store, dict(shardings))
+
+    def _declare(self, name: str, fn: Any, out: dict[str, Any]) -> str:
+        graph = self._graphs.compile(f"view[{name}]", fn, dict(self._lease.params), out_shardings=out)
+        self.views[name] = View(name, graph, sum(a.size * a.dtype.itemsize for a in graph.outputs.values()))
         return name
 
     def lease(self, view: str | None = None, version: int | None = None) -> Lease:

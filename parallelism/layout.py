@@ -44,6 +44,7 @@ class Stored:
     shape: stored shape, padding included; a stack has the number of parts as its first dimension.
     axes: logical axis names of the stored array, one a dimension (a stack's first is ``layers``).
     parts: the logical arrays inside, in order: exactly one, unless ``stacked``.
+    rows: of a stack, the row of each part where that is not its number: another order, or rows that hold zeros.
     """
 
     key: str
@@ -52,11 +53,15 @@ class Stored:
     axes: tuple[str | None, ...]
     parts: tuple[Logical, ...]
     stacked: bool = False
+    rows: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         inner = self.shape[1:] if self.stacked else self.shape
-        if (len(self.parts) != self.shape[0]) if self.stacked else (len(self.parts) != 1):
+        rows = self.rows if self.rows is not None else tuple(range(self.shape[0])) if self.stacked else (0,)
+        if len(self.parts) != len(rows):
             raise ValueError(f"{self.key}: {len(self.parts)} parts in a stored array of shape {self.shape}")
+        if self.rows is not None and not (self.stacked and set(rows) <= set(range(self.shape[0])) and _differ(rows)):
+            raise ValueError(f"{self.key}: rows {rows} of a stored array of shape {self.shape}")
         for part in self.parts:
             if len(part.shape) != len(inner) or any(p > s for p, s in zip(part.shape, inner, strict=True)):
                 raise ValueError(f"{part.name}: shape {part.shape} does not fit in stored {inner} of {self.key}")
@@ -64,7 +69,13 @@ class Stored:
     @property
     def padded(self) -> bool:
         inner = self.shape[1:] if self.stacked else self.shape
-        return any(part.shape != inner for part in self.parts)
+        return any(part.shape != inner for part in self.parts) or (self.stacked and len(self.parts) < self.shape[0])
+
+    def part(self, row: int) -> Logical | None:
+        """What a row of a stack holds; None for zeros."""
+        if self.rows is None:
+            return self.parts[row]
+        return self.parts[self.rows.index(row)] if row in self.rows else None
 
     @property
     def nbytes(self) -> int:
@@ -76,10 +87,12 @@ class Stored:
         index: one slice of step 1 a stored dimension, as in ``Shard.index``.
         """
         box = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
-        parts = range(*box[0]) if self.stacked else (0,)
+        places = range(*box[0]) if self.stacked else (0,)
         inner = box[1:] if self.stacked else box
-        for row, p in enumerate(parts):
-            part = self.parts[p]
+        for row, place in enumerate(places):
+            part = self.part(place)
+            if part is None:
+                continue
             start = tuple(lo for lo, _ in inner)
             stop = tuple(min(hi, n) for (_, hi), n in zip(inner, part.shape, strict=True))
             if any(a >= b for a, b in zip(start, stop, strict=True)):
@@ -87,6 +100,10 @@ class Stored:
             size = tuple(b - a for a, b in zip(start, stop, strict=True))
             within = tuple(slice(0, n) for n in size)
             yield Region(part, start, size, (row, *within) if self.stacked else within)
+
+
+def _differ(rows: tuple[int, ...]) -> bool:
+    return len(set(rows)) == len(rows)
 
 
 @dataclasses.dataclass(frozen=True)

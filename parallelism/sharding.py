@@ -103,9 +103,9 @@ def refuse_idle_axes(plan: Plan, activations: Rules, used: Iterable[str]) -> Non
 
 
 def _unpadded(stored: Stored) -> tuple[int, ...]:
-    """The smallest shape that holds the logical arrays."""
+    """The smallest shape that holds the logical arrays, in as many rows of a stack."""
     inner = tuple(map(max, zip(*(part.shape for part in stored.parts), strict=True)))
-    return (len(stored.parts), *inner) if stored.stacked else inner
+    return (stored.shape[0], *inner) if stored.stacked else inner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +251,8 @@ def create(
 ) -> dict[str, jax.Array]:
     """The state ``init(*args)``, computed directly in its sharding: never whole on one device.
 
-    init: traceable; returns every stored array by key, in its dtype, without padding (zeros are appended here).
+    init: traceable; returns every stored array by key, in its dtype, without padding and with the parts of a stack in
+    order (zeros are appended and rows put in their places here).
     compile: called as ``compile(fn, out_shardings=...)``, returns the compiled ``fn``, as ``jax.jit`` does.
     args: passed through, so that a seed is data and not a constant of the program.
     """
@@ -267,9 +268,38 @@ def create(
 
 def _padded(x: jax.Array, stored: Stored) -> jax.Array:
     shape = _unpadded(stored)
-    if (x.shape, x.dtype) != (shape, stored.dtype):
-        raise ValueError(f"{stored.key}: init made {x.dtype}{x.shape}, the layout says {stored.dtype}{shape}")
+    given = (len(stored.parts), *shape[1:]) if stored.stacked else shape
+    if (x.shape, x.dtype) != (given, stored.dtype):
+        raise ValueError(f"{stored.key}: init made {x.dtype}{x.shape}, the layout says {stored.dtype}{given}")
+    if stored.rows is not None:
+        x = jnp.zeros(shape, x.dtype).at[np.array(stored.rows)].set(x)
     return jnp.pad(x, [(0, n - m) for m, n in zip(shape, stored.shape, strict=True)]) if x.shape != stored.shape else x
+
+
+def restored(arrays: Mapping[str, jax.Array], before: Layout, after: Layout) -> dict[str, jax.Array]:
+    """The same logical arrays in another layout: stacked or listed, in other rows, padded otherwise; traceable.
+
+    arrays: by key of ``before``, in any dtype.
+    """
+    logical: dict[str, jax.Array] = {}
+    for key, stored in before.items():
+        for n, part in enumerate(stored.parts):
+            row = arrays[key][n if stored.rows is None else stored.rows[n]] if stored.stacked else arrays[key]
+            logical[part.name] = row[part.box] if row.shape != part.shape else row
+
+    def one(stored: Stored) -> jax.Array:
+        inner = stored.shape[1:] if stored.stacked else stored.shape
+        padded = [
+            jnp.pad(logical[part.name], [(0, n - m) for m, n in zip(part.shape, inner, strict=True)])
+            for part in stored.parts
+        ]
+        if not stored.stacked:
+            return padded[0]
+        if stored.rows is None:
+            return jnp.stack(padded)
+        return jnp.zeros(stored.shape, padded[0].dtype).at[np.array(stored.rows)].set(jnp.stack(padded))
+
+    return {key: one(stored) for key, stored in after.items()}
 
 
 def put(plan: Plan, reader: Callable[[Logical, tuple[slice, ...]], np.ndarray]) -> dict[str, jax.Array]:

@@ -8,20 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from parallelism.errors import UserError
-from pipelines.schedule import KINDS, B, F, W
-from pipelines.simulate import Timeline
+from pipelines.schedule import KINDS, B, F, O, R, W
+from pipelines.simulate import COMPUTED, Timeline
 
-COLOURS = {F: "#4c78a8", B: "#f58518", W: "#54a24b"}
+COLOURS = {F: "#4c78a8", B: "#f58518", W: "#54a24b", O: "#7f7f7f", R: "#b279a2"}
+NAMES = {F: "forward", B: "backward", W: "backward for the weights", O: "to the host", R: "from the host"}
 
 
 def text(timeline: Timeline, width: int = 100) -> str:
     """A line a stage: microbatch numbers (their last digit) of forwards, letters of backwards (a for 0), the same in
-    capitals of backwards for the weights, dots while it waits. As many columns as the shortest action needs, at most
-    ``width``."""
-    shortest = min(end - timeline.start[key] for key, end in timeline.end.items())
+    capitals of backwards for the weights, dots while it waits; transfers are not shown. As many columns as the shortest
+    action needs, at most ``width``."""
+    computed = {key: end for key, end in timeline.end.items() if key[0] in COMPUTED}
+    shortest = min(end - timeline.start[key] for key, end in computed.items())
     columns = min(width, max(round(timeline.makespan / shortest), 1))
     lines = [["."] * columns for _ in timeline.busy]
-    for key, end in timeline.end.items():
+    for key, end in computed.items():
         kind, m, number = key
         first, stop = (round(t / timeline.makespan * columns) for t in (timeline.start[key], end))
         letter = {F: str(m % 10), B: chr(ord("a") + m % 26), W: chr(ord("A") + m % 26)}[kind]
@@ -49,15 +51,19 @@ def picture(timelines: Sequence[tuple[str, Timeline]], path: str | Path) -> None
         placement = timeline.table.placement
         for (kind, m, number), end in timeline.end.items():
             start = timeline.start[kind, m, number]
+            if kind not in COMPUTED:  # a thin line below what is computed meanwhile
+                low = placement.stage(number) + (0.36 if kind == O else 0.45)
+                panel.barh(low, end - start, left=start, height=0.08, color=COLOURS[kind])
+                continue
             shade = 1.0 if placement.chunks == 1 else 1.0 - 0.45 * (number // placement.stages) / (placement.chunks - 1)
             panel.barh(
-                placement.stage(number), end - start, left=start, height=0.86, color=COLOURS[kind], alpha=shade,
+                placement.stage(number) - 0.05, end - start, left=start, height=0.76, color=COLOURS[kind], alpha=shade,
                 edgecolor="white", linewidth=0.6,
             )  # fmt: skip
             if (end - start) / longest > 0.008:
-                panel.text((start + end) / 2, placement.stage(number), str(m), ha="center", va="center", fontsize=7,
-                           color="white")  # fmt: skip
-        panel.set_ylim(len(timeline.busy) - 0.45, -0.55)
+                middle = (start + end) / 2, placement.stage(number) - 0.05
+                panel.text(*middle, str(m), ha="center", va="center", fontsize=7, color="white")
+        panel.set_ylim(len(timeline.busy) - 0.4, -0.55)
         panel.set_yticks(range(len(timeline.busy)))
         panel.set_ylabel("stage")
         panel.set_title(
@@ -67,8 +73,7 @@ def picture(timelines: Sequence[tuple[str, Timeline]], path: str | Path) -> None
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("time")
     kinds = sorted({kind for _, timeline in timelines for kind, _, _ in timeline.end})
-    names = {F: "forward", B: "backward", W: "backward for the weights"}
-    handles = [panels[0].barh([0], [0], color=COLOURS[kind], label=f"{KINDS[kind]}, {names[kind]}") for kind in kinds]
+    handles = [panels[0].barh([0], [0], color=COLOURS[kind], label=f"{KINDS[kind]}, {NAMES[kind]}") for kind in kinds]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(kinds), frameon=False, fontsize=9)
     try:
         figure.savefig(path, dpi=140)

@@ -4,6 +4,8 @@ One scan over ticks inside a ``shard_map`` over ``stage``; the other axes are th
 what the table gives it, each action a branch that is skipped where there is none, and what was made is sent on by
 permutations at the tick's end. The gradient is written, not derived through the scan: a layer's passes come from
 ``pipelines.split``, and what they leave for later lies in buffers as deep as the table needs (``pipelines.buffers``).
+What the table offloads goes to a buffer in host memory and comes back layer by layer, beside the layers of the action
+that the stage does in that tick.
 """
 
 from __future__ import annotations
@@ -20,17 +22,22 @@ from jax.sharding import Mesh, PartitionSpec
 
 from parallelism.errors import UserError
 from parallelism.hlo import Program
-from pipelines.buffers import Buffers, Slots, allocate
-from pipelines.schedule import NONE, B, F, Placement, Table, W
+from pipelines.buffers import Buffers, allocate
+from pipelines.schedule import NONE, B, F, O, Placement, R, Table, W
 from pipelines.split import passes
 
 Tree = Any
 AXIS = "stage"
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+OUT, BACK = 1, 2  # what moves beside an action, as bits
 
 
 class Layered(Protocol):
     """A model of layers that are alike. shared: parameters of what is before and after them, which may be one and the
     same. batch: one microbatch. Each is traced once."""
+
+    def place(self, x: jax.Array) -> jax.Array:
+        """x as it lies between layers over the mesh's other axes (``with_sharding_constraint``), or as it is."""
 
     def embed(self, shared: Tree, batch: Tree) -> jax.Array:
         """What the first layer gets."""
@@ -177,28 +184,86 @@ class _Run:
             return jnp.full((*shape, *like.shape), fill, like.dtype)
 
         wide = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), (shared, mine))
-        depth = max(buffers.made.depth, 1)
+        depth, parts = max(buffers.made.depth, 1), 1 if self.recompute else most
+        kept = [empty((depth, parts), each) for each in ([x] if self.recompute else split.kept)]
         state = {
             "inputs": empty((buffers.inputs.depth + 1,), x),
             "gradients": empty((buffers.gradients.depth + 1,), x),
-            "kept": [empty((depth,), x)] if self.recompute else [empty((depth, most), each) for each in split.kept],
+            "kept": kept,
+            "host": [_in_host((buffers.host_away.depth + 1) * parts, k) for k in kept] if table.offloads else [],
             "saved": [empty((buffers.cotangents.depth, most), each) for each in split.saved] if table.split else [],
             "shared": wide[0],
             "layers": wide[1],
             "loss": jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)),
         }
 
+        def leave(kept: list, host: list, row: dict, place: jax.Array, slot: jax.Array) -> list:
+            """A piece of what goes to the host; slot: of the host."""
+            return [
+                put(h, jax.device_put(_one_of(k, row["away"], place), HOST), slot * parts + place)
+                for k, h in zip(kept, host, strict=True)
+            ]
+
+        def come(host: list, row: dict, place: jax.Array) -> list:
+            """A piece of what comes back."""
+            return [jax.device_put(_one_of(h, row["host_back"] * parts + place), DEVICE) for h in host]
+
+        def exchange(kept: list, host: list, row: dict, moves: int, begin: Any, end: Any) -> tuple[list, list]:
+            """Pieces of what leaves and what comes, with nothing beside them."""
+
+            def turn(place: jax.Array, carry: Any) -> Any:
+                kept, host = carry
+                back = come(host, row, place) if moves & BACK else []
+                host = leave(kept, host, row, place, row["host_away"]) if moves & OUT else host
+                return put(kept, back, row["back"], place) if moves & BACK else kept, host
+
+            if not moves:
+                return kept, host
+            return lax.fori_loop(jnp.int32(begin), jnp.int32(end), turn, (kept, host))
+
         def over_layers(
-            chunk: jax.Array, body: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, back: bool
-        ) -> Any:
-            """Body of the layers of a chunk that there are: (carry, place in the chunk, number of the layer)."""
-            count, first = count_of[chunk], first_of[chunk]
+            chunk: jax.Array,
+            body: Callable[[Any, list, jax.Array, jax.Array], tuple[Any, list]],
+            carry: Any,
+            state: dict,
+            row: dict,
+            moves: int,
+            reverse: bool,
+        ) -> tuple[Any, dict]:
+            """Body of the layers of a chunk that there are: (carry, kept, place in the chunk, number of the layer) ->
+            (carry, kept). Beside each a piece of what moves: where it is what this action makes (lag) that of the
+            layer before, where it is what this action needs (lead) that of the next."""
+            count, first, step = count_of[chunk], first_of[chunk], -1 if reverse else 1
+
+            def place_of(i: Any) -> Any:
+                return count - 1 - i if reverse else i
 
             def turn(i: jax.Array, carry: Any) -> Any:
-                place = count - 1 - i if back else i
-                return body(carry, place, first + place)
+                carry, kept, host = carry
+                place = place_of(i)
+                if moves & BACK:
+                    comes = jnp.clip(place + step * row["lead"], 0, count - 1)
+                    back = come(host, row, comes)
+                if moves & OUT:
+                    leaves = jnp.clip(place - step * row["lag"], 0, count - 1)
+                    early = (i == 0) & (row["lag"] > 0)
+                    host = leave(kept, host, row, leaves, jnp.where(early, buffers.host_away.depth, row["host_away"]))
+                carry, kept = body(carry, kept, place, first + place)
+                return carry, put(kept, back, row["back"], comes) if moves & BACK else kept, host
 
-            return lax.fori_loop(0, count, turn, carry)
+            kept, host = state["kept"], state["host"]
+            if self.recompute or not moves:
+                carry, kept = lax.fori_loop(
+                    0, count, lambda i, c: body(c[0], c[1], place_of(i), first + place_of(i)), (carry, kept)
+                )
+            else:
+                begin = place_of(0)
+                kept, host = exchange(kept, host, row, moves & BACK, begin, begin + row["lead"])
+                carry, kept, host = lax.fori_loop(0, count, turn, (carry, kept, host))
+                end = place_of(count - 1)
+                kept, host = exchange(kept, host, row, moves & OUT, end, end + row["lag"])
+                kept, host = exchange(kept, host, row, moves, count, parts)
+            return carry, state | {"kept": kept, "host": host}
 
         def params_of(chunk: jax.Array, place: jax.Array) -> Tree:
             return jax.tree.map(lambda a: _one_of(a, chunk, place), mine)
@@ -221,24 +286,27 @@ class _Run:
             a, b = iter(small), iter(others or [])
             return [next(a) if mine else (next(b) if others is not None else None) for mine in split.small]
 
-        def forward(state: dict, row: dict) -> tuple[dict, jax.Array]:
+        def forward(state: dict, row: dict, moves: int) -> tuple[dict, jax.Array]:
             m, chunk = row["microbatch"][F], row["chunk"][F]
             batch, number = at(batches, m), number_of[chunk]
             context = model.context(batch)
+            # Branches that place what they give out otherwise do not compile.
             begin = lax.cond(
                 number == 0,
-                lambda: model.embed(shared, batch),
-                lambda: at(state["inputs"], row["inputs"]),
+                lambda: model.place(model.embed(shared, batch)),
+                lambda: model.place(at(state["inputs"], row["inputs"])),
             )
 
-            def one(carry: Any, place: jax.Array, index: jax.Array) -> Any:
-                x, loss, kept = carry
+            def one(carry: Any, kept: list, place: jax.Array, index: jax.Array) -> Any:
+                x, loss = carry
                 y, aux, new = split.forward(params_of(chunk, place), x, (context, index))
-                kept = kept if self.recompute else put(kept, new, row["made"], place)
-                return y, loss + aux.astype(loss.dtype), kept
+                return (y, loss + aux.astype(loss.dtype)), kept if self.recompute else put(
+                    kept, new, row["made"], place
+                )
 
-            kept = put(state["kept"], [begin], row["made"]) if self.recompute else state["kept"]
-            y, loss, kept = over_layers(chunk, one, (begin, state["loss"], kept), False)
+            if self.recompute:
+                state = whole(state | {"kept": put(state["kept"], [begin], row["made"], jnp.int32(0))}, row, moves)
+            (y, loss), state = over_layers(chunk, one, (begin, state["loss"]), state, row, moves, False)
 
             def head() -> tuple:
                 value, (d_shared, dy) = jax.value_and_grad(model.head, (0, 1))(shared, y, batch)
@@ -246,34 +314,36 @@ class _Run:
                 return total, loss + value.astype(loss.dtype), put(state["gradients"], dy, row["heads"])
 
             total, loss, gradients = lax.cond(number == last, head, lambda: (state["shared"], loss, state["gradients"]))
-            return state | {"kept": kept, "loss": loss, "shared": total, "gradients": gradients}, y
+            return state | {"loss": loss, "shared": total, "gradients": gradients}, y
 
-        def backward(state: dict, row: dict) -> tuple[dict, jax.Array]:
+        def backward(state: dict, row: dict, moves: int) -> tuple[dict, jax.Array]:
             m, chunk = row["microbatch"][B], row["chunk"][B]
             batch, number = at(batches, m), number_of[chunk]
             context = model.context(batch)
             dy = at(state["gradients"], row["gradients"])
-            here, slot = state["kept"], row["used"]
             if self.recompute:
 
-                def again(carry: Any, place: jax.Array, index: jax.Array) -> Any:
-                    x, kept = carry
-                    y, _, new = split.forward(params_of(chunk, place), x, (context, index))
-                    return y, put(kept, new, jnp.int32(0), place)
+                def again(carry: Any, kept: list, place: jax.Array, index: jax.Array) -> Any:
+                    y, _, new = split.forward(params_of(chunk, place), carry[0], (context, index))
+                    return (y, put(carry[1], new, place)), kept
 
-                room = [empty((1, most), each) for each in split.kept]
-                _, here = over_layers(chunk, again, (_one_of(here[0], slot), room), False)
-                slot = jnp.int32(0)
+                state = whole(state, row, moves)
+                room = [empty((most,), each) for each in split.kept]
+                begin = _one_of(state["kept"][0], row["used"], jnp.int32(0))
+                (_, computed), state = over_layers(chunk, again, (begin, room), state, row, 0, False)
 
-            def one(carry: Any, place: jax.Array, index: jax.Array) -> Any:
+            def one(carry: Any, kept: list, place: jax.Array, index: jax.Array) -> Any:
                 dy, total, saved = carry
-                kept, params = kept_of(here, slot, place), params_of(chunk, place)
-                dx, small, new = split.backward(params, (context, index), kept, dy, jnp.ones((), aux_dtype))
+                params = params_of(chunk, place)
+                here = [_one_of(a, place) for a in computed] if self.recompute else kept_of(kept, row["used"], place)
+                dx, small, new = split.backward(params, (context, index), here, dy, jnp.ones((), aux_dtype))
                 if not table.split:
-                    return dx, add(total, chunk, place, small), saved
-                return dx, add(total, chunk, place, merged(small, None)), put(saved, new, row["cotangents"], place)
+                    return (dx, add(total, chunk, place, small), saved), kept
+                saved = put(saved, new, row["cotangents"], place)
+                return (dx, add(total, chunk, place, merged(small, None)), saved), kept
 
-            dx, total, saved = over_layers(chunk, one, (dy, state["layers"], state["saved"]), True)
+            carry = dy, state["layers"], state["saved"]
+            (dx, total, saved), state = over_layers(chunk, one, carry, state, row, moves, True)
 
             def first() -> Tree:
                 (d_shared,) = jax.vjp(lambda shared: model.embed(shared, batch), shared)[1](dx)
@@ -282,29 +352,46 @@ class _Run:
             shared_total = lax.cond(number == 0, first, lambda: state["shared"])
             return state | {"layers": total, "saved": saved, "shared": shared_total}, dx
 
-        def weights(state: dict, row: dict) -> dict:
+        def weights(state: dict, row: dict, moves: int) -> tuple[dict, jax.Array]:
             m, chunk = row["microbatch"][W], row["chunk"][W]
             context = model.context(at(batches, m))
 
-            def one(total: Tree, place: jax.Array, index: jax.Array) -> Tree:
-                kept = kept_of(state["kept"], row["weight_residuals"], place)
+            def one(total: Tree, kept: list, place: jax.Array, index: jax.Array) -> Any:
+                here = kept_of(kept, row["weight_residuals"], place)
                 saved = kept_of(state["saved"], row["weight_cotangents"], place)
-                found = split.weights(params_of(chunk, place), (context, index), kept, saved)
+                found = split.weights(params_of(chunk, place), (context, index), here, saved)
                 none = [None] * sum(split.small)
-                return add(total, chunk, place, merged(none, found))
+                return add(total, chunk, place, merged(none, found)), kept
 
-            return state | {"layers": over_layers(chunk, one, state["layers"], False)}
+            total, state = over_layers(chunk, one, state["layers"], state, row, moves, False)
+            return state | {"layers": total}, nothing
+
+        def whole(state: dict, row: dict, moves: int) -> dict:
+            kept, host = exchange(state["kept"], state["host"], row, moves, 0, parts)
+            return state | {"kept": kept, "host": host}
+
+        def alone(state: dict, row: dict, moves: int) -> tuple[dict, jax.Array]:
+            return whole(state, row, moves), nothing
 
         aux_dtype = jax.eval_shape(layer, one, x, (context, jax.ShapeDtypeStruct((), np.int32)))[1].dtype
         nothing = empty((), x)
 
+        options, rows = self._rows()
+
         def tick(state: dict, rows: dict) -> tuple[dict, None]:
             row = jax.tree.map(lambda a: a[stage], rows)
-            does = row["microbatch"] != NONE
-            state, y = lax.cond(does[F], lambda s: forward(s, row), lambda s: (s, nothing), state)
-            state, dx = lax.cond(does[B], lambda s: backward(s, row), lambda s: (s, nothing), state)
-            if table.split:
-                state = lax.cond(does[W], lambda s: weights(s, row), lambda s: s, state)
+            made = [nothing] * len(options)
+            for i, action in enumerate((forward, backward, weights, alone)):
+                for n, moves in enumerate(options[i]):
+                    # One after the other: of a conditional with more than two branches XLA copies the buffers.
+                    state, made[i] = lax.cond(
+                        row["branch"][i] == n + 1,
+                        lambda s, out, action=action, moves=moves: action(s, row, moves),
+                        lambda s, out: (s, out),
+                        state,
+                        made[i],
+                    )
+            y, dx, *_ = made
             for name, what, sent in (("inputs", y, row["forward"]), ("gradients", dx, row["backward"])):
                 channels = buffers.forward if name == "inputs" else buffers.backward
                 trash = (buffers.inputs if name == "inputs" else buffers.gradients).depth
@@ -313,27 +400,48 @@ class _Run:
                     state[name] = put(state[name], come, jnp.where(slot == NONE, trash, slot))
             return state, None
 
-        state, _ = lax.scan(tick, state, self._rows())
+        state, _ = lax.scan(tick, state, rows)
         loss = lax.psum(state["loss"], AXIS)
         d_shared = jax.tree.map(lambda g: lax.psum(g, AXIS), state["shared"])
         return loss, (d_shared, jax.tree.map(lambda g: g[None], state["layers"]))
 
-    def _rows(self) -> dict[str, Any]:
-        """The table and its slots, [ticks, stages, ...]."""
+    def _rows(self) -> tuple[list[list[int]], dict[str, Any]]:
+        """What may move beside each action (F, B, W, none), as bits; and the table and its slots, [ticks, stages, ...]:
+        ``branch``, [4], is which of these an action is done with, from 1 on, and 0 if it is not done."""
         table, b = self.table, self.buffers
+        m, chunk = table.microbatch, table.chunk
+        does = m != NONE
+        moves = OUT * does[..., O] + BACK * does[..., R]
+        # The first action of a tick has the transfers beside it.
+        before = np.cumsum(does[..., : W + 1], -1) - does[..., : W + 1]
+        beside = np.where(does[..., : W + 1], np.where(before, 0, moves[..., None]), NONE)
+        alone = np.where(does[..., : W + 1].any(-1) | (moves == 0), NONE, moves)
+        beside = np.concatenate([beside, alone[..., None]], -1)
+        options = [sorted(set(beside[..., i].ravel().tolist()) - {NONE}) for i in range(beside.shape[-1])]
+        branch = [np.searchsorted([NONE, *each], beside[..., i]) for i, each in enumerate(options)]
 
-        def slot(slots: Slots) -> jax.Array:
-            return jnp.asarray(slots.slot)
+        def same(kind: int, action: int) -> np.ndarray:
+            """Whether what moves is of the microbatch and chunk of the action beside it."""
+            of = does[..., kind] & does[..., action] & (m[..., kind] == m[..., action])
+            return of & (chunk[..., kind] == chunk[..., action]) & (before[..., action] == 0)
 
-        return {
-            "microbatch": jnp.asarray(table.microbatch), "chunk": jnp.asarray(table.chunk),
-            "inputs": slot(b.inputs), "gradients": slot(b.gradients), "heads": jnp.asarray(b.heads),
-            "made": slot(b.made), "used": slot(b.used),
-            "cotangents": slot(b.cotangents), "weight_residuals": slot(b.weight_residuals),
-            "weight_cotangents": slot(b.weight_cotangents),
-            "forward": [jnp.asarray(each.arrives) for each in b.forward],
-            "backward": [jnp.asarray(each.arrives) for each in b.backward],
+        rows = {
+            "microbatch": m, "chunk": chunk, "branch": np.stack(branch, -1), "lag": same(O, F), "lead": same(R, B),
+            "inputs": b.inputs.slot, "gradients": b.gradients.slot, "heads": b.heads,
+            "made": b.made.slot, "used": b.used.slot, "cotangents": b.cotangents.slot,
+            "weight_residuals": b.weight_residuals.slot, "weight_cotangents": b.weight_cotangents.slot,
+            "away": b.away.slot, "back": b.back.slot, "host_away": b.host_away.slot, "host_back": b.host_back.slot,
+            "forward": [each.arrives for each in b.forward], "backward": [each.arrives for each in b.backward],
         }  # fmt: skip
+        return options, jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), rows)
+
+
+def _in_host(length: int, like: jax.Array) -> jax.Array:
+    """A buffer in host memory for so many pieces of one on the device [slots, pieces, ...]: made there, as one of zeros
+    would be made on the device first. NaN, so that what is read before it was written shows. With one dimension of
+    pieces, as a transfer is cut out of one dimension only."""
+    fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
+    return jnp.broadcast_to(jax.device_put(jnp.asarray(fill, like.dtype), HOST), (length, *like.shape[2:]))
 
 
 def refuse_permutations(text: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from parallelism.errors import UserError
 from pipelines.buffers import Buffers, allocate
-from pipelines.schedule import NONE, B, F, Table, W
+from pipelines.schedule import NONE, B, F, O, R, Table
 
 PRIME = 1_000_003
 POISON = -1
@@ -57,6 +57,7 @@ def interpret(table: Table, toy: Toy, buffers: Buffers | None = None) -> tuple[n
 
     inputs, gradients = memory(buffers.inputs.depth), memory(buffers.gradients.depth)
     residuals, cotangents = memory(buffers.made.depth), memory(buffers.cotangents.depth)
+    host = memory(buffers.host_away.depth)
     out, da, db = np.zeros_like(toy.x), np.zeros_like(toy.a), np.zeros_like(toy.b)
     for tick in range(table.ticks):
         sends = {F: np.full(stages, POISON, np.int64), B: np.full(stages, POISON, np.int64)}
@@ -77,6 +78,12 @@ def interpret(table: Table, toy: Toy, buffers: Buffers | None = None) -> tuple[n
         for stage in range(stages):
             for kind, m, chunk in table.at(tick, stage):
                 k = placement.number(stage, chunk)
+                if kind == O:
+                    write(host, buffers.host_away.slot, stage, read(residuals, buffers.away.slot, stage))
+                    continue
+                if kind == R:
+                    write(residuals, buffers.back.slot, stage, read(host, buffers.host_back.slot, stage))
+                    continue
                 a, b = int(toy.a[k]), int(toy.b[k])
                 if kind == F:
                     x = int(toy.x[m]) if k == 0 else read(inputs, buffers.inputs.slot, stage)
@@ -97,7 +104,6 @@ def interpret(table: Table, toy: Toy, buffers: Buffers | None = None) -> tuple[n
                     else:
                         da[k], db[k] = (da[k] + g * x) % PRIME, (db[k] + g) % PRIME
                 else:
-                    assert kind == W
                     x = read(residuals, buffers.weight_residuals.slot, stage)
                     g = read(cotangents, buffers.weight_cotangents.slot, stage)
                     da[k], db[k] = (da[k] + g * x) % PRIME, (db[k] + g) % PRIME

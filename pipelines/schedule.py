@@ -3,7 +3,9 @@
 A model is cut into ``stages * chunks`` virtual stages, numbered along the forward pass; a ``Placement`` says which
 stage holds which of them. At a tick a stage may do one action of each kind, in this order: a forward (F), a
 backward for the input (B), a backward for the weights (W; where B is not split it does both). What it sends to another
-stage is there ``latency`` ticks later; what stays is there for the next action.
+stage is there ``latency`` ticks later; what stays is there for the next action. Beside them it may bring to the host
+what a microbatch keeps for its backward pass (O, offload), of this tick's forward at the earliest, and bring that of
+another back (R, reload), for this tick's backward at the latest.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ import numpy as np
 
 from parallelism.errors import UserError
 
-F, B, W = range(3)
-KINDS = ("F", "B", "W")
+F, B, W, O, R = range(5)
+KINDS = ("F", "B", "W", "O", "R")
+PLACE = {R: 0, F: 1, B: 2, W: 3, O: 4}
+"""Where in a tick an action of a kind is."""
 NONE = -1
 
 
 class Action(NamedTuple):
-    """kind: F, B or W, of a microbatch, of a chunk of the stage that does it."""
+    """kind: F, B, W, O or R, of a microbatch, of a chunk of the stage that does it."""
 
     kind: int
     microbatch: int
@@ -70,7 +74,7 @@ class Placement:
         return [self.number(stage, chunk) for chunk in range(self.chunks)]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Table:
     """A schedule.
 
@@ -85,18 +89,27 @@ class Table:
     chunk: np.ndarray
     name: str = "table"
 
+    def __repr__(self) -> str:
+        p = self.placement
+        return f"<{self.name}: {p.stages} stages of {p.chunks}, {self.microbatches} microbatches, {self.ticks} ticks>"
+
     @property
     def ticks(self) -> int:
         return self.microbatch.shape[0]
 
     @property
     def kinds(self) -> tuple[int, ...]:
-        """The kinds of action there are."""
+        """The kinds of action that every microbatch needs."""
         return (F, B, W) if self.split else (F, B)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything goes to the host."""
+        return bool((self.microbatch[..., O] != NONE).any())
 
     def at(self, tick: int, stage: int) -> list[Action]:
         """What a stage does at a tick, in order."""
-        found = ((kind, int(self.microbatch[tick, stage, kind])) for kind in self.kinds)
+        found = ((kind, int(self.microbatch[tick, stage, kind])) for kind in sorted(PLACE, key=PLACE.__getitem__))
         return [Action(k, m, int(self.chunk[tick, stage, k])) for k, m in found if m != NONE]
 
     def order(self, stage: int) -> list[Action]:
@@ -137,7 +150,10 @@ class Table:
         for key in every:
             if key not in ticks:
                 raise self._wrong(f"no {_named(key)}", "expected every microbatch at every virtual stage")
-            for need in needs(key, self.placement):
+        for key in ticks:
+            if key[0] in (O, R) and (other := (O + R - key[0], *key[1:])) not in ticks:
+                raise self._wrong(f"{_named(key)} without {_named(other)}", "expected both or neither")
+            for need in [*needs(key, self.placement), *[(R, *key[1:])] * (key[0] == B and (R, *key[1:]) in ticks)]:
                 soonest = _soonest(key, need, ticks, self.placement, latency)
                 if ticks[key] < soonest:
                     raise self._wrong(f"{_named(key)} at tick {ticks[key]}", f"expected {soonest} or later: it needs "
@@ -200,8 +216,8 @@ def needs(key: tuple[int, int, int], placement: Placement) -> list[tuple[int, in
     kind, microbatch, number = key
     if kind == F:
         return [(F, microbatch, number - 1)] if number else []
-    if kind == W:
-        return [(B, microbatch, number)]
+    if kind in (W, O, R):
+        return [({W: B, O: F, R: O}[kind], microbatch, number)]
     last = number == placement.count - 1
     return [(F, microbatch, number), *([] if last else [(B, microbatch, number + 1)])]
 
@@ -269,7 +285,7 @@ def _soonest(
     placement: Placement,
     latency: int,
 ) -> int:
-    """The first tick at which an action may use what it needs. A tick does its actions in the order of their kinds:
+    """The first tick at which an action may use what it needs. A tick does its actions in the order of their places:
     what stays on the stage may be of the same one."""
     stays = placement.stage(need[2]) == placement.stage(key[2])
-    return done[need] + ((need[0] >= key[0]) if stays else latency)
+    return done[need] + ((PLACE[need[0]] >= PLACE[key[0]]) if stays else latency)

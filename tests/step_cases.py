@@ -50,6 +50,11 @@ MODELS = {
     ),
 }  # fmt: skip
 DENSE = ["llama", "gemma2"]
+DEEP = {
+    "llama": dataclasses.replace(LLAMA, n_layers=5),
+    "gemma2": dataclasses.replace(GEMMA2, n_layers=5, windows=(5, None, 5, None, 3)),
+}
+"""As many layers as no number of stages divides."""
 AXES = ("data", "fsdp", "tensor", "context", "expert")
 OPTIONS = {
     "storage": ("listed", "stacked"),
@@ -96,10 +101,11 @@ CONSTRAINTS = (methods, experts, fetched, arrangeable)
 
 
 @functools.cache
-def on_one_device(model):
+def on_one_device(model, deep=False):
     """After each step: logical parameters and optimizer state, and the metrics."""
     with x64(), quickly_compiled():
-        setup, adam = Setup(MODELS[model], dtype="float64", optim=OPTIM), OPTIM.optimizer
+        setup = Setup((DEEP if deep else MODELS)[model], dtype="float64", optim=OPTIM)
+        adam = OPTIM.optimizer
         decayed = {key: "norm" not in stored.axes for key, stored in setup.plan.layout.items()}
         transform = optax.chain(
             optax.clip_by_global_norm(OPTIM.clip_norm),
@@ -178,9 +184,12 @@ def steps(config):
 def check(case):
     """Two steps of AdamW with clipping equal one device: metrics, gradients (the first ``mu`` is a multiple of them),
     parameters, optimizer state; and all of it lies where it should."""
-    tolerance = TOLERANCE[case["dtype"]]
-    pairs = zip(steps(config_of(**case)), on_one_device(case["model"]), strict=True)
-    for (found, metrics), (expected, expected_metrics) in pairs:
+    compare(steps(config_of(**case)), on_one_device(case["model"]), TOLERANCE[case["dtype"]])
+
+
+def compare(run, oracle, tolerance):
+    """What ``steps`` and ``on_one_device`` give."""
+    for (found, metrics), (expected, expected_metrics) in zip(run, oracle, strict=True):
         assert metrics == pytest.approx(expected_metrics, rel=tolerance)
         assert_near(_roots(found), _roots(expected), tolerance)
 

@@ -14,6 +14,7 @@ import tyro
 
 from jaxsys.cli.generate import GenerateArgs
 from jaxsys.cli.graphs import GraphsArgs
+from jaxsys.cli.pipeline import PipelineArgs
 from jaxsys.cli.reshard import ReshardArgs
 from jaxsys.cli.serve import ServeArgs
 from jaxsys.cli.train import TrainArgs
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Any] = {
     "serve": ServeArgs,
     "reshard": ReshardArgs,
     "graphs": GraphsArgs,
+    "pipeline": PipelineArgs,
 }
 Command: Any = functools.reduce(
     operator.or_, [Annotated[args, tyro.conf.subcommand(name)] for name, args in COMMANDS.items()]

@@ -128,9 +128,12 @@ ROW_MAJOR = Layout((0, 1))
 
 
 def _row_major(a: jax.Array) -> jax.Array:
-    context = current()
-    by_compiler = context is not None and set(context.mesh.axis_names) - manual_axes() and context.mesh.size > 1
-    return _row_major_pieces(a) if by_compiler else with_layout_constraint(a, ROW_MAJOR)
+    context, manual = current(), manual_axes()
+    shape = {} if context is None else context.mesh.shape
+    if all(size == 1 or axis in manual for axis, size in shape.items()):
+        return with_layout_constraint(a, ROW_MAJOR)
+    # Where some axes are manual (stages of a pipeline) and others not, a partitioning of one's own fails to compile.
+    return a if manual else _row_major_pieces(a)
 
 
 @custom_partitioning

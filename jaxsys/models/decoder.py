@@ -116,19 +116,36 @@ def _same(x):
     return x
 
 
+def of_layers(c: ModelConfig) -> dict[str, np.ndarray]:
+    """What differs between layers and is data: arrays [L]."""
+    if not c.windows:
+        return {}
+    return {"window": np.array([FULL if w is None else w for w in c.windows], np.int32)}
+
+
 class Decoder(nnx.Module):
     """Token ids in, hidden states out; ``head`` turns hidden states into logits (the output kernel).
 
     dtype: of the parameters made here. Arrays of another dtype may be merged in: matmuls run in the
-    dtype of their kernel, activations in ``activation_dtype`` of it.
+    dtype of their kernel, activations in ``activation_dtype`` of it. layers: whether there are any; without them it is
+    what comes before and after those of a pipeline.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, storage: str | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        storage: str | None = None,
+        layers: bool = True,
+    ):
         c = config
         self.config = c
         self.embed = Linear((c.vocab_size, c.d_model), ("vocab", "embed"), dtype=dtype, rngs=rngs)
         self.layers = Layers(
-            [Block(c, i, dtype=dtype, rngs=rngs) for i in range(c.n_layers)], storage or default_storage()
+            [Block(c, i, dtype=dtype, rngs=rngs) for i in range(c.n_layers if layers else 0)],
+            storage or default_storage(),
         )
         self.norm = RMSNorm(c.d_model, eps=c.norm_eps, offset=c.norm_offset, dtype=dtype)
         if not c.tie_embeddings:
@@ -144,23 +161,23 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any, RouterSums | None]:
         """tokens [B, T] int32 to hidden states [B, T, D] after the last norm, the carry, and what routing came to in
         the layers that have experts."""
-        c = self.config
-        dtype = activation_dtype(self.embed.kernel.dtype)
-        # Whole rows, the vocabulary still split: a look-up in a table cut along the width has to be redone whole.
-        table = constrain(self.embed.kernel[...], ("act_vocab", None))
-        # The factor is rounded to the kernel's dtype, as Gemma's own implementations do.
-        x = lookup(table, tokens).astype(dtype) * jnp.asarray(c.embed_scale, table.dtype).astype(dtype)
-        x = constrain(x, ("batch", "residual", "act_embed"))
-        angles = rotations(jnp.maximum(context.positions, 0), c, dtype)
-        windows = {}
-        if c.windows:
-            windows["window"] = np.array([FULL if w is None else w for w in c.windows], np.int32)
+        x = self.embedded(tokens)
+        angles = rotations(jnp.maximum(context.positions, 0), self.config, x.dtype)
 
         def body(block, x, carry, layer, row):
             return block(x, angles, context, carry, layer=layer, window=row.get("window"))
 
-        x, carry, sums = self.layers.apply(body, x, carry, windows, remat)
+        x, carry, sums = self.layers.apply(body, x, carry, of_layers(self.config), remat)
         return self.norm(x), carry, sums
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """tokens [B, T] int32 to what the first layer gets, [B, T, D]."""
+        dtype = activation_dtype(self.embed.kernel.dtype)
+        # Whole rows, the vocabulary still split: a look-up in a table cut along the width has to be redone whole.
+        table = constrain(self.embed.kernel[...], ("act_vocab", None))
+        # The factor is rounded to the kernel's dtype, as Gemma's own implementations do.
+        x = lookup(table, tokens).astype(dtype) * jnp.asarray(self.config.embed_scale, table.dtype).astype(dtype)
+        return constrain(x, ("batch", "residual", "act_embed"))
 
     @property
     def head_kernel(self) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsys.models.config import ModelConfig
-from jaxsys.models.decoder import Decoder
+from jaxsys.models.decoder import Block, Decoder
 from jaxsys.models.layers import default_storage
 from parallelism.layout import Layout, Logical, Stored
 from parallelism.placement import is_matrix
@@ -55,8 +55,18 @@ class Model:
 
     def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
         """The nnx model on these arrays (call it inside traced code)."""
-        paths: Any = {_path(key): array for key, array in params.items()}
-        return nnx.merge(self.graphdef, nnx.State.from_flat_path(paths))
+        return _merged(self.graphdef, params)
+
+    def ends(self, params: Mapping[str, jax.Array]) -> Decoder:
+        """The model without its layers, on the parameters that are no layer's (call it inside traced code)."""
+        decoder = nnx.eval_shape(lambda: Decoder(self.config, rngs=_ONE_KEY, dtype=self.dtype, layers=False))
+        return _merged(nnx.split(decoder)[0], params)
+
+    def layer(self, params: Mapping[str, jax.Array]) -> Block:
+        """A layer, where all are alike, on its parameters by what follows the layer in their keys (inside traced
+        code)."""
+        block = nnx.eval_shape(lambda: Block(self.config, 0, dtype=self.dtype, rngs=_ONE_KEY))
+        return _merged(nnx.split(block)[0], params)
 
     def init(self, seed: jax.Array) -> dict[str, jax.Array]:
         """Fresh parameters, unpadded (call it inside traced code); the same for both storages and any sharding."""
@@ -87,8 +97,7 @@ def build(config: ModelConfig, *, dtype: Any = jnp.float32, storage: str | None 
     """The model and its layout, without making an array."""
     storage = storage or default_storage()
     # Nothing is drawn: one key does, and counting them costs three times what the rest does.
-    rngs: Any = _OneKey()
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=rngs, dtype=dtype, storage=storage))
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=_ONE_KEY, dtype=dtype, storage=storage))
     variables = sorted(_variables(abstract).items(), key=lambda item: _natural(item[0]))
     layout = Layout(_stored(key, variable) for key, variable in variables)
     return Model(config, nnx.split(abstract)[0], layout, storage)
@@ -99,6 +108,14 @@ class _OneKey:
 
     def params(self) -> jax.Array:
         return jax.random.key(0)
+
+
+_ONE_KEY: Any = _OneKey()
+
+
+def _merged(graphdef: Any, params: Mapping[str, jax.Array]) -> Any:
+    paths: Any = {_path(key): array for key, array in params.items()}
+    return nnx.merge(graphdef, nnx.State.from_flat_path(paths))
 
 
 def _variables(decoder: Decoder) -> dict[str, nnx.Variable]:

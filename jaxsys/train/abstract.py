@@ -18,11 +18,13 @@ from jaxsys.graphs import Graphs
 from jaxsys.hub import resolve
 from jaxsys.kernels.attention import ATTENTION
 from jaxsys.models.config import ModelConfig
+from jaxsys.models.layers import STACKED
 from jaxsys.models.pretrained import Pretrained
-from jaxsys.models.state import build
+from jaxsys.models.state import Model, build
 from jaxsys.optim import Optimizer
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.launch import Launcher, batch_grid
+from jaxsys.train.pipelined import PipelinedStep, staged, table_of
 from jaxsys.train.step import Step
 from parallelism import (
     ACTIVATIONS,
@@ -40,6 +42,7 @@ from parallelism import (
 from parallelism.errors import UserError
 from parallelism.sharding_report import report
 from parallelism.zero import state_plans
+from pipelines.execute import AXIS
 
 
 def starting_model(config: TrainConfig) -> tuple[ModelConfig, Pretrained | None]:
@@ -73,9 +76,15 @@ class AbstractRun:
         self._check_experts(model, parameter_rules["experts"])
         self._check_rows(model)
         self._check_offload()
+        stages = self.mesh.shape[AXIS]
+        table = table_of(config.pipeline, stages, config.accumulate) if stages > 1 else None
+        self._check_stages(model)
         self.graphs = Graphs(self.mesh, self.activation_rules)
         with sharding_context(self.mesh, self.activation_rules):  # how layers are stored depends on the platform
-            self.unpadded = build(model, dtype=config.parameter_dtype, storage=config.storage)
+            storage = config.storage if table is None else STACKED
+            self.unpadded = build(model, dtype=config.parameter_dtype, storage=storage)
+            if table is not None:
+                self.unpadded = staged(self.unpadded, table.placement)
         self.plan = plan(self.unpadded.layout, self.mesh, parameter_rules, self.unpadded.units)
         refuse_idle_axes(self.plan, self.activation_rules, self.unpadded.activation_axes)
         self.model = self.unpadded.with_layout(self.plan.layout)
@@ -87,10 +96,11 @@ class AbstractRun:
             self.unpadded.units,
         )
         self.shardings = self.plans.shardings
-        self.step = Step(
+        of_step = (
             self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.shardings,
-            config.context_method, offload=placement.Offload.parse(config.offload),
+            config.context_method, None, placement.Offload.parse(config.offload),
         )  # fmt: skip
+        self.step = Step(*of_step) if table is None else PipelinedStep(*of_step, table, config.pipeline.recompute)
         in_host = self.model.layer_kernels if self.step.offload.parameters else ()
         self.stored = dataclasses.replace(self.plan, shardings=placement.hosted(self.plan.shardings, in_host))
         self.optimizer_plan = self._optimizer_plan()
@@ -162,6 +172,33 @@ class AbstractRun:
                 f"offload activations={ATTENTION} on a mesh with {sequence.AXIS}={pieces}: attention over split rows "
                 f"has no activation of that name: leave {ATTENTION} out, or the axis {sequence.AXIS}"
             )
+
+    def _check_stages(self, model: ModelConfig) -> None:
+        """Raises UserError for what does not go through stages."""
+        c, stages = self.config, self.mesh.shape[AXIS]
+        if stages == 1:
+            return
+        refused = {
+            "step_form=split": c.step_form == "split",
+            "storage=listed": c.storage == "listed",
+            f"{sequence.AXIS}={self.mesh.shape[sequence.AXIS]}": self.mesh.shape[sequence.AXIS] > 1,
+            "a model with experts": model.experts is not None,
+            f"offload={c.offload}": placement.Offload.parse(c.offload).parameters
+            or bool(placement.Offload.parse(c.offload).activations),
+        }
+        for what, asked in refused.items():
+            if asked:
+                raise UserError(f"mesh {AXIS}={stages} with {what}: stages cannot do that: leave one of them out")
+
+    def serving(self) -> tuple[Model, Plan] | None:
+        """The model as inference runs it, and where its parameters lie, where training stores them by stage."""
+        if self.mesh.shape[AXIS] == 1:
+            return None
+        with sharding_context(self.mesh, self.activation_rules):
+            model = build(self.model.config, dtype=self.config.parameter_dtype, storage=self.config.storage)
+        rules = self.plan.rules.replace(layers="none")
+        placed = plan(model.layout, self.mesh, rules, model.units)
+        return model.with_layout(placed.layout), placed
 
     def _optimizer_plan(self) -> Plan:
         """Where the optimizer's state lies: with its parameters, and what belongs to none on every device."""

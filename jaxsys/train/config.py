@@ -95,6 +95,26 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """How the microbatches of a step (``accumulate``) go through the stages of a mesh with ``stage`` above 1.
+
+    schedule: gpipe, 1f1b, eager, interleaved, zb-h1, zb-v, or the file of a table (``jaxsys pipeline --save``). chunks:
+    pieces of the model that a stage has under interleaved. recompute: a stage keeps what comes into it and nothing else
+    of a microbatch. device_slots: microbatches (of a chunk) that a stage keeps on the device, the others' activations
+    wait in host memory; None keeps all.
+    """
+
+    schedule: str = "1f1b"
+    chunks: int = 2
+    recompute: bool = False
+    device_slots: int | None = None
+
+    def __post_init__(self) -> None:
+        expect_text(self, "schedule")
+        expect_at_least(self, 1, "chunks", "device_slots")
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleConfig:
     """Prompts that the weights in training continue: before the first step, every ``every`` steps (0: not between),
     and after the last.
@@ -154,6 +174,7 @@ class TrainConfig:
     mesh: ``data=2,fsdp=-1,tensor=4``. parameter_rules, activation_rules: changes to the sharding rules;
     gradient_rules, optimizer_rules: what is different for gradients and optimizer state (ZeRO-1 and 2).
     accumulate: microbatches a step. step_form: one graph, or grads and update groups. remat: what layers keep.
+    pipeline: how they go through the stages of a mesh that has some.
     offload: what lives in host memory, such as ``optimizer=0.5,parameters,activations=residual``; see docs/offload.md.
     context_method: how attention works on a mesh with context > 1, see ``parallelism.sequence``.
     eval_every: steps between evaluations on held-out text (0: only before and after), of ``eval_batches`` batches.
@@ -182,6 +203,7 @@ class TrainConfig:
     seed: int = 0
     accumulate: int = 1
     step_form: Literal["fused", "split"] = "fused"
+    pipeline: PipelineConfig = PipelineConfig()
     update_groups: int = 4
     remat: str = "none"
     offload: str = ""

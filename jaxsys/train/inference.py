@@ -22,6 +22,7 @@ from jaxsys.serve.service import Service
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train.config import TrainConfig
 from parallelism.errors import UserError
+from parallelism.layout import Layout
 
 VIEW = "compute"
 # Who they are, for fairness between the clients of a server.
@@ -32,7 +33,8 @@ class Inference:
     """An engine on a run's live weights, for what its configuration asks for.
 
     Where training computes in another dtype than that of its masters, or keeps them in host memory (then shardings say
-    where the device has them), a view of them is served: the one copy there is, refreshed when weights moved. Compiles
+    where the device has them), or stores them otherwise than ``model`` does (trained says how, shardings where the
+    model's are), a view of them is served: the one copy there is, refreshed when weights moved. Compiles
     its graphs in the constructor. Every process of a job takes part, in the same order: what is launched is a function
     of configuration, data and weights.
     service: that runs the engine, where there is a server; otherwise it runs when it is called, and ``rest`` gives the
@@ -48,9 +50,11 @@ class Inference:
         graphs: Graphs,
         tokenizer: Tokenizer,
         shardings: Mapping[str, NamedSharding] | None = None,
+        trained: Layout | None = None,
     ):
         c, s = config.sample, config.serve
-        self._live, self._view = live, live.view(VIEW, model.compute_dtypes(config.compute_dtype), shardings)
+        layouts = None if trained is None else (trained, model.layout)
+        self._live, self._view = live, live.view(VIEW, model.compute_dtypes(config.compute_dtype), shardings, layouts)
         self._sampling = Sampling(c.max_tokens, c.temperature, seed=config.seed, stop=tokenizer.eos_ids)
         encode = tokenizer.encode_message if c.chat else tokenizer.encode
         self._prompts = [encode(prompt) for prompt in c.prompts]

@@ -158,7 +158,7 @@ class Step:
 
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(streaming.taps(params))
         grads = {key: g.astype(jnp.promote_types(g.dtype, jnp.float32)) for key, g in grads.items()}
-        return _lay(grads, self.shardings.gradients), sums
+        return lay(grads, self.shardings.gradients), sums
 
     def _auxiliary(self, router: RouterSums, whole: Counts) -> jax.Array:
         """A microbatch's part of the router's losses, times the whole batch's targets, by which ``finish`` divides."""
@@ -175,7 +175,7 @@ class Step:
     ) -> tuple[Arrays, Sums]:
         """``sums`` (donated) plus those of one more microbatch."""
         grads, totals = jax.tree.map(jnp.add, sums, self.grads(params, batch, whole))
-        return _lay(grads, self.shardings.gradients), totals
+        return lay(grads, self.shardings.gradients), totals
 
     def finish(self, sums: tuple[Arrays, Sums], step: jax.Array) -> tuple[jax.Array, Arrays]:
         """The factor that turns summed gradients into clipped means, and the step's metrics."""
@@ -198,10 +198,10 @@ class Step:
     ) -> tuple[Arrays, Any]:
         """One group's new parameters and optimizer state, in the dtypes and memories that they have."""
         # Each device updates what it has the state of.
-        grads = _lay({key: g.astype(params[key].dtype) for key, g in grads.items()}, self.shardings.optimizer)
-        params = _lay(params, self.shardings.optimizer)
+        grads = lay({key: g.astype(params[key].dtype) for key, g in grads.items()}, self.shardings.optimizer)
+        params = lay(params, self.shardings.optimizer)
         params, state = update(self.optimizer, params, state, grads, scale, step)
-        return _lay(params, self.shardings.parameters), state
+        return lay(params, self.shardings.parameters), state
 
     def sums(self, params: Arrays, batches: Batch) -> tuple[Arrays, Sums]:
         """What ``grads`` gives, of all A microbatches [A, B, T] together."""
@@ -241,7 +241,7 @@ class Step:
         return jnp.stack(found).all()
 
 
-def _lay(arrays: Arrays, shardings: Shardings) -> Arrays:
+def lay(arrays: Arrays, shardings: Shardings) -> Arrays:
     """Each array in the sharding of its key, those in host memory as they are."""
     return {
         key: lax.with_sharding_constraint(array, shardings[key])

@@ -261,10 +261,13 @@ class Trainer:
             self.finite_graph = self.graphs.compile("finite", f.finite, {**self.params, **self.opt_state})
             self.inference: Inference | None = None
             if c.eval_batches or c.sample.prompts or c.serve.port is not None:
-                self.inference = Inference(
-                    c, self.model, self.live, self.graphs, self.tokenizer,
-                    self.plan.shardings if self.step_functions.offload.parameters else None,
-                )  # fmt: skip
+                own = self.live, self.graphs, self.tokenizer
+                if (serving := self.abstract.serving()) is not None:
+                    model, placed = serving
+                    self.inference = Inference(c, model, *own, placed.shardings, self.plan.layout)
+                else:
+                    shardings = self.plan.shardings if self.step_functions.offload.parameters else None
+                    self.inference = Inference(c, self.model, *own, shardings)
                 said.append(f"view for inference {self.inference.view_bytes / 1e6:.0f} MB")
                 if c.serve.port is not None:
                     said.append(self.inference.llm.engine.room)

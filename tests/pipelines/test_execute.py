@@ -9,9 +9,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from parallelism.errors import UserError
+from pipelines.buffers import allocate
 from pipelines.execute import refuse_permutations, stack, unstack, value_and_grad
 from pipelines.generators import GENERATORS
+from pipelines.offload import offload
 from pipelines.schedule import Placement
+from pipelines.simulate import Costs
 from pipelines.split import passes
 
 D, ROWS, VOCAB = 8, 6, 11
@@ -19,6 +22,9 @@ D, ROWS, VOCAB = 8, 6, 11
 
 class Toy:
     """Pre-norm MLP layers with a tied embedding, and a loss of each layer's own."""
+
+    def place(self, x):
+        return x
 
     def embed(self, shared, batch):
         return shared["table"][batch["tokens"]]
@@ -70,8 +76,11 @@ def x64():
         yield
 
 
-def check(name, stages, layers, axis=None, **options):
+def check(name, stages, layers, axis=None, slots=None, **options):
     table = GENERATORS[name](stages, 2 * stages)
+    if slots is not None:
+        table = offload(table, Costs(residual=1.0, link=1e9, pieces=4), slots).table
+        assert allocate(table).made.depth == slots < allocate(GENERATORS[name](stages, 2 * stages)).made.depth
     model, (shared, each, batches) = Toy(), make(layers, 2 * stages)
     expected, e_gradients = jax.value_and_grad(plain, (1, 2))(model, shared, each, batches)
     stacked = stack(each, table.placement)
@@ -109,6 +118,31 @@ def test_other_axes_are_the_compilers(name, axis):
 @pytest.mark.parametrize("name", ["1f1b", "interleaved"])
 def test_a_microbatch_may_keep_only_what_came_in(name):
     check(name, 2, 5, recompute=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "layers", "slots"),
+    [
+        ("1f1b", 4, 9, 1),
+        ("1f1b", 4, 9, 2),
+        ("gpipe", 2, 5, 1),
+        ("eager", 2, 5, 2),
+        ("interleaved", 2, 7, 2),
+        ("zb-v", 2, 5, 3),
+    ],
+)
+def test_what_waits_may_lie_in_host_memory(name, stages, layers, slots):
+    check(name, stages, layers, slots=slots)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_what_came_in_may_lie_in_host_memory(slots):
+    check("1f1b", 4, 9, slots=slots, recompute=True)
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_offload_with_other_axes(axis):
+    check("1f1b", 2, 5, axis, slots=1)
 
 
 @pytest.mark.parametrize("name", ["eager", "zb-h1"])

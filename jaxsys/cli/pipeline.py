@@ -1,0 +1,164 @@
+"""``jaxsys pipeline``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from parallelism.errors import UserError, unknown_name
+from parallelism.text import columns
+
+if TYPE_CHECKING:
+    from pipelines.schedule import Placement, Table
+    from pipelines.simulate import Costs, Timeline
+
+GIGA = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineArgs:
+    """Draw and compare pipeline schedules: time, bubble, memory of each.
+
+    Milliseconds and gigabytes are those of one microbatch in a whole stage.
+    """
+
+    stages: int
+    """Of the pipeline."""
+    microbatches: int
+    """Of a step."""
+    schedule: str = "all"
+    """Names separated by commas, all, best (a search), or a table's file (.json)."""
+    chunks: int = 2
+    """Pieces of the model that a stage has under interleaved."""
+    forward: float = 1.0
+    """Milliseconds of F."""
+    backward: float = 1.0
+    """Milliseconds of B, for the gradient of the input alone."""
+    weight: float = 1.0
+    """Milliseconds of W, for the gradients of the weights."""
+    transfer: float = 0.0
+    """Milliseconds from one stage to the next."""
+    residual: float = 1.0
+    """Gigabytes that a microbatch keeps from F to its backward pass."""
+    cotangent: float = 0.0
+    """Gigabytes that it keeps from B to W."""
+    link: float | None = None
+    """Gigabytes/s between a device and its host: residuals are offloaded where nobody waits for them."""
+    shared: int = 1
+    """Neighbouring stages that share such a link."""
+    layers: int = 4
+    """Of a stage: what moves goes layer by layer."""
+    slots: int | None = None
+    """Residuals that a stage may hold on the device, even where stages then wait for the link."""
+    limit: float | None = None
+    """Gigabytes that a stage may hold, for the search."""
+    how: Literal["executed", "ideal"] = "executed"
+    """executed: stages go tick by tick, as the executor does; ideal: each as soon as it can."""
+    draw: Path | None = None
+    """Write the timelines as a picture (.svg, .png, .pdf)."""
+    save: Path | None = None
+    """Write the table as JSON, of one schedule."""
+    width: int = 100
+    """Columns of the timelines in the terminal, 0 for none."""
+
+    def run(self) -> int:
+        from pipelines.draw import picture, text
+        from pipelines.simulate import simulate
+
+        self._check()
+        found = [(table.name, *self._offloaded(table)) for table in self._tables()]
+        timelines = {name: simulate(table, self._costs(table.placement), self.how) for name, table, _ in found}
+        if self.width:
+            for name, _, because in found:
+                print(name, text(timelines[name], self.width), *([because] if because else []), "", sep="\n")
+        ideal = {name: simulate(table, self._costs(table.placement)) for name, table, _ in found}
+        print(*columns(self._rows(timelines, ideal), right=1), sep="\n")
+        if self.draw is not None:
+            picture(list(timelines.items()), self.draw)
+        if self.save is not None:
+            if len(found) != 1:
+                raise UserError(f"--save {self.save}: found {len(found)} schedules, expected one: name it")
+            found[0][1].save(self.save)
+        return 0
+
+    def _check(self) -> None:
+        for name in ("stages", "microbatches", "chunks", "shared", "layers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}: found {getattr(self, name)}, expected at least 1")
+        for name in ("forward", "backward", "weight", "transfer", "residual", "cotangent"):
+            value, least = getattr(self, name), 0.0
+            if not (least <= value < math.inf) or (name == "forward" and not value):
+                raise UserError(f"--{name}: found {value:g}, expected a number above 0")
+        for name in ("link", "limit", "slots"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name}: found {value:g}, expected a number above 0")
+        if self.slots is not None and self.link is None:
+            raise UserError("--slots: how fast residuals move is not known: give --link too")
+
+    def _costs(self, placement: Placement) -> Costs:
+        from pipelines.simulate import Costs
+
+        each = 1 / placement.chunks
+        return Costs(
+            1e-3 * each * self.forward,
+            1e-3 * each * self.backward,
+            1e-3 * each * self.weight,
+            transfer=1e-3 * self.transfer,
+            residual=GIGA * each * self.residual,
+            cotangent=GIGA * each * self.cotangent,
+            link=math.inf if self.link is None else GIGA * self.link,
+            shared=self.shared,
+            pieces=max(self.layers // placement.chunks, 1),
+        )
+
+    def _tables(self) -> list[Table]:
+        from pipelines.generators import GENERATORS
+        from pipelines.schedule import Table
+        from pipelines.search import search
+
+        if self.schedule.endswith(".json"):
+            return [Table.load(self.schedule)]
+        if self.schedule == "best":
+            limit = math.inf if self.limit is None else GIGA * self.limit
+            return [search(self.stages, self.microbatches, self._costs, limit, self.how).table]
+        every = self.schedule == "all"
+        tables = []
+        for name in GENERATORS if every else self.schedule.split(","):
+            if name not in GENERATORS:
+                raise unknown_name("schedule", name, [*GENERATORS, "all", "best"])
+            more = (self.chunks,) if name == "interleaved" else ()
+            try:
+                tables.append(GENERATORS[name](self.stages, self.microbatches, *more))
+            except UserError:
+                if not every:
+                    raise
+        return tables
+
+    def _offloaded(self, table: Table) -> tuple[Table, str]:
+        from pipelines.offload import offload
+
+        if self.link is None or table.offloads:
+            return table, ""
+        found = offload(table, self._costs(table.placement), self.slots)
+        return found.table, found.because
+
+    def _rows(self, timelines: dict[str, Timeline], ideal: dict[str, Timeline]) -> list[tuple[str, ...]]:
+        head = "schedule", "ms", "bubble", "ideal", "in flight", "device GB", "host GB", "link"
+        rows: list[tuple[str, ...]] = [head]
+        for name, timeline in timelines.items():
+            rows.append(
+                (
+                    name,
+                    f"{1e3 * timeline.makespan:.1f}",
+                    f"{timeline.bubble:.1%}",
+                    f"{ideal[name].bubble:.1%}",
+                    str(timeline.live.max()),
+                    f"{timeline.peak.max() / GIGA:.2f}",
+                    f"{timeline.host.max() / GIGA:.2f}",
+                    f"{timeline.links.max():.0%}",
+                )
+            )
+        return rows

@@ -1,0 +1,147 @@
+"""The train step over the mesh axis ``stage``: the model as the pipeline's executor takes it, and how it is stored.
+
+The microbatches of a step are those of ``accumulate``. Parameters of layers are stacks, cut over the stages in the
+order of the schedule's placement; logical names are the same as ever, so a checkpoint fits any number of stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxsys.kernels.attention import Rows
+from jaxsys.kernels.loss import cross_entropy
+from jaxsys.kernels.matmul import activation_dtype
+from jaxsys.models.decoder import of_layers
+from jaxsys.models.rope import rotations
+from jaxsys.models.state import Model
+from jaxsys.train.config import PipelineConfig
+from jaxsys.train.step import REMAT, Arrays, Batch, Step, Sums, lay
+from parallelism.errors import UserError, unknown_name
+from parallelism.layout import Layout, Stored
+from parallelism.sharding import constrain
+from pipelines.execute import AXIS, cut, value_and_grad
+from pipelines.generators import GENERATORS
+from pipelines.offload import offload
+from pipelines.schedule import Placement, Table
+from pipelines.simulate import Costs
+
+
+def table_of(config: PipelineConfig, stages: int, microbatches: int) -> Table:
+    """The table that a configuration names. Raises UserError for one that there is not, or that does not fit."""
+    name = config.schedule
+    if name.endswith(".json"):
+        table = Table.load(Path(name).expanduser())
+        found = table.placement.stages, table.microbatches
+        if found != (stages, microbatches):
+            raise UserError(
+                f"pipeline.schedule {name}: a table of {found[0]} stages and {found[1]} microbatches, expected stage="
+                f"{stages} of the mesh and accumulate={microbatches}"
+            )
+        return table
+    if name not in GENERATORS:
+        raise unknown_name("pipeline.schedule", name, GENERATORS)
+    table = GENERATORS[name](stages, microbatches, *((config.chunks,) if name == "interleaved" else ()))
+    if config.device_slots is None:
+        return table
+    # Nothing is known of the link: they are as few as was asked, whoever waits.
+    return offload(table, Costs(), config.device_slots).table
+
+
+def staged(model: Model, placement: Placement) -> Model:
+    """The model with its layers in the order of their stages, a row each; rows that a chunk does not need are zeros.
+
+    Raises UserError where there are too few layers, or they are not alike.
+    """
+    stacks = {stored.key.split(".")[1] for stored in model.layout.values() if stored.stacked}
+    if len(stacks) != 1:
+        raise UserError(
+            f"mesh {AXIS}={placement.stages}: the layers of this model have {len(stacks)} shapes, expected one: a "
+            "pipeline runs layers that are alike"
+        )
+    pieces = cut(model.config.n_layers, placement)
+    most = max(map(len, pieces))
+    begin = [
+        (placement.stage(number) * placement.chunks + number // placement.stages) * most
+        for number in range(placement.count)
+    ]
+    rows = tuple(first + i for first, piece in zip(begin, pieces, strict=True) for i in range(len(piece)))
+
+    def moved(stored: Stored) -> Stored:
+        if not stored.stacked:
+            return stored
+        return dataclasses.replace(stored, shape=(placement.count * most, *stored.shape[1:]), rows=rows)
+
+    return model.with_layout(Layout(moved(stored) for stored in model.layout.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layered:
+    """The model of a step, in the pieces that ``pipelines.execute`` takes."""
+
+    step: Step
+    prefix: str
+
+    def _cast(self, params: Arrays, prefix: str = "") -> Arrays:
+        dtypes = self.step.model.compute_dtypes(self.step.compute_dtype)
+        return {key: array.astype(dtypes[prefix + key]) for key, array in params.items()}
+
+    def place(self, x: jax.Array) -> jax.Array:
+        return constrain(x, ("batch", "residual", "act_embed"))
+
+    def embed(self, shared: Arrays, batch: Batch) -> jax.Array:
+        return self.step.model.ends(self._cast(shared)).embedded(batch["tokens"])
+
+    def context(self, batch: Batch) -> Any:
+        c = self.step.model.config
+        kernels = self.step.model.compute_dtypes(self.step.compute_dtype)
+        angles = rotations(jnp.maximum(batch["positions"], 0), c, activation_dtype(kernels["embed.kernel"]))
+        windows = {name: jnp.asarray(values) for name, values in of_layers(c).items()}
+        return angles, Rows(batch["segments"], batch["positions"]), windows
+
+    def layer(self, params: Arrays, x: jax.Array, context: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        angles, rows, windows = context
+        block = self.step.model.layer(self._cast(params, self.prefix))
+        row = {name: values[index] for name, values in windows.items()}
+        y, _, _ = block(x, angles, rows, None, layer=index, window=row.get("window"))
+        return y, jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
+
+    def head(self, shared: Arrays, x: jax.Array, batch: Batch) -> jax.Array:
+        c, ends = self.step.model.config, self.step.model.ends(self._cast(shared))
+        return cross_entropy(ends.norm(x), ends.head_kernel, batch["targets"], c.vocab_size, c.logit_softcap)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelinedStep(Step):
+    """A step whose microbatches go through stages. recompute: only what comes into a stage is kept."""
+
+    table: Table | None = None
+    recompute: bool = False
+
+    def sums(self, params: Arrays, batches: Batch) -> tuple[Arrays, Sums]:
+        assert self.table is not None
+        placement = self.table.placement
+        stack = next(key for key, stored in self.model.layout.items() if stored.stacked)
+        prefix = ".".join(stack.split(".")[:2]) + "."
+        shared = {key: array for key, array in params.items() if not key.startswith(prefix)}
+        layers = {
+            key.removeprefix(prefix): array.reshape(placement.stages, placement.chunks, -1, *array.shape[1:])
+            for key, array in params.items()
+            if key.startswith(prefix)
+        }
+        policy, mesh = REMAT[self.remat], self.shardings.gradients[stack].mesh
+        assert isinstance(mesh, Mesh)
+        run = value_and_grad(
+            _Layered(self, prefix), self.table, self.model.config.n_layers, mesh,
+            remat=None if policy is None else lambda layer: jax.checkpoint(layer, policy=policy),
+            recompute=self.recompute,
+        )  # fmt: skip
+        loss, (of_shared, of_layers) = run(shared, layers, dict(batches))
+        grads = of_shared | {prefix + key: g.reshape(params[prefix + key].shape) for key, g in of_layers.items()}
+        targets = (batches["targets"] >= 0).sum().astype(loss.dtype)
+        return lay({key: grads[key] for key in params}, self.shardings.gradients), {"loss": loss, "targets": targets}

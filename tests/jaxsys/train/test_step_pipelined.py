@@ -1,0 +1,87 @@
+"""Training through stages equals one device: steps, runs, checkpoints."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from step_cases import DEEP, LENGTH, OPTIM, ROWS, STEPS, TOLERANCE, compare, on_one_device, steps
+from tiny_models import EXPERTS, x64
+from tiny_runs import MODEL, make_config, quiet
+
+from jaxsys.train.abstract import AbstractRun
+from jaxsys.train.config import DataConfig, PipelineConfig, TrainConfig
+from jaxsys.train.trainer import Trainer
+from parallelism.errors import UserError
+from pipelines.generators import GENERATORS
+
+
+def config(mesh, model="llama", schedule="1f1b", dtype="float64", accumulate=4, **more):
+    pipeline = {key: more.pop(key) for key in ("chunks", "recompute", "device_slots") if key in more}
+    return TrainConfig(
+        run="none", model=DEEP[model], mesh=mesh, data=DataConfig(batch_size=ROWS, seq_len=LENGTH), optim=OPTIM,
+        steps=STEPS, accumulate=accumulate, pipeline=PipelineConfig(schedule, **pipeline), parameter_dtype=dtype,
+        compute_dtype=dtype, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("llama", {"mesh": "stage=2", "schedule": "1f1b"}),
+        ("gemma2", {"mesh": "stage=2,fsdp=2,tensor=2", "schedule": "1f1b"}),
+        ("llama", {"mesh": "stage=2,tensor=2", "schedule": "interleaved", "remat": "full"}),
+        ("llama", {"mesh": "stage=4,data=2", "schedule": "zb-h1", "dtype": "float32"}),
+        ("gemma2", {"mesh": "stage=2,fsdp=2", "schedule": "zb-v", "optimizer_rules": "embed=data+fsdp"}),
+        ("llama", {"mesh": "stage=4", "schedule": "eager", "recompute": True}),
+        ("llama", {"mesh": "stage=4,fsdp=2", "schedule": "gpipe", "device_slots": 1, "offload": "optimizer"}),
+    ],
+)
+def test_a_step_through_stages_equals_one_device(model, options):
+    found = steps(config(model=model, **options))
+    compare(found, on_one_device(model, deep=True), TOLERANCE[options.get("dtype", "float64")])
+
+
+def test_every_schedule_has_a_case_here():
+    marks = test_a_step_through_stages_equals_one_device.pytestmark[0].args[1]
+    assert {options["schedule"] for _, options in marks} == set(GENERATORS)
+
+
+def train(config, stop_at=None):
+    with Trainer(config, quiet()) as trainer:
+        return trainer.run(stop_at)
+
+
+def test_a_run_goes_on_with_other_numbers_of_stages_and_without(tmp_path, material):
+    options = {"accumulate": 2, "model": dataclasses.replace(MODEL, n_layers=3)}
+    straight = train(make_config(tmp_path / "a", material, **options))
+    first = train(make_config(tmp_path / "b", material, mesh="stage=2,fsdp=2", **options), stop_at=2)
+    second = train(make_config(tmp_path / "b", material, **options), stop_at=4)
+    third = train(make_config(tmp_path / "b", material, mesh="stage=2,tensor=2", **options))
+    assert (first.step, second.first_step, third.first_step, third.step) == (2, 2, 4, 6)
+    np.testing.assert_allclose([*first.losses, *second.losses, *third.losses], straight.losses, rtol=1e-4)
+    assert third.heldout_after == pytest.approx(straight.heldout_after, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": "stage=8"}, "5 layers in 8 stages of 1: expected at least 8 layers"),
+        ({"mesh": "stage=2", "schedule": "1f2b"}, "pipeline.schedule '1f2b'"),
+        ({"mesh": "stage=4", "schedule": "interleaved", "accumulate": 2}, "2 microbatches, expected a multiple of"),
+        ({"mesh": "stage=2", "step_form": "split"}, "mesh stage=2 with step_form=split"),
+        ({"mesh": "stage=2", "storage": "listed"}, "mesh stage=2 with storage=listed"),
+        ({"mesh": "stage=2,context=2"}, "mesh stage=2 with context=2"),
+        ({"mesh": "stage=2", "device_slots": 1, "schedule": "eager"}, "1 slots are too few"),
+        ({"mesh": "stage=2", "schedule": "zb-h1", "recompute": True}, "recompute with B and W apart"),
+    ],
+)  # fmt: skip
+def test_what_stages_cannot_do_is_refused(options, message):
+    chosen = config(**options)
+    with x64(), pytest.raises(UserError, match=message):
+        AbstractRun(chosen, chosen.model).prepare()
+
+
+def test_experts_are_refused():
+    chosen = dataclasses.replace(config("stage=2"), model=EXPERTS)
+    with x64(), pytest.raises(UserError, match="mesh stage=2 with a model with experts"):
+        AbstractRun(chosen, chosen.model)
