@@ -34,6 +34,7 @@ def text(timeline: Timeline, width: int = 100) -> str:
 
 def picture(timelines: Sequence[tuple[str, Timeline]], path: str | Path) -> None:
     """Writes timelines one below the other, on one axis of time; the file's ending says how (.svg, .png, .pdf).
+    Transfers are thin lines below what is computed meanwhile: as executed, the ticks in which they are.
 
     Raises UserError where matplotlib is not installed, or does not know the ending.
     """
@@ -51,7 +52,7 @@ def picture(timelines: Sequence[tuple[str, Timeline]], path: str | Path) -> None
         placement = timeline.table.placement
         for (kind, m, number), end in timeline.end.items():
             start = timeline.start[kind, m, number]
-            if kind not in COMPUTED:  # a thin line below what is computed meanwhile
+            if kind not in COMPUTED:
                 low = placement.stage(number) + (0.36 if kind == O else 0.45)
                 panel.barh(low, end - start, left=start, height=0.08, color=COLOURS[kind])
                 continue

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from parallelism.errors import UserError
@@ -268,8 +269,12 @@ class _Run:
         def params_of(chunk: jax.Array, place: jax.Array) -> Tree:
             return jax.tree.map(lambda a: _one_of(a, chunk, place), mine)
 
+        def laid(a: jax.Array) -> jax.Array:
+            """In the order that host memory has: the compiler would turn whole buffers between two actions."""
+            return with_layout_constraint(a, Layout(tuple(range(a.ndim)))) if table.offloads else a
+
         def kept_of(kept: list[jax.Array], slot: jax.Array, place: jax.Array) -> list[jax.Array]:
-            return [_one_of(a, slot, place) for a in kept]
+            return [laid(_one_of(a, slot, place)) for a in kept]
 
         def add(total: Tree, chunk: jax.Array, place: jax.Array, gradients: Tree) -> Tree:
             def one(a: jax.Array, g: jax.Array | None) -> jax.Array:
@@ -300,9 +305,9 @@ class _Run:
             def one(carry: Any, kept: list, place: jax.Array, index: jax.Array) -> Any:
                 x, loss = carry
                 y, aux, new = split.forward(params_of(chunk, place), x, (context, index))
-                return (y, loss + aux.astype(loss.dtype)), kept if self.recompute else put(
-                    kept, new, row["made"], place
-                )
+                if not self.recompute:
+                    kept = put(kept, [laid(a) for a in new], row["made"], place)
+                return (y, loss + aux.astype(loss.dtype)), kept
 
             if self.recompute:
                 state = whole(state | {"kept": put(state["kept"], [begin], row["made"], jnp.int32(0))}, row, moves)
@@ -434,6 +439,19 @@ class _Run:
             "forward": [each.arrives for each in b.forward], "backward": [each.arrives for each in b.backward],
         }  # fmt: skip
         return options, jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), rows)
+
+
+def refuse_unmoved(table: Table, host_bytes: int | None) -> None:
+    """Raises UserError where a compiled program keeps in device memory what its table offloads.
+
+    host_bytes: of its temporaries, what lies in host memory; None where the back end has but one memory (CPU).
+    """
+    if table.offloads and host_bytes == 0:
+        moved = int((table.microbatch[..., O] != NONE).sum())
+        raise UserError(
+            f"schedule {table.name!r} brings {moved} residuals to host memory, and the compiled program has none "
+            "there: this back end cannot do it, leave the offload out"
+        )
 
 
 def _in_host(length: int, like: jax.Array) -> jax.Array:

@@ -127,16 +127,16 @@ def _ideal(table: Table, costs: Costs) -> tuple[dict, dict]:
 def _executed(table: Table, costs: Costs) -> tuple[dict, dict]:
     start: dict[tuple[int, int, int], float] = {}
     end: dict[tuple[int, int, int], float] = {}
-    for tick, now, then in _ticks(table, costs):
+    for tick, begin, then in _ticks(table, costs):
         for stage in range(table.placement.stages):
+            now = begin[stage]
             for action in table.at(tick, stage):
                 key = action.kind, action.microbatch, table.placement.number(stage, action.chunk)
                 if key[0] in COMPUTED:
-                    start[key] = now[stage]
-                    now[stage] += costs.of(key[0], key[2], table.split)
-                    end[key] = now[stage]
-                else:  # its slots are taken until the tick ends
-                    start[key], end[key] = now[stage], then[stage]
+                    start[key], now = now, now + costs.of(key[0], key[2], table.split)
+                    end[key] = now
+                else:  # its slots are taken all through the tick
+                    start[key], end[key] = begin[stage], then[stage]
     return start, end
 
 

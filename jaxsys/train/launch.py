@@ -119,6 +119,8 @@ class Launcher:
         }  # fmt: skip
         self.programs = [(self._fused[self._largest, False], 1)]
         self._check_offload((graph, (params, state)) for graph in self._fused.values())
+        for graph in self._fused.values():
+            self._functions.check(graph)
 
     @property
     def _variants(self) -> tuple[bool, ...]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxsys.graphs import Graph
 from jaxsys.kernels.attention import Rows
 from jaxsys.kernels.loss import cross_entropy
 from jaxsys.kernels.matmul import activation_dtype
@@ -25,7 +26,7 @@ from jaxsys.train.step import REMAT, Arrays, Batch, Step, Sums, lay
 from parallelism.errors import UserError, unknown_name
 from parallelism.layout import Layout, Stored
 from parallelism.sharding import constrain
-from pipelines.execute import AXIS, cut, value_and_grad
+from pipelines.execute import AXIS, cut, refuse_permutations, refuse_unmoved, value_and_grad
 from pipelines.generators import GENERATORS
 from pipelines.offload import offload
 from pipelines.schedule import Placement, Table
@@ -122,6 +123,12 @@ class PipelinedStep(Step):
 
     table: Table | None = None
     recompute: bool = False
+
+    def check(self, graph: Graph) -> None:
+        """Raises UserError for a compiled step that would hang, or does not offload what it should."""
+        assert self.table is not None
+        refuse_permutations(graph.text)
+        refuse_unmoved(self.table, graph.stats.host_temporary_bytes)
 
     def sums(self, params: Arrays, batches: Batch) -> tuple[Arrays, Sums]:
         assert self.table is not None

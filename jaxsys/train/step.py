@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsys.graphs import Graph
 from jaxsys.kernels.attention import Rows, SplitRows
 from jaxsys.kernels.loss import cross_entropy
 from jaxsys.models.experts import RouterSums, balance_loss, router_metrics, z_loss
@@ -224,6 +225,9 @@ class Step:
         scale, metrics = self.finish((grads, totals), step)
         params, state = self.update(params, state, grads, scale, step)
         return params, state, metrics
+
+    def check(self, graph: Graph) -> None:
+        """Raises UserError for a compiled fused step that must not run."""
 
     def finite(self, state: Arrays) -> jax.Array:
         """Whether every value of the state is a finite number: a bool scalar."""

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from parallelism.errors import UserError
 from pipelines.buffers import allocate
-from pipelines.execute import refuse_permutations, stack, unstack, value_and_grad
+from pipelines.execute import refuse_permutations, refuse_unmoved, stack, unstack, value_and_grad
 from pipelines.generators import GENERATORS
 from pipelines.offload import offload
 from pipelines.schedule import Placement
@@ -158,6 +158,15 @@ def test_what_cannot_run_is_refused():
         value_and_grad(Toy(), GENERATORS["zb-h1"](2, 4), 8, mesh, recompute=True)
     with pytest.raises(UserError, match="3 layers in 2 stages of 2: expected at least 4 layers"):
         stack(make(3, 1)[1], Placement(2, 2))
+
+
+def test_an_offload_that_the_program_does_not_perform_is_refused():
+    table = offload(GENERATORS["1f1b"](2, 4), Costs(residual=1.0, link=1e9, pieces=4), 1).table
+    refuse_unmoved(table, 17)
+    refuse_unmoved(table, None)
+    refuse_unmoved(GENERATORS["1f1b"](2, 4), 0)
+    with pytest.raises(UserError, match="'1f1b' brings 4 residuals to host memory, and the compiled program has none"):
+        refuse_unmoved(table, 0)
 
 
 def kept_by(remat=lambda layer: layer, split=False):

@@ -1,0 +1,60 @@
+"""``jaxsys pipeline``: what it prints, draws, saves and refuses."""
+
+import pytest
+
+from jaxsys.cli.main import main
+from pipelines.generators import GENERATORS
+from pipelines.schedule import Table
+
+SIZE = ["--stages", "4", "--microbatches", "8"]
+
+
+def run(capsys, *options):
+    code = main(["pipeline", *SIZE, *options])
+    return code, *capsys.readouterr()
+
+
+def test_all_schedules_are_drawn_and_compared(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0 and "3 ...0a1b2c3dA4eB5fC6gD7hEFGH" in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[-len(GENERATORS) :]}
+    assert rows.keys() == GENERATORS.keys()
+    assert rows["zb-h1"] == ["27.0", "11.1%", "11.1%", "4", "4.00", "0.00", "0%"]
+    assert rows["1f1b"][:3] == ["40.0", "40.0%", "27.3%"]
+
+
+def test_a_link_offloads_and_says_why(capsys, tmp_path):
+    picture, table = tmp_path / "a.svg", tmp_path / "a.json"
+    code, out, _ = run(capsys, "--schedule", "1f1b", "--link", "1500", "--draw", str(picture), "--save", str(table))
+    assert code == 0 and "nobody waits for a transfer" in out and "2 slots instead of 4" in out
+    assert "to the host" in picture.read_text()
+    assert Table.load(table).offloads
+    code, again, _ = run(capsys, "--schedule", str(table), "--link", "1500")
+    assert again.splitlines()[-1] == out.splitlines()[-1]
+
+
+def test_the_best_under_a_limit(capsys):
+    code, free, _ = run(capsys, "--schedule", "best", "--width", "0")
+    code_tight, tight, _ = run(capsys, "--schedule", "best", "--limit", "2.5", "--width", "0")
+    assert code == code_tight == 0
+    assert float(tight.splitlines()[-1].split()[-3]) <= 2.5 < float(free.splitlines()[-1].split()[-3])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--schedule", "nope"], "unknown schedule 'nope'"),
+        (["--schedule", "best", "--limit", "0.1"], "no schedule keeps to 95.4 MiB a stage: expected at least"),
+        (["--schedule", "interleaved", "--chunks", "1"], "chunks=1, expected at least 2"),
+        (["--forward", "0"], "--forward: found 0, expected a number above 0"),
+        (["--slots", "2"], "--slots: how fast residuals move is not known"),
+        (["--save", "table.json"], "--save table.json: found 6 schedules, expected one"),
+        (["--draw", "a.nope", "--width", "0"], "a.nope: "),
+        (["--schedule", "missing.json"], "missing.json: found no schedule"),
+    ],
+)
+def test_what_it_cannot_do_is_one_line(capsys, options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *options)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
