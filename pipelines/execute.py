@@ -210,12 +210,13 @@ class _Run:
             return [jax.device_put(_one_of(h, row["host_back"] * parts + place), DEVICE) for h in host]
 
         def exchange(kept: list, host: list, row: dict, moves: int, begin: Any, end: Any) -> tuple[list, list]:
-            """Pieces of what leaves and what comes, with nothing beside them."""
+            """Pieces of what leaves and what comes, with nothing beside them. In this order: the other way round the
+            compiler copies the whole buffer in host memory."""
 
             def turn(place: jax.Array, carry: Any) -> Any:
                 kept, host = carry
-                back = come(host, row, place) if moves & BACK else []
                 host = leave(kept, host, row, place, row["host_away"]) if moves & OUT else host
+                back = come(host, row, place) if moves & BACK else []
                 return put(kept, back, row["back"], place) if moves & BACK else kept, host
 
             if not moves:
@@ -242,13 +243,13 @@ class _Run:
             def turn(i: jax.Array, carry: Any) -> Any:
                 carry, kept, host = carry
                 place = place_of(i)
-                if moves & BACK:
-                    comes = jnp.clip(place + step * row["lead"], 0, count - 1)
-                    back = come(host, row, comes)
                 if moves & OUT:
                     leaves = jnp.clip(place - step * row["lag"], 0, count - 1)
                     early = (i == 0) & (row["lag"] > 0)
                     host = leave(kept, host, row, leaves, jnp.where(early, buffers.host_away.depth, row["host_away"]))
+                if moves & BACK:
+                    comes = jnp.clip(place + step * row["lead"], 0, count - 1)
+                    back = come(host, row, comes)
                 carry, kept = body(carry, kept, place, first + place)
                 return carry, put(kept, back, row["back"], comes) if moves & BACK else kept, host
 

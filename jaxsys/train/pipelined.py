@@ -26,7 +26,7 @@ from jaxsys.train.step import REMAT, Arrays, Batch, Step, Sums, lay
 from parallelism.errors import UserError, unknown_name
 from parallelism.layout import Layout, Stored
 from parallelism.sharding import constrain
-from pipelines.execute import AXIS, cut, refuse_permutations, refuse_unmoved, value_and_grad
+from pipelines.execute import AXIS, Layered, cut, refuse_permutations, refuse_unmoved, value_and_grad
 from pipelines.generators import GENERATORS
 from pipelines.offload import offload
 from pipelines.schedule import Placement, Table
@@ -130,21 +130,25 @@ class PipelinedStep(Step):
         refuse_permutations(graph.text)
         refuse_unmoved(self.table, graph.stats.host_temporary_bytes)
 
-    def sums(self, params: Arrays, batches: Batch) -> tuple[Arrays, Sums]:
-        assert self.table is not None
-        placement = self.table.placement
+    def layered(self) -> tuple[Layered, str]:
+        """The model as the executor takes it, and what the keys of its layers' parameters begin with."""
         stack = next(key for key, stored in self.model.layout.items() if stored.stacked)
         prefix = ".".join(stack.split(".")[:2]) + "."
+        return _Layered(self, prefix), prefix
+
+    def sums(self, params: Arrays, batches: Batch) -> tuple[Arrays, Sums]:
+        assert self.table is not None
+        placement, (model, prefix) = self.table.placement, self.layered()
         shared = {key: array for key, array in params.items() if not key.startswith(prefix)}
         layers = {
             key.removeprefix(prefix): array.reshape(placement.stages, placement.chunks, -1, *array.shape[1:])
             for key, array in params.items()
             if key.startswith(prefix)
         }
-        policy, mesh = REMAT[self.remat], self.shardings.gradients[stack].mesh
+        policy, mesh = REMAT[self.remat], next(iter(self.shardings.gradients.values())).mesh
         assert isinstance(mesh, Mesh)
         run = value_and_grad(
-            _Layered(self, prefix), self.table, self.model.config.n_layers, mesh,
+            model, self.table, self.model.config.n_layers, mesh,
             remat=None if policy is None else lambda layer: jax.checkpoint(layer, policy=policy),
             recompute=self.recompute,
         )  # fmt: skip
