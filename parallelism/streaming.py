@@ -31,9 +31,14 @@ def to_device(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if in_host(x) else x, tree)
 
 
+def to_host(x: jax.Array) -> jax.Array:
+    """An array in host memory."""
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
 def like_before(tree: Tree, before: Tree) -> Tree:
     """Each array in the memory of its counterpart in ``before``."""
-    return jax.tree.map(lambda x, old: jax.device_put(x, jax.memory.Space.Host) if in_host(old) else x, tree, before)
+    return jax.tree.map(lambda x, old: to_host(x) if in_host(old) else x, tree, before)
 
 
 # ------------------------------------------------------------------------------------------------- groups of an update

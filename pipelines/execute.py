@@ -23,13 +23,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from parallelism.errors import UserError
 from parallelism.hlo import Program
+from parallelism.streaming import to_device, to_host
 from pipelines.buffers import Buffers, allocate
 from pipelines.schedule import NONE, B, F, O, Placement, R, Table, W
 from pipelines.split import passes
 
 Tree = Any
 AXIS = "stage"
-HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+LANES = 128
 OUT, BACK = 1, 2  # what moves beside an action, as bits
 
 
@@ -186,13 +187,15 @@ class _Run:
 
         wide = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), (shared, mine))
         depth, parts = max(buffers.made.depth, 1), 1 if self.recompute else most
-        kept = [empty((depth, parts), each) for each in ([x] if self.recompute else split.kept)]
+        kept = [empty((depth, parts), each) for each in ([x] if self.recompute else map(_dense, split.kept))]
         state = {
             "inputs": empty((buffers.inputs.depth + 1,), x),
             "gradients": empty((buffers.gradients.depth + 1,), x),
             "kept": kept,
             "host": [_in_host((buffers.host_away.depth + 1) * parts, k) for k in kept] if table.offloads else [],
-            "saved": [empty((buffers.cotangents.depth, most), each) for each in split.saved] if table.split else [],
+            "saved": [empty((buffers.cotangents.depth, most), _dense(each)) for each in split.saved]
+            if table.split
+            else [],
             "shared": wide[0],
             "layers": wide[1],
             "loss": jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)),
@@ -201,13 +204,13 @@ class _Run:
         def leave(kept: list, host: list, row: dict, place: jax.Array, slot: jax.Array) -> list:
             """A piece of what goes to the host; slot: of the host."""
             return [
-                put(h, jax.device_put(_one_of(k, row["away"], place), HOST), slot * parts + place)
+                put(h, to_host(_one_of(k, row["away"], place)), slot * parts + place)
                 for k, h in zip(kept, host, strict=True)
             ]
 
         def come(host: list, row: dict, place: jax.Array) -> list:
             """A piece of what comes back."""
-            return [jax.device_put(_one_of(h, row["host_back"] * parts + place), DEVICE) for h in host]
+            return [to_device(_one_of(h, row["host_back"] * parts + place)) for h in host]
 
         def exchange(kept: list, host: list, row: dict, moves: int, begin: Any, end: Any) -> tuple[list, list]:
             """Pieces of what leaves and what comes, with nothing beside them. In this order: the other way round the
@@ -272,10 +275,11 @@ class _Run:
 
         def laid(a: jax.Array) -> jax.Array:
             """In the order that host memory has: the compiler would turn whole buffers between two actions."""
+            a = a.reshape(_dense(a).shape)
             return with_layout_constraint(a, Layout(tuple(range(a.ndim)))) if table.offloads else a
 
-        def kept_of(kept: list[jax.Array], slot: jax.Array, place: jax.Array) -> list[jax.Array]:
-            return [laid(_one_of(a, slot, place)) for a in kept]
+        def read(buffers: list, like: tuple, slot: jax.Array, place: jax.Array) -> list[jax.Array]:
+            return [laid(_one_of(a, slot, place)).reshape(k.shape) for a, k in zip(buffers, like, strict=True)]
 
         def add(total: Tree, chunk: jax.Array, place: jax.Array, gradients: Tree) -> Tree:
             def one(a: jax.Array, g: jax.Array | None) -> jax.Array:
@@ -341,11 +345,15 @@ class _Run:
             def one(carry: Any, kept: list, place: jax.Array, index: jax.Array) -> Any:
                 dy, total, saved = carry
                 params = params_of(chunk, place)
-                here = [_one_of(a, place) for a in computed] if self.recompute else kept_of(kept, row["used"], place)
+                here = (
+                    [_one_of(a, place) for a in computed]
+                    if self.recompute
+                    else read(kept, split.kept, row["used"], place)
+                )
                 dx, small, new = split.backward(params, (context, index), here, dy, jnp.ones((), aux_dtype))
                 if not table.split:
                     return (dx, add(total, chunk, place, small), saved), kept
-                saved = put(saved, new, row["cotangents"], place)
+                saved = put(saved, [laid(a) for a in new], row["cotangents"], place)
                 return (dx, add(total, chunk, place, merged(small, None)), saved), kept
 
             carry = dy, state["layers"], state["saved"]
@@ -363,8 +371,8 @@ class _Run:
             context = model.context(at(batches, m))
 
             def one(total: Tree, kept: list, place: jax.Array, index: jax.Array) -> Any:
-                here = kept_of(kept, row["weight_residuals"], place)
-                saved = kept_of(state["saved"], row["weight_cotangents"], place)
+                here = read(kept, split.kept, row["weight_residuals"], place)
+                saved = read(state["saved"], split.saved, row["weight_cotangents"], place)
                 found = split.weights(params_of(chunk, place), (context, index), here, saved)
                 none = [None] * sum(split.small)
                 return add(total, chunk, place, merged(none, found)), kept
@@ -455,12 +463,22 @@ def refuse_unmoved(table: Table, host_bytes: int | None) -> None:
         )
 
 
+def _dense(a: Any) -> jax.ShapeDtypeStruct:
+    """Like an array, with no dimension of one and a last of at least ``LANES`` where it has as much: a TPU pads it to
+    that. Dimensions are merged from the end, so what is split over a mesh axis stays so."""
+    shape = [n for n in a.shape if n > 1]
+    while len(shape) > 1 and shape[-1] < LANES:
+        last = shape.pop()
+        shape[-1] *= last
+    return jax.ShapeDtypeStruct(tuple(shape) or (1,), a.dtype)
+
+
 def _in_host(length: int, like: jax.Array) -> jax.Array:
     """A buffer in host memory for so many pieces of one on the device [slots, pieces, ...]: made there, as one of zeros
     would be made on the device first. NaN, so that what is read before it was written shows. With one dimension of
     pieces, as a transfer is cut out of one dimension only."""
     fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
-    return jnp.broadcast_to(jax.device_put(jnp.asarray(fill, like.dtype), HOST), (length, *like.shape[2:]))
+    return jnp.broadcast_to(to_host(jnp.asarray(fill, like.dtype)), (length, *like.shape[2:]))
 
 
 def refuse_permutations(text: str) -> None:

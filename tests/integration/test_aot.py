@@ -18,8 +18,10 @@ from aot_serving import serve
 from jaxsys.models.config import Experts, ModelConfig
 from jaxsys.serve.scheduler import Size
 from jaxsys.train.abstract import AbstractRun
+from jaxsys.train.config import DataConfig, PipelineConfig, TrainConfig
 from jaxsys.train.explain import OutOfMemory
 from parallelism.hlo import Program
+from pipelines.buffers import allocate
 from scripts.aot_report import HEAD, RECIPES, Recipe, compile_recipe, devices
 
 MODEL = ModelConfig(
@@ -149,3 +151,50 @@ def test_a_served_step_leaves_the_pool_where_it_is_and_attends_by_the_kernel(mes
     assert served.storage == "stacked"
     assert (served.pool.k.shape[3], served.pool.k.shape[5]) == stored
     assert served.faults("tpu_custom_call") == []
+
+
+DEEP = dataclasses.replace(MODEL, n_layers=8, tie_embeddings=False)
+
+
+@functools.cache
+def staged(schedule, microbatches, slots=None):
+    """(bytes of temporaries on a device, on its host, slots of residuals on a device, on its host)."""
+    config = TrainConfig(
+        run="none", model=DEEP, mesh="stage=4", accumulate=microbatches,
+        data=DataConfig(batch_size=2 * microbatches, seq_len=2048),
+        pipeline=PipelineConfig(schedule, device_slots=slots),
+    )  # fmt: skip
+    run = AbstractRun(config, DEEP, devices("v5e:2x2"))
+    run.prepare()
+    ((graph, _),) = run.launcher.programs
+    buffers = allocate(run.step.table)
+    stats = graph.stats
+    return stats.temporary_bytes, stats.host_temporary_bytes, buffers.made.depth, buffers.host_away.depth
+
+
+def test_what_1f1b_holds_does_not_grow_with_microbatches_and_what_gpipe_holds_does_by_a_residual_each():
+    (few, *_), (many, *_) = (staged("1f1b", m) for m in (8, 16))
+    assert many == pytest.approx(few, rel=0.01)
+    (few, *_), (many, *_) = (staged("gpipe", m) for m in (8, 16))
+    assert (many - few) / 8 == pytest.approx(residual(), rel=0.1)
+
+
+def residual():
+    """Bytes, as what lies in host memory comes to: one slot more than are used."""
+    _, host, _, slots = staged("1f1b", 8, 1)
+    return host / (slots + 1)
+
+
+def test_residuals_that_are_offloaded_are_on_the_host_and_not_on_the_device():
+    plain, one, two = staged("1f1b", 8), staged("1f1b", 8, 1), staged("1f1b", 8, 2)
+    assert [each[2] for each in (plain, one, two)] == [4, 1, 2]
+    assert (plain[1], one[1] / (one[3] + 1)) == (0, two[1] / (two[3] + 1))
+    assert two[0] - one[0] == pytest.approx(residual(), rel=0.1)
+    assert plain[0] - one[0] > 2.5 * residual()
+
+
+@pytest.mark.parametrize("schedule", ["eager", "interleaved"])
+def test_no_host_buffer_is_copied(schedule):
+    _, host, _, slots = staged(schedule, 8, 2)
+    chunks = 2 if schedule == "interleaved" else 1
+    assert host == pytest.approx((slots + 1) * residual() / chunks, rel=0.02)
