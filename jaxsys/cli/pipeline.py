@@ -30,8 +30,8 @@ class PipelineArgs:
     """Of a step."""
     schedule: str = "all"
     """Names separated by commas, all, best (a search), or a table's file (.json)."""
-    chunks: int = 2
-    """Pieces of the model that a stage has under interleaved."""
+    chunks: int | None = None
+    """Pieces of the model that a stage has under interleaved; two, if it is left out."""
     forward: float = 1.0
     """Milliseconds of F."""
     backward: float = 1.0
@@ -84,7 +84,7 @@ class PipelineArgs:
         return 0
 
     def _check(self) -> None:
-        for name in ("stages", "microbatches", "chunks", "shared", "layers"):
+        for name in ("stages", "microbatches", "shared", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}: found {getattr(self, name)}, expected at least 1")
         for name in ("forward", "backward", "weight", "transfer", "residual", "cotangent"):
@@ -95,8 +95,13 @@ class PipelineArgs:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name}: found {value:g}, expected a number above 0")
-        if self.slots is not None and self.link is None:
-            raise UserError("--slots: how fast residuals move is not known: give --link too")
+        for name, given in (("slots", self.slots is not None), ("shared", self.shared > 1)):
+            if given and self.link is None:
+                raise UserError(f"--{name}: how fast residuals move is not known: give --link too")
+        if self.limit is not None and self.schedule != "best":
+            raise UserError(f"--limit with --schedule {self.schedule}: it is for the search: --schedule best")
+        if self.chunks is not None and not {"interleaved", "all"} & set(self.schedule.split(",")):
+            raise UserError(f"--chunks with --schedule {self.schedule}: it is interleaved's, leave it out")
 
     def _costs(self, placement: Placement) -> Costs:
         from pipelines.simulate import Costs
@@ -120,7 +125,13 @@ class PipelineArgs:
         from pipelines.search import search
 
         if self.schedule.endswith(".json"):
-            return [Table.load(self.schedule)]
+            table = Table.load(self.schedule)
+            if (found := (table.placement.stages, table.microbatches)) != (self.stages, self.microbatches):
+                raise UserError(
+                    f"{self.schedule}: a table of {found[0]} stages and {found[1]} microbatches, found --stages "
+                    f"{self.stages} --microbatches {self.microbatches}: give what the table has"
+                )
+            return [table]
         if self.schedule == "best":
             limit = math.inf if self.limit is None else GIGA * self.limit
             return [search(self.stages, self.microbatches, self._costs, limit, self.how).table]
@@ -129,7 +140,7 @@ class PipelineArgs:
         for name in GENERATORS if every else self.schedule.split(","):
             if name not in GENERATORS:
                 raise unknown_name("schedule", name, [*GENERATORS, "all", "best"])
-            more = (self.chunks,) if name == "interleaved" else ()
+            more = (self.chunks,) if name == "interleaved" and self.chunks is not None else ()
             try:
                 tables.append(GENERATORS[name](self.stages, self.microbatches, *more))
             except UserError:

@@ -22,7 +22,7 @@ from jaxsys.models.layers import STACKED
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import Model, build
 from jaxsys.optim import Optimizer
-from jaxsys.train.config import TrainConfig
+from jaxsys.train.config import PipelineConfig, TrainConfig
 from jaxsys.train.launch import Launcher, batch_grid
 from jaxsys.train.pipelined import PipelinedStep, staged, table_of
 from jaxsys.train.step import Step
@@ -177,6 +177,11 @@ class AbstractRun:
         """Raises UserError for what does not go through stages."""
         c, stages = self.config, self.mesh.shape[AXIS]
         if stages == 1:
+            if given := [name for name, value in vars(c.pipeline).items() if value != getattr(PipelineConfig(), name)]:
+                raise UserError(
+                    f"pipeline.{given[0]}={getattr(c.pipeline, given[0])} on mesh {c.mesh!r}: it has no axis {AXIS} "
+                    "above 1, so nothing goes through stages: leave it out, or give the mesh one"
+                )
             return
         refused = {
             "step_form=split": c.step_form == "split",

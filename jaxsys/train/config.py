@@ -99,13 +99,13 @@ class PipelineConfig:
     """How the microbatches of a step (``accumulate``) go through the stages of a mesh with ``stage`` above 1.
 
     schedule: gpipe, 1f1b, eager, interleaved, zb-h1, zb-v, or the file of a table (``jaxsys pipeline --save``). chunks:
-    pieces of the model that a stage has under interleaved. recompute: a stage keeps what comes into it and nothing else
-    of a microbatch. device_slots: microbatches (of a chunk) that a stage keeps on the device, the others' activations
-    wait in host memory; None keeps all.
+    pieces of the model that a stage has under interleaved, two if it is None. recompute: a stage keeps what comes into
+    it and nothing else of a microbatch. device_slots: microbatches (of a chunk) that a stage keeps on the device, the
+    others' activations wait in host memory; None keeps all.
     """
 
     schedule: str = "1f1b"
-    chunks: int = 2
+    chunks: int | None = None
     recompute: bool = False
     device_slots: int | None = None
 

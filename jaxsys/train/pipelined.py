@@ -36,6 +36,10 @@ from pipelines.simulate import Costs
 def table_of(config: PipelineConfig, stages: int, microbatches: int) -> Table:
     """The table that a configuration names. Raises UserError for one that there is not, or that does not fit."""
     name = config.schedule
+    if config.chunks is not None and name != "interleaved":
+        raise UserError(
+            f"pipeline.chunks {config.chunks} with pipeline.schedule {name}: it is interleaved's, leave it out"
+        )
     if name.endswith(".json"):
         table = Table.load(Path(name).expanduser())
         found = table.placement.stages, table.microbatches
@@ -44,12 +48,14 @@ def table_of(config: PipelineConfig, stages: int, microbatches: int) -> Table:
                 f"pipeline.schedule {name}: a table of {found[0]} stages and {found[1]} microbatches, expected stage="
                 f"{stages} of the mesh and accumulate={microbatches}"
             )
-        return table
-    if name not in GENERATORS:
+    elif name not in GENERATORS:
         raise unknown_name("pipeline.schedule", name, GENERATORS)
-    table = GENERATORS[name](stages, microbatches, *((config.chunks,) if name == "interleaved" else ()))
+    else:
+        table = GENERATORS[name](stages, microbatches, *([] if config.chunks is None else [config.chunks]))
     if config.device_slots is None:
         return table
+    if table.offloads:
+        raise UserError(f"pipeline.device_slots {config.device_slots}: {name} says already what waits in host memory")
     # Nothing is known of the link: they are as few as was asked, whoever waits.
     return offload(table, Costs(), config.device_slots).table
 

@@ -40,6 +40,12 @@ def test_the_best_under_a_limit(capsys):
     assert float(tight.splitlines()[-1].split()[-3]) <= 2.5 < float(free.splitlines()[-1].split()[-3])
 
 
+def test_a_table_of_another_size_is_refused(capsys, tmp_path):
+    GENERATORS["1f1b"](2, 8).save(tmp_path / "a.json")
+    code, _, err = run(capsys, "--schedule", str(tmp_path / "a.json"))
+    assert code == 2 and "a table of 2 stages and 8 microbatches, found --stages 4 --microbatches 8" in err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -48,6 +54,9 @@ def test_the_best_under_a_limit(capsys):
         (["--schedule", "interleaved", "--chunks", "1"], "chunks=1, expected at least 2"),
         (["--forward", "0"], "--forward: found 0, expected a number above 0"),
         (["--slots", "2"], "--slots: how fast residuals move is not known"),
+        (["--shared", "2"], "--shared: how fast residuals move is not known"),
+        (["--limit", "2"], "--limit with --schedule all: it is for the search"),
+        (["--chunks", "3", "--schedule", "1f1b"], "--chunks with --schedule 1f1b"),
         (["--save", "table.json"], "--save table.json: found 6 schedules, expected one"),
         (["--draw", "a.nope", "--width", "0"], "a.nope: "),
         (["--schedule", "missing.json"], "missing.json: found no schedule"),

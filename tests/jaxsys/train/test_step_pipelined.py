@@ -13,6 +13,8 @@ from jaxsys.train.config import DataConfig, PipelineConfig, TrainConfig
 from jaxsys.train.trainer import Trainer
 from parallelism.errors import UserError
 from pipelines.generators import GENERATORS
+from pipelines.offload import offload
+from pipelines.simulate import Costs
 
 
 def config(mesh, model="llama", schedule="1f1b", dtype="float64", accumulate=4, **more):
@@ -68,6 +70,8 @@ def test_a_run_goes_on_with_other_numbers_of_stages_and_without(tmp_path, materi
         ({"mesh": "stage=8"}, "5 layers in 8 stages of 1: expected at least 8 layers"),
         ({"mesh": "stage=2", "schedule": "1f2b"}, "pipeline.schedule '1f2b'"),
         ({"mesh": "stage=4", "schedule": "interleaved", "accumulate": 2}, "2 microbatches, expected a multiple of"),
+        ({"mesh": "stage=2", "chunks": 3}, "pipeline.chunks 3 with pipeline.schedule 1f1b"),
+        ({"mesh": "fsdp=2", "recompute": True}, "pipeline.recompute=True on mesh 'fsdp=2': it has no axis stage"),
         ({"mesh": "stage=2", "step_form": "split"}, "mesh stage=2 with step_form=split"),
         ({"mesh": "stage=2", "storage": "listed"}, "mesh stage=2 with storage=listed"),
         ({"mesh": "stage=2,context=2"}, "mesh stage=2 with context=2"),
@@ -79,6 +83,20 @@ def test_what_stages_cannot_do_is_refused(options, message):
     chosen = config(**options)
     with x64(), pytest.raises(UserError, match=message):
         AbstractRun(chosen, chosen.model).prepare()
+
+
+def test_a_table_from_a_file_runs_and_one_of_another_size_is_refused(tmp_path):
+    path = tmp_path / "table.json"
+    offload(GENERATORS["1f1b"](2, 4), Costs(residual=1.0, link=9.0, pieces=4), 1).table.save(path)
+    found = steps(config("stage=2", schedule=str(path)))
+    compare(found, on_one_device("llama", deep=True), TOLERANCE["float64"])
+    for options, message in (
+        ({"accumulate": 8}, "a table of 2 stages and 4 microbatches, expected stage=2 of the mesh and accumulate=8"),
+        ({"device_slots": 1}, "pipeline.device_slots 1: .* says already what waits in host memory"),
+    ):
+        chosen = config("stage=2", schedule=str(path), **options)
+        with x64(), pytest.raises(UserError, match=message):
+            AbstractRun(chosen, chosen.model)
 
 
 def test_experts_are_refused():
