@@ -114,7 +114,8 @@ class Live:
 
         dtypes, shardings: by key, of every parameter; None keeps those of the parameters. Declared again alike it is
         the one there is. layouts: of the parameters and of the view, where they are stored otherwise in it; dtypes and
-        shardings are by the view's keys then. Raises ValueError when the name is another view's.
+        shardings are by the view's keys then, and it is declared once. Raises ValueError when the name is another
+        view's.
         """
         if layouts is not None:
             return self._stored_otherwise(name, dtypes or {}, shardings or {}, layouts)

@@ -169,7 +169,7 @@ PARAMETERS = Rules(
         "expert_embed": Rule(("fsdp",)),
         "expert_mlp": Rule(("tensor",), "pad"),
         "norm": Rule(),
-        "layers": Rule(("stage",)),
+        "layers": Rule(),
     },
     paddable=("vocab", "heads", "kv_heads", "mlp", "expert_mlp"),
 )

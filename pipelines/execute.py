@@ -62,8 +62,8 @@ def cut(layers: int, placement: Placement) -> list[range]:
     count = placement.count
     if layers < count:
         raise UserError(
-            f"{layers} layers in {placement.stages} stages of {placement.chunks}: expected at least {count} layers, "
-            f"one for each"
+            f"found {layers} layers for {placement.stages} stages of {placement.chunks} chunks, expected at least "
+            f"{count}, one for each"
         )
     each, more = divmod(layers, count)
     ends = [each * (n + 1) + min(n + 1, more) for n in range(count)]

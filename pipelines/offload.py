@@ -49,7 +49,7 @@ def offload(table: Table, costs: Costs, slots: int | None = None) -> Offloaded:
         if found is None:
             enough = (n for n in range(slots + 1, before + 1) if _spilled(table, costs, n, "tight") is not None)
             raise UserError(
-                f"schedule {table.name!r}: {slots} slots are too few for what a stage uses in one tick: expected at "
+                f"schedule {table.name!r}: slots={slots} are too few for what a stage uses in one tick: expected at "
                 f"least {next(enough, before)}"
             )
     else:

@@ -15,17 +15,20 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from parallelism.errors import UserError
+from parallelism.errors import UserError, unknown_name
 
 F, B, W, O, R = range(5)
 KINDS = ("F", "B", "W", "O", "R")
 PLACE = {R: 0, F: 1, B: 2, W: 3, O: 4}
 """Where in a tick an action of a kind is."""
 NONE = -1
+
+
+Shape = Literal["loop", "v"]
 
 
 class Action(NamedTuple):
@@ -49,11 +52,13 @@ class Placement:
 
     stages: int
     chunks: int = 1
-    shape: Literal["loop", "v"] = "loop"
+    shape: Shape = "loop"
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.chunks < 1:
             raise UserError(f"stages={self.stages}, chunks={self.chunks}: expected at least 1 of each")
+        if self.shape not in get_args(Shape):
+            raise unknown_name("shape of a placement", str(self.shape), get_args(Shape))
 
     @property
     def count(self) -> int:
@@ -187,7 +192,7 @@ class Table:
         """Reads and checks what ``save`` wrote. Raises UserError for anything else."""
         try:
             return Table.from_dict(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: found no schedule ({error!r}), expected one that Table.save wrote") from error

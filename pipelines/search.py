@@ -49,7 +49,7 @@ def search(
             simulate(found, timeline.costs, how)
             for timeline in timelines
             if math.isfinite(timeline.costs.link)
-            if (found := _under(timeline.table, timeline.costs, limit)) is not None
+            if (found := _under(timeline.table, timeline.costs, limit, how)) is not None
         ]
         able = [timeline for timeline in moved if timeline.peak.max() <= limit]
         timelines += moved
@@ -63,7 +63,7 @@ def search(
     return Found(best, len(timelines))
 
 
-def _under(table: Table, costs: Costs, limit: float) -> Table | None:
+def _under(table: Table, costs: Costs, limit: float, how: Literal["ideal", "executed"]) -> Table | None:
     """The table with as many residuals on the host as the limit asks for, or None."""
     most = math.floor(limit / costs.residual)
     for slots in range(most, 0, -1):
@@ -71,7 +71,7 @@ def _under(table: Table, costs: Costs, limit: float) -> Table | None:
             found = offload(table, costs, slots).table
         except UserError:
             return None
-        if simulate(found, costs, "executed").peak.max() <= limit:
+        if simulate(found, costs, how).peak.max() <= limit:
             return found
     return None
 

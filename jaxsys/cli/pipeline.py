@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -68,7 +69,14 @@ class PipelineArgs:
         from pipelines.simulate import simulate
 
         self._check()
-        found = [(table.name, *self._offloaded(table)) for table in self._tables()]
+        found = []
+        for table in self._tables():
+            try:
+                found.append((table.name, *self._offloaded(table)))
+            except UserError as error:
+                if self.schedule != "all":
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
         timelines = {name: simulate(table, self._costs(table.placement), self.how) for name, table, _ in found}
         if self.width:
             for name, _, because in found:
@@ -90,7 +98,8 @@ class PipelineArgs:
         for name in ("forward", "backward", "weight", "transfer", "residual", "cotangent"):
             value, least = getattr(self, name), 0.0
             if not (least <= value < math.inf) or (name == "forward" and not value):
-                raise UserError(f"--{name}: found {value:g}, expected a number above 0")
+                expected = "a number above 0" if name == "forward" else "a number of at least 0"
+                raise UserError(f"--{name}: found {value:g}, expected {expected}")
         for name in ("link", "limit", "slots"):
             value = getattr(self, name)
             if value is not None and not value > 0:

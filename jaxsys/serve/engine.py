@@ -284,7 +284,7 @@ class Engine:
         """Runs one of the programs that did not run yet, for nobody: its sequences lie in page 0, which is no one's."""
 
         def work() -> Output:
-            size = self._cold.pop(0)
+            size = self._cold[0]
             longest = max(min(size.rows - 1, self.max_context - 1), 1)
             counts = (longest, 1)[: min(size.sequences, size.rows)]
             asked = Sampling(2, temperature=0.0, prompt_logprobs=True)
@@ -298,6 +298,7 @@ class Engine:
             return output
 
         jax.block_until_ready(dispatcher().call(work))
+        del self._cold[0]
 
     def finish(self, launched: Launched) -> list[Request]:
         """The second half of ``step``: waits for a batch; before the next is launched."""

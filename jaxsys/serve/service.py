@@ -201,6 +201,8 @@ class Service:
         """While nobody asks anything, runs programs that have not run yet; False, so that what is asked comes next."""
         while self.engine.cold and not (self.active or self._cancelled or self._closing):
             with contextlib.nullcontext() if self.share is None else self.share.turn("serve"):
+                if self.active or self._cancelled or self._closing:  # while it waited for its turn
+                    break
                 self.engine.warm()
         return False
 

@@ -21,7 +21,7 @@ from jaxsys.models.config import ModelConfig
 from jaxsys.models.layers import STACKED
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import Model, build
-from jaxsys.optim import Optimizer
+from jaxsys.optim import Adafactor, Optimizer
 from jaxsys.train.config import PipelineConfig, TrainConfig
 from jaxsys.train.launch import Launcher, batch_grid
 from jaxsys.train.pipelined import PipelinedStep, staged, table_of
@@ -85,6 +85,8 @@ class AbstractRun:
             self.unpadded = build(model, dtype=config.parameter_dtype, storage=storage)
             if table is not None:
                 self.unpadded = staged(self.unpadded, table.placement)
+        if table is not None:
+            parameter_rules = parameter_rules.replace(layers=AXIS)
         self.plan = plan(self.unpadded.layout, self.mesh, parameter_rules, self.unpadded.units)
         refuse_idle_axes(self.plan, self.activation_rules, self.unpadded.activation_axes)
         self.model = self.unpadded.with_layout(self.plan.layout)
@@ -188,8 +190,8 @@ class AbstractRun:
             "storage=listed": c.storage == "listed",
             f"{sequence.AXIS}={self.mesh.shape[sequence.AXIS]}": self.mesh.shape[sequence.AXIS] > 1,
             "a model with experts": model.experts is not None,
-            f"offload={c.offload}": placement.Offload.parse(c.offload).parameters
-            or bool(placement.Offload.parse(c.offload).activations),
+            f"offload={c.offload}": placement.Offload.parse(c.offload) != placement.Offload(),
+            "optimizer adafactor": isinstance(c.optim.optimizer, Adafactor),
         }
         for what, asked in refused.items():
             if asked:

@@ -33,12 +33,15 @@ def facts(config: TrainConfig) -> dict[str, str]:
 
 
 def model_files(config: TrainConfig) -> dict[str, str]:
-    """The files that a run begins with, by what a look at each shows: its size, and pieces of its ends and middle."""
-    if config.init_from is None:
-        return {}
-    path = resolve(config.init_from).path
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return {f"{config.init_from}: {p.relative_to(path.parent)} (size and digest)": _glance(p) for p in files}
+    """The files that a run is made of, by what a look at each shows: its size, and pieces of its ends and middle."""
+    found = {}
+    if (table := Path(config.pipeline.schedule).expanduser()).suffix == ".json" and table.is_file():
+        found[f"pipeline.schedule {table} (size and digest)"] = _glance(table)
+    if config.init_from is not None:
+        path = resolve(config.init_from).path
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        found |= {f"{config.init_from}: {p.relative_to(path.parent)} (size and digest)": _glance(p) for p in files}
+    return found
 
 
 def agree(coordinator: Coordinator, found: Mapping[str, str]) -> None:

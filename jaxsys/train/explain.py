@@ -84,16 +84,22 @@ class Explanation:
     """``str()`` is a page for people.
 
     arrays: of the whole state and the batch. collectives: of all programs of one step, runs counted. split: tokens of
-    a device's split region in these programs, of how many tokens; None where rows are in order.
+    a device's split region in these programs, of how many tokens; None where rows are in order. stages: of a pipeline.
     """
 
     arrays: Report
     collectives: tuple[Collective, ...]
     memory: Memory
     split: tuple[int, int] | None = None
+    stages: int = 1
 
     def __str__(self) -> str:
         parts = [str(self.arrays), _collectives_table(self.collectives), str(self.memory)]
+        if self.stages > 1:
+            parts.append(
+                f"through {self.stages} stages: what the layers of a chunk send is counted once for all of them and at "
+                "every tick, and what waits for its backward pass is among the temporaries"
+            )
         if self.split is not None:
             size, room = self.split
             parts.insert(
@@ -106,7 +112,9 @@ class Explanation:
 def explain(run: AbstractRun) -> Explanation:
     """Compiles the step and reads what it will do off its programs. Raises what the compiler raises."""
     run.prepare()
-    return Explanation(state_report(run), tuple(step_collectives(run)), memory(run), run.launcher.split)
+    return Explanation(
+        state_report(run), tuple(step_collectives(run)), memory(run), run.launcher.split, run.mesh.shape["stage"]
+    )
 
 
 def state_report(run: AbstractRun) -> Report:
@@ -180,6 +188,13 @@ def advice(run: AbstractRun, found: Memory) -> list[str]:
     state = sum(found.classes[name] for name in ("parameters", "optimizer state", "gradients"))
     shards = math.prod(shape[axis] for axis in run.activation_rules["batch"].mesh_axes)
     rows = c.data.batch_size // c.accumulate // shards
+    if (stages := shape["stage"]) > 1:
+        held = c.pipeline.device_slots
+        slots = 1 if held is None else held - 1
+        ways = [f"pipeline.device_slots={slots} (the others wait on the host)"] if slots else []
+        ways += [] if c.pipeline.recompute else ["pipeline.recompute=true"]
+        ways += [f"more stages (stage={stages}), or more devices on fsdp (fsdp={shape['fsdp']})"]
+        return ways + ([] if c.remat == "full" else [f"remat=full (now {c.remat})"])
     less_state = [f"more devices on the mesh axis fsdp (fsdp={shape['fsdp']}) or tensor (tensor={shape['tensor']})"]
     if not run.step.offload.optimizer:
         less_state.append("offload=optimizer (its state in host memory)")

@@ -71,7 +71,10 @@ def staged(model: Model, placement: Placement) -> Model:
             f"mesh {AXIS}={placement.stages}: the layers of this model have {len(stacks)} shapes, expected one: a "
             "pipeline runs layers that are alike"
         )
-    pieces = cut(model.config.n_layers, placement)
+    try:
+        pieces = cut(model.config.n_layers, placement)
+    except UserError as error:
+        raise UserError(f"mesh {AXIS}={placement.stages}: {error}") from error
     most = max(map(len, pieces))
     begin = [
         (placement.stage(number) * placement.chunks + number // placement.stages) * most

@@ -49,7 +49,12 @@ SETTINGS = {
     "both model and init_from": (["init_from=smollm2-135m-instruct"], ["init_from", "model"]),
     "a mesh larger than the devices": (["mesh=fsdp=64"], ["'fsdp=64'", "needs 64 devices", "found 8"]),
     "an unknown mesh axis": (["mesh=tensr=2"], ["tensr", "'tensor'"]),
-    "a mesh axis that splits nothing": (["mesh=stage=2"], ["mesh stage=2", "repeat", "leave stage out"]),
+    "a mesh axis that splits nothing": (
+        ["mesh=expert=2", "parameter_rules=embed=fsdp", "activation_rules=batch=fsdp"],
+        ["mesh expert=2", "repeat", "leave expert out"],
+    ),
+    "fewer layers than stages": (["mesh=stage=2"], ["mesh stage=2", "found 1 layers", "expected at least 2"]),
+    "pipeline settings without stages": (["pipeline.schedule=zb-h1"], ["pipeline.schedule=zb-h1", "leave it out"]),
     "activation rules that collide": (["activation_rules=seq=tensor"], ["activations rules split both 'seq' and"]),
     "an axis that does not divide under error": (
         ["mesh=tensor=2", "parameter_rules=heads=:error,kv_heads=:error"],

@@ -10,8 +10,7 @@ from parallelism import ACTIVATIONS, AXES, PARAMETERS, Rule, Rules, UserError
 def test_defaults_are_fsdp_and_megatron():
     assert PARAMETERS["embed"].mesh_axes == ("fsdp", "expert")
     assert all(PARAMETERS[a].mesh_axes == ("tensor",) for a in ("vocab", "heads", "kv_heads", "mlp"))
-    assert all(PARAMETERS[a].mesh_axes == () for a in ("head_dim", "norm"))
-    assert PARAMETERS["layers"].mesh_axes == ("stage",)
+    assert all(PARAMETERS[a].mesh_axes == () for a in ("head_dim", "norm", "layers"))
     assert (PARAMETERS["experts"].mesh_axes, PARAMETERS["expert_embed"].mesh_axes) == (("expert",), ("fsdp",))
     assert ACTIVATIONS["batch"].mesh_axes == ACTIVATIONS["replica"].mesh_axes == ("data", "fsdp", "expert")
     assert all(ACTIVATIONS[a].mesh_axes == ("tensor",) for a in ("act_heads", "act_kv_heads", "act_mlp", "act_vocab"))

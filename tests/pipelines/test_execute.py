@@ -163,7 +163,7 @@ def test_what_cannot_run_is_refused():
         value_and_grad(Toy(), GENERATORS["1f1b"](4, 8), 8, mesh)
     with pytest.raises(UserError, match="schedule 'zb-h1': recompute with B and W apart"):
         value_and_grad(Toy(), GENERATORS["zb-h1"](2, 4), 8, mesh, recompute=True)
-    with pytest.raises(UserError, match="3 layers in 2 stages of 2: expected at least 4 layers"):
+    with pytest.raises(UserError, match="found 3 layers for 2 stages of 2 chunks, expected at least 4"):
         stack(make(3, 1)[1], Placement(2, 2))
 
 

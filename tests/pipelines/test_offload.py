@@ -100,7 +100,7 @@ def test_neighbours_on_one_link_take_turns():
 
 
 def test_too_few_slots_are_refused():
-    with pytest.raises(UserError, match=r"schedule 'eager': 1 slots are too few .* expected at least 2"):
+    with pytest.raises(UserError, match=r"schedule 'eager': slots=1 are too few .* expected at least 2"):
         offload(GENERATORS["eager"](2, 8), Costs(), 1)
 
 

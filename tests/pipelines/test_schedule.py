@@ -97,7 +97,13 @@ def test_a_table_is_the_same_after_it_was_written_and_read(tmp_path_factory, tab
     np.testing.assert_array_equal(again.chunk, table.chunk)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "a"}'])
+DAMAGED = (
+    '{"name": "a", "placement": {"stages": 1, "chunks": 1, "shape": "loop"}, "microbatches": 1, "split": false, '
+    '"ticks": [[[["F", "0"]]]]}'
+)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "a"}', DAMAGED])
 def test_what_is_no_table_is_refused_with_its_path(tmp_path, text):
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(UserError, match=r"table\.json: found no schedule"):

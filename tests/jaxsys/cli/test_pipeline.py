@@ -40,6 +40,12 @@ def test_the_best_under_a_limit(capsys):
     assert float(tight.splitlines()[-1].split()[-3]) <= 2.5 < float(free.splitlines()[-1].split()[-3])
 
 
+def test_schedules_that_need_more_slots_are_left_out_of_all(capsys):
+    code, out, err = run(capsys, "--link", "100", "--slots", "1", "--width", "0")
+    assert code == 0 and "left out: schedule 'eager': slots=1 are too few" in err
+    assert [line.split()[0] for line in out.splitlines()] == ["schedule", "gpipe", "1f1b", "interleaved"]
+
+
 def test_a_table_of_another_size_is_refused(capsys, tmp_path):
     GENERATORS["1f1b"](2, 8).save(tmp_path / "a.json")
     code, _, err = run(capsys, "--schedule", str(tmp_path / "a.json"))

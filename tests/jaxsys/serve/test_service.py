@@ -49,8 +49,10 @@ def test_programs_run_once_while_nobody_asks():
     request, heard = ask(service, [3, 5])
     assert heard.finished.wait(SECONDS)
     waiting = threading.Event()
-    while engine.cold and not waiting.wait(0.01):
-        assert service.error is None
+    for _ in range(int(100 * SECONDS)):
+        if not engine.cold or service.error is not None:
+            break
+        waiting.wait(0.01)
     service.close()
     assert not engine.cold and len(request.logprobs) == 12
 

@@ -9,6 +9,7 @@ from tiny_runs import make_config, write_model
 from jaxsys.surroundings import PACKAGES, versions
 from jaxsys.train import agreement
 from jaxsys.train.agreement import agree, facts, model_files
+from jaxsys.train.config import PipelineConfig
 from parallelism.coordinator import SingleProcess
 from parallelism.errors import UserError
 
@@ -74,3 +75,13 @@ def test_the_files_of_a_model_are_compared_by_what_they_hold(tmp_path, material)
     weights.write_bytes(data)
     assert f"{weights.name} (size and digest): process 2 has " in refusal(mine, model_files(config))
     assert model_files(make_config(tmp_path, material)) == {}
+
+
+def test_the_file_of_a_pipelines_table_is_compared(tmp_path, material):
+    path = tmp_path / "table.json"
+    path.write_text("{}")
+    config = dataclasses.replace(make_config(tmp_path, material), pipeline=PipelineConfig(str(path)))
+    (before,) = model_files(config).values()
+    path.write_text("[]")
+    ((name, after),) = model_files(config).items()
+    assert str(path) in name and after != before

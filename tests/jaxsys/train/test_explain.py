@@ -11,7 +11,7 @@ from tiny_runs import MODEL, make_config, quiet, write_recipe
 from jaxsys.cli.main import main
 from jaxsys.models.config import Experts
 from jaxsys.train.abstract import AbstractRun
-from jaxsys.train.explain import OutOfMemory, explain, explained, memory, state_report
+from jaxsys.train.explain import OutOfMemory, advice, explain, explained, memory, state_report
 from jaxsys.train.trainer import Trainer
 from parallelism.errors import UserError
 
@@ -146,6 +146,16 @@ def test_the_page_says_which_of_several_programs_it_shows(config):
     assert "the step of the largest of data.split_shares: 0.5 (32 of 64 tokens)" in page
 
 
+def test_a_step_through_stages_says_what_is_not_counted_and_gives_advice_that_stages_take(config):
+    model = dataclasses.replace(MODEL, n_layers=2)
+    run = AbstractRun(dataclasses.replace(config, model=model, mesh="stage=2", accumulate=2), model)
+    page = explain(run)
+    assert "through 2 stages: what the layers of a chunk send is counted once" in str(page)
+    ways = advice(run, page.memory)
+    assert ways[:2] == ["pipeline.device_slots=1 (the others wait on the host)", "pipeline.recompute=true"]
+    assert not any("context" in way or "offload" in way for way in ways)
+
+
 def test_rows_of_the_table_are_sorted_by_bytes(explanation):
     classes = sorted(explanation.memory.classes, key=lambda name: -explanation.memory.classes[name])
     lines = str(explanation.memory).splitlines()[1 : 1 + len(classes)]
@@ -155,11 +165,22 @@ def test_rows_of_the_table_are_sorted_by_bytes(explanation):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh": "stage=2"}, "mesh stage=2: no parameter and no activation is split over 'stage'"),
-        ({"mesh": "stage=2", "activation_rules": "replica=stage"}, "mesh stage=2: no parameter"),
         (
-            {"mesh": "stage=2,fsdp=2", "parameter_rules": "layers=stage", "storage": "listed"},
-            "mesh stage=2: no parameter",
+            {"mesh": "expert=2", "parameter_rules": "embed=fsdp", "activation_rules": "batch=fsdp,replica=fsdp"},
+            "mesh expert=2: no parameter and no activation is split over 'expert'",
+        ),
+        (
+            {"mesh": "expert=2", "parameter_rules": "embed=fsdp", "activation_rules": "batch=fsdp,replica=expert"},
+            "mesh expert=2: no parameter",
+        ),
+        (
+            {
+                "mesh": "expert=2,fsdp=2",
+                "parameter_rules": "embed=fsdp,layers=expert",
+                "storage": "listed",
+                "activation_rules": "batch=fsdp",
+            },
+            "mesh expert=2: no parameter",
         ),
         (
             {"mesh": "context=2", "activation_rules": "seq=none"},
