@@ -198,12 +198,12 @@ class Service:
             self._fail(error)
 
     def _warm(self) -> bool:
-        """While nobody asks anything, runs programs that have not run yet; False, so that what is asked comes next."""
-        while self.engine.cold and not (self.active or self._cancelled or self._closing):
-            with contextlib.nullcontext() if self.share is None else self.share.turn("serve"):
-                if self.active or self._cancelled or self._closing:  # while it waited for its turn
-                    break
-                self.engine.warm()
+        """While nobody asks anything, runs programs that have not run yet; False, so that what is asked comes next.
+
+        Not beside training, whose time it would take for nobody.
+        """
+        while self.share is None and self.engine.cold and not (self.active or self._cancelled or self._closing):
+            self.engine.warm()
         return False
 
     @property
