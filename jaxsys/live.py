@@ -114,27 +114,24 @@ class Live:
 
         dtypes, shardings: by key, of every parameter; None keeps those of the parameters. Declared again alike it is
         the one there is. layouts: of the parameters and of the view, where they are stored otherwise in it; dtypes and
-        shardings are by the view's keys then, and it is declared once. Raises ValueError when the name is another
-        view's.
+        shardings are given then, by the view's keys. Raises ValueError when the name is another view's.
         """
-        if layouts is not None:
-            return self._stored_otherwise(name, dtypes or {}, shardings or {}, layouts)
         params = self._lease.params
         want = {
             key: (
-                jnp.dtype(dtypes[key] if dtypes else array.dtype),
-                shardings[key] if shardings else array.sharding,
+                jnp.dtype(dtypes[key] if dtypes else params[key].dtype),
+                shardings[key] if shardings else params[key].sharding,
             )
-            for key, array in params.items()
+            for key in (params if layouts is None else layouts[1])
         }
-        if all(
+        if layouts is None and all(
             array.dtype == want[key][0] and array.sharding.is_equivalent_to(want[key][1], array.ndim)
             for key, array in params.items()
         ):
             return None
         if name in self.views:
             have = self.views[name].graph.outputs
-            if all(
+            if have.keys() == want.keys() and all(
                 have[k].dtype == d and have[k].sharding.is_equivalent_to(s, len(have[k].shape))
                 for k, (d, s) in want.items()
             ):
@@ -142,25 +139,12 @@ class Live:
             raise ValueError(f"view {name!r} exists with another dtype or sharding: give this one another name")
 
         def cast(params: Params) -> dict[str, jax.Array]:
-            return {key: array.astype(want[key][0]) for key, array in to_device(params).items()}
+            here: Params = to_device(params)
+            here = here if layouts is None else restored(here, *layouts)
+            return {key: array.astype(want[key][0]) for key, array in here.items()}
 
         out = {key: sharding for key, (_, sharding) in want.items()}
-        return self._declare(name, cast, out)
-
-    def _stored_otherwise(
-        self, name: str, dtypes: Mapping[str, Any], shardings: Mapping[str, Any], layouts: tuple[Layout, Layout]
-    ) -> str:
-        if name in self.views:
-            raise ValueError(f"view {name!r} exists: give this one another name")
-
-        def store(params: Params) -> dict[str, jax.Array]:
-            found = restored(to_device(params), *layouts)
-            return {key: array.astype(dtypes[key]) for key, array in found.items()}
-
-        return self._declare(name, store, dict(shardings))
-
-    def _declare(self, name: str, fn: Any, out: dict[str, Any]) -> str:
-        graph = self._graphs.compile(f"view[{name}]", fn, dict(self._lease.params), out_shardings=out)
+        graph = self._graphs.compile(f"view[{name}]", cast, dict(params), out_shardings=out)
         self.views[name] = View(name, graph, sum(a.size * a.dtype.itemsize for a in graph.outputs.values()))
         return name
 

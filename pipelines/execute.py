@@ -70,6 +70,15 @@ def cut(layers: int, placement: Placement) -> list[range]:
     return [range(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
+def places(layers: int, placement: Placement) -> list[tuple[int, int, int]]:
+    """Where each layer is: its stage, the chunk of that, and its place there."""
+    return [
+        (placement.stage(number), number // placement.stages, i)
+        for number, piece in enumerate(cut(layers, placement))
+        for i in range(len(piece))
+    ]
+
+
 def stack(params: list[Tree], placement: Placement) -> Tree:
     """Layers' parameters as the executor takes them: leaves [stages, chunks, layers of a chunk, ...], zeros where a
     chunk has fewer."""
@@ -87,12 +96,7 @@ def stack(params: list[Tree], placement: Placement) -> Tree:
 
 def unstack(stacked: Tree, layers: int, placement: Placement) -> list[Tree]:
     """The other way: a list of layers."""
-    places = [
-        (placement.stage(number), number // placement.stages, i)
-        for number, piece in enumerate(cut(layers, placement))
-        for i in range(len(piece))
-    ]
-    return [jax.tree.map(lambda a, place=place: a[place], stacked) for place in places]
+    return [jax.tree.map(lambda a, place=place: a[place], stacked) for place in places(layers, placement)]
 
 
 def value_and_grad(

@@ -188,3 +188,8 @@ GENERATORS: dict[str, Callable[..., Table]] = {
     "zb-v": zero_bubble_v,
 }  # fmt: skip
 """The schedules, by name."""
+
+
+def generate(name: str, stages: int, microbatches: int, chunks: int | None = None) -> Table:
+    """A schedule of ``GENERATORS``; chunks: of a stage, for one that takes a number of them."""
+    return GENERATORS[name](stages, microbatches, *([] if chunks is None else [chunks]))

@@ -96,8 +96,8 @@ class PipelineArgs:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}: found {getattr(self, name)}, expected at least 1")
         for name in ("forward", "backward", "weight", "transfer", "residual", "cotangent"):
-            value, least = getattr(self, name), 0.0
-            if not (least <= value < math.inf) or (name == "forward" and not value):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (name == "forward" and not value):
                 expected = "a number above 0" if name == "forward" else "a number of at least 0"
                 raise UserError(f"--{name}: found {value:g}, expected {expected}")
         for name in ("link", "limit", "slots"):
@@ -129,7 +129,7 @@ class PipelineArgs:
         )
 
     def _tables(self) -> list[Table]:
-        from pipelines.generators import GENERATORS
+        from pipelines.generators import GENERATORS, generate
         from pipelines.schedule import Table
         from pipelines.search import search
 
@@ -149,9 +149,9 @@ class PipelineArgs:
         for name in GENERATORS if every else self.schedule.split(","):
             if name not in GENERATORS:
                 raise unknown_name("schedule", name, [*GENERATORS, "all", "best"])
-            more = (self.chunks,) if name == "interleaved" and self.chunks is not None else ()
+            chunks = self.chunks if name == "interleaved" else None
             try:
-                tables.append(GENERATORS[name](self.stages, self.microbatches, *more))
+                tables.append(generate(name, self.stages, self.microbatches, chunks))
             except UserError:
                 if not every:
                     raise

@@ -26,8 +26,8 @@ from jaxsys.train.step import REMAT, Arrays, Batch, Step, Sums, lay
 from parallelism.errors import UserError, unknown_name
 from parallelism.layout import Layout, Stored
 from parallelism.sharding import constrain
-from pipelines.execute import AXIS, Layered, cut, refuse_permutations, refuse_unmoved, value_and_grad
-from pipelines.generators import GENERATORS
+from pipelines.execute import AXIS, Layered, places, refuse_permutations, refuse_unmoved, value_and_grad
+from pipelines.generators import GENERATORS, generate
 from pipelines.offload import offload
 from pipelines.schedule import Placement, Table
 from pipelines.simulate import Costs
@@ -51,7 +51,7 @@ def table_of(config: PipelineConfig, stages: int, microbatches: int) -> Table:
     elif name not in GENERATORS:
         raise unknown_name("pipeline.schedule", name, GENERATORS)
     else:
-        table = GENERATORS[name](stages, microbatches, *([] if config.chunks is None else [config.chunks]))
+        table = generate(name, stages, microbatches, config.chunks)
     if config.device_slots is None:
         return table
     if table.offloads:
@@ -72,15 +72,11 @@ def staged(model: Model, placement: Placement) -> Model:
             "pipeline runs layers that are alike"
         )
     try:
-        pieces = cut(model.config.n_layers, placement)
+        found = places(model.config.n_layers, placement)
     except UserError as error:
         raise UserError(f"mesh {AXIS}={placement.stages}: {error}") from error
-    most = max(map(len, pieces))
-    begin = [
-        (placement.stage(number) * placement.chunks + number // placement.stages) * most
-        for number in range(placement.count)
-    ]
-    rows = tuple(first + i for first, piece in zip(begin, pieces, strict=True) for i in range(len(piece)))
+    most = max(place for *_, place in found) + 1
+    rows = tuple((stage * placement.chunks + chunk) * most + place for stage, chunk, place in found)
 
     def moved(stored: Stored) -> Stored:
         if not stored.stacked:

@@ -22,11 +22,12 @@ from typing import Any
 
 from measure import Ended, Quiet, Worker, answer, machine
 
+from pipelines.generators import GENERATORS
+from pipelines.simulate import Costs, simulate
+
 DEVICES = 8
 PLAIN, SHIFT = "without stages", "shift buffer"
-SCHEDULES = ("gpipe", "1f1b", "eager", "interleaved", "zb-h1", "zb-v")
-RECOMPUTE = ("1f1b, recompute",)
-NAMES = (PLAIN, SHIFT, *SCHEDULES, *RECOMPUTE)
+NAMES = (PLAIN, SHIFT, *GENERATORS, "1f1b, recompute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +109,8 @@ class Nobody:
 
 def simulated(name: str, stages: int, microbatches: int) -> list[str]:
     """Makespans over the work of one stage: F:B of 1:2 ideal and executed, then 1:3."""
-    if name not in SCHEDULES and name != SHIFT:
+    if name not in GENERATORS and name != SHIFT:
         return [""] * 4
-    from pipelines.generators import GENERATORS
-    from pipelines.simulate import Costs, simulate
-
     table = GENERATORS["gpipe" if name == SHIFT else name](stages, microbatches)
     each, cells = 1 / table.placement.chunks, []
     for backward in (2.0, 3.0):
