@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -200,14 +201,40 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     Raises UserError for an axis name without a rule, two dimensions on one mesh axis, and a dimension that does
     not divide under ``error``; ValueError unless there is one name a dimension.
     """
+    return x if current() is None else lay_out(x, spec_of(x.shape, axes))
+
+
+def lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """``x`` laid out over the active context's mesh without its manual axes, which ``spec`` may not name; traceable."""
     context, manual = current(), manual_axes()
-    if context is None:
-        return x
-    spec = spec_of(x.shape, axes)
+    assert context is not None, "lay_out needs a sharding_context"
     if context.mesh.size == math.prod(context.mesh.shape[axis] for axis in manual):
         return x
     mesh = jax.sharding.get_abstract_mesh() if manual else context.mesh
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gathered(x: jax.Array, used: PartitionSpec, summed: PartitionSpec, whole: bool) -> jax.Array:
+    """``x`` laid out as it is used, by one spec, and its gradient as it is summed, by another; traceable.
+
+    whole: the gradient is laid out as ``used`` first. Where tokens are split over several mesh axes in several ways,
+    the compiler would else gather and scatter over one and bring the pieces to another by collective-permute.
+    """
+    return lay_out(x, used)
+
+
+def _gathered_forward(x: jax.Array, used: PartitionSpec, *_: Any) -> tuple[jax.Array, None]:
+    return lay_out(x, used), None
+
+
+def _gathered_backward(
+    used: PartitionSpec, summed: PartitionSpec, whole: bool, _: None, g: jax.Array
+) -> tuple[jax.Array]:
+    return (lay_out(lay_out(g, used) if whole else g, summed),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def platform() -> str:
@@ -232,6 +259,13 @@ def spec_of(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
 def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
     """Mesh axes that a spec names, in order."""
     return tuple(name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry))
+
+
+def without(spec: PartitionSpec, axes: Iterable[str]) -> PartitionSpec:
+    """A spec that splits nothing over some mesh axes."""
+    dropped = set(axes)
+    kept = (tuple(name for name in axes_of(PartitionSpec(entry)) if name not in dropped) for entry in spec)
+    return PartitionSpec(*(names or None for names in kept))
 
 
 def manual_axes() -> frozenset[str]:

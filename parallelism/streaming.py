@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from parallelism.sharding import current, manual_axes
 
 Tree = TypeVar("Tree")
 Arrays = dict[str, jax.Array]
 
 HOST = "pinned_host"  # the memory kind, in shardings
+STAGE = "stage"  # the mesh axis that rows of a stack may be split over
 AHEAD = 2  # groups on the device at once: one is computed on while the next comes
 
 
@@ -62,8 +67,20 @@ def over_rows(fn: Callable[[Any, Any], Any], stacks: Tree, read: Any) -> Tree:
     """``stacks`` with row i of all arrays replaced by ``fn(row i of stacks, row i of read)``, for every i in order.
 
     All arrays have the same first dimension. What of ``stacks`` lies in host memory stays there: one row is computed
-    on while the next comes, in place (donate the stacks).
+    on while the next comes, in place (donate the stacks). Rows that the active context's mesh has on several stages are
+    done on each stage for itself.
     """
+    if (context := current()) is not None and context.mesh.shape.get(STAGE, 1) > 1 and STAGE not in manual_axes():
+        rows = PartitionSpec(STAGE)
+        each = jax.shard_map(
+            partial(over_rows, fn),
+            mesh=context.mesh,
+            in_specs=rows,
+            out_specs=rows,
+            axis_names={STAGE},
+            check_vma=False,
+        )
+        return each(stacks, read)
     leaves, tree = jax.tree.flatten(stacks)
     hosted = [in_host(x) for x in leaves]
     rows = leaves[0].shape[0]

@@ -68,7 +68,7 @@ NAMES = "inputs", "gradients", "heads", "made", "used", "cot", "wr", "wc", "away
 
 
 def allocate(table: Table) -> Buffers:
-    """The buffers of a checked table, for a latency of one tick."""
+    """The buffers of a checked table, or of one that has its forwards only, for a latency of one tick."""
     ticks, placement = table.ticks_of(), table.placement
     shape, last = (table.ticks, placement.stages), placement.count - 1
     kinds = {kind: np.full(shape, NONE, np.int32) for kind in NAMES}
@@ -80,7 +80,8 @@ def allocate(table: Table) -> Buffers:
         # A value is written at the first of two moments and read last at the second; at one tick reads of an earlier
         # kind come first, so a place in the tick's order is part of a moment.
         away = [(m, n) for m, n in mine if (O, m, n) in ticks]
-        spans = [((F, m, n), span(ticks, F, O if (O, m, n) in ticks else end, m, n)) for m, n in mine]
+        back = [(m, n) for m, n in mine if (B, m, n) in ticks]
+        spans = [((F, m, n), span(ticks, F, O if (O, m, n) in ticks else end, m, n)) for m, n in back]
         spans += [((R, m, n), span(ticks, R, end, m, n)) for m, n in away]
         for (kind, m, n), slot in _assigned(spans, depths, "residuals"):
             kinds["made" if kind == F else "back"][ticks[kind, m, n], stage] = slot
@@ -103,11 +104,11 @@ def allocate(table: Table) -> Buffers:
         for kind, name, step in ((F, "inputs", -1), (B, "gradients", 1)):
             comes = [
                 ((m, n), (_moment(ticks[kind, m, n + step], ARRIVES), span(ticks, kind, kind, m, n)[1]))
-                for m, n in mine
+                for m, n in (mine if kind == F else back)
                 if 0 <= n + step <= last
             ]
             if kind == B:
-                comes += [((m, n), span(ticks, F, B, m, n)) for m, n in mine if n == last]
+                comes += [((m, n), span(ticks, F, B, m, n)) for m, n in back if n == last]
             for (m, n), slot in _assigned(comes, depths, name):
                 kinds[name][ticks[kind, m, n], stage] = slot
                 if n + step > last:

@@ -25,7 +25,8 @@ from parallelism.errors import UserError
 from parallelism.hlo import Program
 from parallelism.streaming import to_device, to_host
 from pipelines.buffers import Buffers, allocate
-from pipelines.schedule import NONE, B, F, O, Placement, R, Table, W
+from pipelines.pieces import Pieces
+from pipelines.schedule import NONE, B, F, O, R, Table, W
 from pipelines.split import passes
 
 Tree = Any
@@ -47,97 +48,67 @@ class Layered(Protocol):
     def context(self, batch: Tree) -> Tree:
         """What every layer may see of a microbatch: arrays, none of which depends on parameters."""
 
-    def layer(self, params: Tree, x: jax.Array, context: Tree, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Layer ``index`` of ``x``: what the next gets, like x, and a loss of its own, a scalar."""
+    def layer(self, params: Tree, x: jax.Array, context: Tree, index: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
+        """Layer ``index`` of ``x``: what the next gets, like x; a loss of its own, a scalar; and what it tells of
+        itself, a tree of arrays without a gradient (None: nothing), which is summed over microbatches."""
 
     def head(self, shared: Tree, x: jax.Array, batch: Tree) -> jax.Array:
         """The loss of a microbatch, a scalar; those of all microbatches and layers add up."""
 
 
-def cut(layers: int, placement: Placement) -> list[range]:
-    """The layers of each virtual stage: as even as can be, the first ones having one more.
-
-    Raises UserError for fewer layers than virtual stages.
-    """
-    count = placement.count
-    if layers < count:
-        raise UserError(
-            f"found {layers} layers for {placement.stages} stages of {placement.chunks} chunks, expected at least "
-            f"{count}, one for each"
-        )
-    each, more = divmod(layers, count)
-    ends = [each * (n + 1) + min(n + 1, more) for n in range(count)]
-    return [range(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def places(layers: int, placement: Placement) -> list[tuple[int, int, int]]:
-    """Where each layer is: its stage, the chunk of that, and its place there."""
-    return [
-        (placement.stage(number), number // placement.stages, i)
-        for number, piece in enumerate(cut(layers, placement))
-        for i in range(len(piece))
-    ]
-
-
-def stack(params: list[Tree], placement: Placement) -> Tree:
-    """Layers' parameters as the executor takes them: leaves [stages, chunks, layers of a chunk, ...], zeros where a
-    chunk has fewer."""
-    pieces = cut(len(params), placement)
-    most = max(map(len, pieces))
-    empty = jax.tree.map(jnp.zeros_like, params[0])
-
-    def chunk(stage: int, chunk: int) -> Tree:
-        mine = [params[i] for i in pieces[placement.number(stage, chunk)]]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *mine, *[empty] * (most - len(mine)))
-
-    stages = [[chunk(s, c) for c in range(placement.chunks)] for s in range(placement.stages)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(jax.tree.map(lambda *x: jnp.stack(x), *s) for s in stages))
-
-
-def unstack(stacked: Tree, layers: int, placement: Placement) -> list[Tree]:
-    """The other way: a list of layers."""
-    return [jax.tree.map(lambda a, place=place: a[place], stacked) for place in places(layers, placement)]
-
-
 def value_and_grad(
     model: Layered,
     table: Table,
-    layers: int,
+    pieces: Pieces,
     mesh: Mesh,
     *,
     remat: Callable[[Callable], Callable] | None = None,
     recompute: bool = False,
 ) -> Callable[[Tree, Tree, Tree], tuple]:
-    """``(shared, stacked layers, batches [microbatches, ...]) -> (loss, (gradients of shared, of layers))``; traceable.
+    """``(shared, stacked layers, batches [microbatches, ...]) -> ((loss, told), (gradients of shared, of layers))``;
+    traceable.
 
-    Gradients are in at least float32. remat: wraps a layer's function, ``jax.checkpoint`` with a policy, so that a
-    layer keeps less for its backward pass. recompute: a microbatch keeps the input of a stage's chunk and nothing else;
-    its backward pass begins with another forward one.
-    Raises UserError for a mesh whose axis ``stage`` is not the table's, and to recompute under a table that has W
-    apart, where both B and W would have to.
+    pieces: how layers are dealt out, and stacked. told: what they tell, stacked as they are. Gradients are in at least
+    float32. remat: wraps a layer's function, ``jax.checkpoint`` with a policy, so that a layer keeps less for its
+    backward pass. recompute: a microbatch keeps the input of a stage's chunk and nothing else; its backward pass begins
+    with another forward one.
+    Raises UserError for a mesh or pieces of another number of stages than the table's, and to recompute under a table
+    that has W apart, where both B and W would have to.
     """
-    table.check()
+    _check(table, pieces, mesh)
     if recompute and table.split:
         raise UserError(
             f"schedule {table.name!r}: recompute with B and W apart would compute the forward pass three times: take a "
             "schedule that has them together, or remat, which keeps less of each layer"
         )
+    run = _Run(model, table, allocate(table), pieces, remat or (lambda layer: layer), recompute)
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=(whole, split, whole), out_specs=((whole, split), (whole, split)), axis_names={AXIS},
+        check_vma=False,
+    )  # fmt: skip
+
+
+def tell(model: Layered, table: Table, pieces: Pieces, mesh: Mesh) -> Callable[[Tree, Tree, Tree], Tree]:
+    """``(shared, stacked layers, batches [microbatches, ...])`` to what layers tell, stacked as they are, by the
+    table's forwards alone; traceable. Raises UserError for a mesh or pieces of another number of stages."""
+    _check(table, pieces, mesh)
+    run = _Run(model, table.forwards, allocate(table.forwards), pieces, lambda layer: layer, False)
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=(whole, split, whole), out_specs=split, axis_names={AXIS}, check_vma=False
+    )
+
+
+def _check(table: Table, pieces: Pieces, mesh: Mesh) -> None:
+    table.check()
+    if pieces.placement != table.placement:
+        raise UserError(f"layers dealt out for {pieces.placement}, expected {table.placement} of {table.name!r}")
     if mesh.shape.get(AXIS) != table.placement.stages:
         raise UserError(
             f"mesh axis stage={mesh.shape.get(AXIS)}: expected the {table.placement.stages} stages of the schedule "
             f"{table.name!r}"
         )
-    run = _Run(model, table, allocate(table), layers, remat or (lambda layer: layer), recompute)
-    split, whole = PartitionSpec(AXIS), PartitionSpec()
-
-    def call(shared: Tree, stacked: Tree, batches: Tree) -> tuple:
-        inside = jax.shard_map(
-            run, mesh=mesh, in_specs=(whole, split, whole), out_specs=(whole, (whole, split)), axis_names={AXIS},
-            check_vma=False,
-        )  # fmt: skip
-        return inside(shared, stacked, batches)
-
-    return call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,21 +116,18 @@ class _Run:
     model: Layered
     table: Table
     buffers: Buffers
-    layers: int
+    pieces: Pieces
     remat: Callable[[Callable], Callable]
     recompute: bool
 
-    def __call__(self, shared: Tree, stacked: Tree, batches: Tree) -> tuple:
-        """On one stage."""
+    def __call__(self, shared: Tree, stacked: Tree, batches: Tree) -> Any:
+        """On one stage. Of a table without backwards: what layers tell, and nothing else."""
         table, buffers, model = self.table, self.buffers, self.model
-        placement = table.placement
+        placement, most = table.placement, self.pieces.most
         stage = lax.axis_index(AXIS)
         mine = jax.tree.map(lambda a: a[0], stacked)  # [chunks, layers, ...]
-        pieces = cut(self.layers, placement)
-        most = max(map(len, pieces))
         numbers = np.array([placement.numbers(s) for s in range(placement.stages)], np.int32)
-        firsts = np.array([[pieces[n].start for n in row] for row in numbers], np.int32)
-        counts = np.array([[len(pieces[n]) for n in row] for row in numbers], np.int32)
+        firsts, counts = (np.array(each, np.int32)[numbers] for each in (self.pieces.firsts, self.pieces.counts))
         number_of, first_of, count_of = (jnp.asarray(a)[stage] for a in (numbers, firsts, counts))
         last = placement.count - 1
 
@@ -179,19 +147,25 @@ class _Run:
         context = jax.eval_shape(model.context, one_batch)
         one = jax.eval_shape(lambda t: jax.tree.map(lambda a: a[0, 0], t), mine)
 
-        def layer(params: Tree, x: jax.Array, context: Tree) -> tuple[jax.Array, jax.Array]:
+        def layer(params: Tree, x: jax.Array, context: Tree) -> tuple[jax.Array, jax.Array, Tree]:
             return model.layer(params, x, context[0], context[1])
 
-        split = passes(self.remat(layer), one, x, (context, jax.ShapeDtypeStruct((), np.int32)), split=table.split)
+        arguments = one, x, (context, jax.ShapeDtypeStruct((), np.int32))
+        _, aux, told = jax.eval_shape(layer, *arguments)
+        split = passes(self.remat(layer), *arguments, split=table.split)
 
         def empty(shape: tuple[int, ...], like: Any) -> jax.Array:
             """NaN: what is read before it was written shows."""
             fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
             return jnp.full((*shape, *like.shape), fill, like.dtype)
 
-        wide = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), (shared, mine))
-        depth, parts = max(buffers.made.depth, 1), 1 if self.recompute else most
-        kept = [empty((depth, parts), each) for each in ([x] if self.recompute else map(_dense, split.kept))]
+        def nothing_yet(a: Any) -> jax.Array:
+            return jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))
+
+        wide = jax.tree.map(nothing_yet, (shared, mine) if table.learns else ((), ()))
+        parts = 1 if self.recompute else most
+        like = ([x] if self.recompute else map(_dense, split.kept)) if table.learns else []
+        kept = [empty((buffers.made.depth, parts), each) for each in like]
         state = {
             "inputs": empty((buffers.inputs.depth + 1,), x),
             "gradients": empty((buffers.gradients.depth + 1,), x),
@@ -203,6 +177,7 @@ class _Run:
             "shared": wide[0],
             "layers": wide[1],
             "loss": jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)),
+            "told": jax.tree.map(lambda a: jnp.zeros((placement.chunks, most, *a.shape), a.dtype), told),
         }
 
         def leave(kept: list, host: list, row: dict, place: jax.Array, slot: jax.Array) -> list:
@@ -285,7 +260,9 @@ class _Run:
         def read(buffers: list, like: tuple, slot: jax.Array, place: jax.Array) -> list[jax.Array]:
             return [laid(_one_of(a, slot, place)).reshape(k.shape) for a, k in zip(buffers, like, strict=True)]
 
-        def add(total: Tree, chunk: jax.Array, place: jax.Array, gradients: Tree) -> Tree:
+        def add(total: Tree, chunk: jax.Array, place: jax.Array, gradients: list[Any]) -> Tree:
+            """What each layer has, with more of one; gradients: a list of leaves, None for nothing."""
+
             def one(a: jax.Array, g: jax.Array | None) -> jax.Array:
                 if g is None:
                     return a
@@ -312,15 +289,18 @@ class _Run:
             )
 
             def one(carry: Any, kept: list, place: jax.Array, index: jax.Array) -> Any:
-                x, loss = carry
-                y, aux, new = split.forward(params_of(chunk, place), x, (context, index))
-                if not self.recompute:
+                x, loss, told = carry
+                y, aux, more, new = split.forward(params_of(chunk, place), x, (context, index))
+                if kept and not self.recompute:
                     kept = put(kept, [laid(a) for a in new], row["made"], place)
-                return (y, loss + aux.astype(loss.dtype)), kept
+                return (y, loss + aux.astype(loss.dtype), add(told, chunk, place, jax.tree.leaves(more))), kept
 
             if self.recompute:
                 state = whole(state | {"kept": put(state["kept"], [begin], row["made"], jnp.int32(0))}, row, moves)
-            (y, loss), state = over_layers(chunk, one, (begin, state["loss"]), state, row, moves, False)
+            carry = begin, state["loss"], state["told"]
+            (y, loss, told), state = over_layers(chunk, one, carry, state, row, moves, False)
+            if not table.learns:
+                return state | {"told": told}, y
 
             def head() -> tuple:
                 value, (d_shared, dy) = jax.value_and_grad(model.head, (0, 1))(shared, y, batch)
@@ -328,7 +308,7 @@ class _Run:
                 return total, loss + value.astype(loss.dtype), put(state["gradients"], dy, row["heads"])
 
             total, loss, gradients = lax.cond(number == last, head, lambda: (state["shared"], loss, state["gradients"]))
-            return state | {"loss": loss, "shared": total, "gradients": gradients}, y
+            return state | {"loss": loss, "told": told, "shared": total, "gradients": gradients}, y
 
         def backward(state: dict, row: dict, moves: int) -> tuple[dict, jax.Array]:
             m, chunk = row["microbatch"][B], row["chunk"][B]
@@ -338,7 +318,7 @@ class _Run:
             if self.recompute:
 
                 def again(carry: Any, kept: list, place: jax.Array, index: jax.Array) -> Any:
-                    y, _, new = split.forward(params_of(chunk, place), carry[0], (context, index))
+                    y, _, _, new = split.forward(params_of(chunk, place), carry[0], (context, index))
                     return (y, put(carry[1], new, place)), kept
 
                 state = whole(state, row, moves)
@@ -354,7 +334,7 @@ class _Run:
                     if self.recompute
                     else read(kept, split.kept, row["used"], place)
                 )
-                dx, small, new = split.backward(params, (context, index), here, dy, jnp.ones((), aux_dtype))
+                dx, small, new = split.backward(params, (context, index), here, dy, jnp.ones((), aux.dtype))
                 if not table.split:
                     return (dx, add(total, chunk, place, small), saved), kept
                 saved = put(saved, [laid(a) for a in new], row["cotangents"], place)
@@ -391,7 +371,6 @@ class _Run:
         def alone(state: dict, row: dict, moves: int) -> tuple[dict, jax.Array]:
             return whole(state, row, moves), nothing
 
-        aux_dtype = jax.eval_shape(layer, one, x, (context, jax.ShapeDtypeStruct((), np.int32)))[1].dtype
         nothing = empty((), x)
 
         options, rows = self._rows()
@@ -419,9 +398,11 @@ class _Run:
             return state, None
 
         state, _ = lax.scan(tick, state, rows)
-        loss = lax.psum(state["loss"], AXIS)
-        d_shared = jax.tree.map(lambda g: lax.psum(g, AXIS), state["shared"])
-        return loss, (d_shared, jax.tree.map(lambda g: g[None], state["layers"]))
+        told, layers = (jax.tree.map(lambda a: a[None], state[name]) for name in ("told", "layers"))
+        if not table.learns:
+            return told
+        loss, d_shared = jax.tree.map(lambda a: lax.psum(a, AXIS), (state["loss"], state["shared"]))
+        return (loss, told), (d_shared, layers)
 
     def _rows(self) -> tuple[list[list[int]], dict[str, Any]]:
         """What may move beside each action (F, B, W, none), as bits; and the table and its slots, [ticks, stages, ...]:

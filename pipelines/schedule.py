@@ -121,6 +121,17 @@ class Table:
         """Everything that a stage does, in order."""
         return list(itertools.chain.from_iterable(self.at(tick, stage) for tick in range(self.ticks)))
 
+    @property
+    def forwards(self) -> Table:
+        """What is left without backwards, each forward as soon as what it needs is there; to run, not to check."""
+        orders = [[a for a in self.order(stage) if a.kind == F] for stage in range(self.placement.stages)]
+        return from_orders(self.placement, self.microbatches, orders, f"{self.name}, forwards")
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are backwards."""
+        return bool((self.microbatch[..., B] != NONE).any())
+
     def walk(self) -> Iterator[tuple[int, int, Action]]:
         """(tick, stage, action), tick by tick."""
         for tick in range(self.ticks):

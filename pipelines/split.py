@@ -26,13 +26,13 @@ INLINED = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "c
 class Passes:
     """A layer's passes, each traceable.
 
-    forward(params, x, context) -> (y, aux, kept): y like x, kept a list of arrays.
+    forward(params, x, context) -> (y, aux, told, kept): y like x, kept a list of arrays.
     backward(params, context, kept, dy, daux) -> (dx, gradients of small parameters, saved).
     weights(params, context, kept, saved) -> gradients of the others. Gradients are flat lists: ``small`` says, leaf by
     leaf of the parameters, which are in the first. Without a split ``backward`` gives all, and nothing is saved.
     """
 
-    forward: Callable[..., tuple[Any, Any, list[Any]]]
+    forward: Callable[..., tuple[Any, Any, Tree, list[Any]]]
     backward: Callable[..., tuple[Any, list[Any], list[Any]]]
     weights: Callable[..., list[Any]]
     small: tuple[bool, ...]
@@ -40,33 +40,42 @@ class Passes:
     saved: tuple[jax.ShapeDtypeStruct, ...]
 
 
-def passes(layer: Callable[..., tuple[Any, Any]], params: Tree, x: Any, context: Tree, *, split: bool) -> Passes:
-    """The passes of ``layer(params, x, context) -> (y, aux)`` for arguments like these, whose values do not matter.
+def passes(layer: Callable[..., tuple[Any, Any, Tree]], params: Tree, x: Any, context: Tree, *, split: bool) -> Passes:
+    """The passes of ``layer(params, x, context) -> (y, aux, told)`` for arguments like these, whose values do not
+    matter.
 
-    aux: a scalar whose gradient ``backward`` takes too. Where it keeps less (``jax.checkpoint``), less is kept, and
-    computed again in ``backward``.
+    aux: a scalar whose gradient ``backward`` takes too. told: a tree of arrays that have none. Where it keeps less
+    (``jax.checkpoint``), less is kept, and computed again in ``backward``.
     """
     trees: dict[str, Any] = {}
 
     def forward(params: Tree, x: Any, context: Tree) -> list[Any]:
-        (y, aux), pullback = jax.vjp(lambda params, x: layer(params, x, context), params, x)
+        def apart(params: Tree, x: Any) -> tuple:
+            y, aux, told = layer(params, x, context)
+            return (y, aux), told
+
+        found: Any = jax.vjp(apart, params, x, has_aux=True)
+        (y, aux), pullback, told = found
+        said, trees["told"] = jax.tree.flatten(told)
         leaves, trees["pullback"] = jax.tree.flatten(pullback)
-        return [y, aux, *leaves]
+        return [y, aux, *said, *leaves]
 
     arguments = params, x, context
     traced = _flat(forward, arguments)
     n_params, n_x, n_context = (len(jax.tree.leaves(each)) for each in arguments)
     of_params, of_x, of_context = _parts(traced.invars, (n_params, n_x, n_context))
     from_x = _reached(traced.eqns, of_x)
-    residuals = traced.outvars[2:]
+    results = 2 + trees["told"].num_leaves
+    residuals = traced.outvars[results:]
     keep = [isinstance(v, core.Var) and v in from_x for v in residuals]
     kept = [v for v, mine in zip(residuals, keep, strict=True) if mine]
     given = [v for v, mine in zip(residuals, keep, strict=True) if not mine]
 
-    def run_forward(params: Tree, x: Any, context: Tree) -> tuple[Any, Any, list[Any]]:
+    def run_forward(params: Tree, x: Any, context: Tree) -> tuple[Any, Any, Tree, list[Any]]:
         env = traced.bind(jax.tree.leaves((params, x, context)))
-        y, aux, *rest = traced.run(env, [*traced.outvars[:2], *kept])
-        return y, aux, rest
+        y, aux, *rest = traced.run(env, [*traced.outvars[:results], *kept])
+        told = jax.tree.unflatten(trees["told"], rest[: results - 2])
+        return y, aux, told, rest[results - 2 :]
 
     def pull(params: Tree, context: Tree, values: Sequence[Any], dy: Any, daux: Any) -> list[Any]:
         env = dict(zip([*of_params, *of_context], jax.tree.leaves((params, context)), strict=True)) | traced.constants

@@ -53,6 +53,8 @@ DENSE = ["llama", "gemma2"]
 DEEP = {
     "llama": dataclasses.replace(LLAMA, n_layers=5),
     "gemma2": dataclasses.replace(GEMMA2, n_layers=5, windows=(5, None, 5, None, 3)),
+    "qwen3_moe": dataclasses.replace(MODELS["qwen3_moe"], n_layers=3),
+    "capacity": dataclasses.replace(MODELS["capacity"], n_layers=5),
 }
 """As many layers as no number of stages divides."""
 AXES = ("data", "fsdp", "tensor", "context", "expert")

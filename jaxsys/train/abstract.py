@@ -24,7 +24,7 @@ from jaxsys.models.state import Model, build
 from jaxsys.optim import Adafactor, Optimizer
 from jaxsys.train.config import PipelineConfig, TrainConfig
 from jaxsys.train.launch import Launcher, batch_grid
-from jaxsys.train.pipelined import PipelinedStep, staged, table_of
+from jaxsys.train.pipelined import PipelinedStep, dealt, staged, table_of
 from jaxsys.train.step import Step
 from parallelism import (
     ACTIVATIONS,
@@ -78,14 +78,15 @@ class AbstractRun:
         self._check_offload()
         stages = self.mesh.shape[AXIS]
         table = table_of(config.pipeline, stages, config.accumulate) if stages > 1 else None
-        self._check_stages(model)
+        self._check_stages()
         self.graphs = Graphs(self.mesh, self.activation_rules)
         with sharding_context(self.mesh, self.activation_rules):  # how layers are stored depends on the platform
             storage = config.storage if table is None else STACKED
             self.unpadded = build(model, dtype=config.parameter_dtype, storage=storage)
-            if table is not None:
-                self.unpadded = staged(self.unpadded, table.placement)
+        pieces = None
         if table is not None:
+            pieces = dealt(self.unpadded, table.placement, config.pipeline.head)
+            self.unpadded = staged(self.unpadded, pieces)
             parameter_rules = parameter_rules.replace(layers=AXIS)
         self.plan = plan(self.unpadded.layout, self.mesh, parameter_rules, self.unpadded.units)
         refuse_idle_axes(self.plan, self.activation_rules, self.unpadded.activation_axes)
@@ -102,7 +103,9 @@ class AbstractRun:
             self.model, self.optimizer, jnp.dtype(config.compute_dtype), config.remat, self.shardings,
             config.context_method, None, placement.Offload.parse(config.offload),
         )  # fmt: skip
-        self.step = Step(*of_step) if table is None else PipelinedStep(*of_step, table, config.pipeline.recompute)
+        self.step = Step(*of_step)
+        if table is not None and pieces is not None:
+            self.step = PipelinedStep(*of_step, table=table, pieces=pieces, recompute=config.pipeline.recompute)
         in_host = self.model.layer_kernels if self.step.offload.parameters else ()
         self.stored = dataclasses.replace(self.plan, shardings=placement.hosted(self.plan.shardings, in_host))
         self.optimizer_plan = self._optimizer_plan()
@@ -175,7 +178,7 @@ class AbstractRun:
                 f"has no activation of that name: leave {ATTENTION} out, or the axis {sequence.AXIS}"
             )
 
-    def _check_stages(self, model: ModelConfig) -> None:
+    def _check_stages(self) -> None:
         """Raises UserError for what does not go through stages."""
         c, stages = self.config, self.mesh.shape[AXIS]
         if stages == 1:
@@ -185,17 +188,21 @@ class AbstractRun:
                     "above 1, so nothing goes through stages: leave it out, or give the mesh one"
                 )
             return
+        offloaded = placement.Offload.parse(c.offload)
         refused = {
             "step_form=split": c.step_form == "split",
             "storage=listed": c.storage == "listed",
-            f"{sequence.AXIS}={self.mesh.shape[sequence.AXIS]}": self.mesh.shape[sequence.AXIS] > 1,
-            "a model with experts": model.experts is not None,
-            f"offload={c.offload}": placement.Offload.parse(c.offload) != placement.Offload(),
+            f"offload={c.offload}": bool(offloaded.parameters or offloaded.activations),
             "optimizer adafactor": isinstance(c.optim.optimizer, Adafactor),
         }
         for what, asked in refused.items():
             if asked:
                 raise UserError(f"mesh {AXIS}={stages} with {what}: stages cannot do that: leave one of them out")
+        if (n := self.mesh.shape[sequence.AXIS]) > 1 and c.context_method not in ("all_gather", "all_to_all"):
+            raise UserError(
+                f"mesh {AXIS}={stages},{sequence.AXIS}={n} with context_method={c.context_method}: it sends by "
+                "collective-permute, which hangs where stages do different things: take all_gather or all_to_all"
+            )
 
     def serving(self) -> tuple[Model, Plan] | None:
         """The model as inference runs it, and where its parameters lie, where training stores them by stage."""

@@ -101,16 +101,19 @@ class PipelineConfig:
     schedule: gpipe, 1f1b, eager, interleaved, zb-h1, zb-v, or the file of a table (``jaxsys pipeline --save``). chunks:
     pieces of the model that a stage has under interleaved, two if it is None. recompute: a stage keeps what comes into
     it and nothing else of a microbatch. device_slots: microbatches (of a chunk) that a stage keeps on the device, the
-    others' activations wait in host memory; None keeps all.
+    others' activations wait in host memory; None keeps all. head: how many layers' work the model's head is, for
+    dealing layers out to stages: the last one gets fewer by that, and the others hold more of each microbatch.
     """
 
     schedule: str = "1f1b"
     chunks: int | None = None
     recompute: bool = False
     device_slots: int | None = None
+    head: float = 0.0
 
     def __post_init__(self) -> None:
         expect_text(self, "schedule")
+        expect_at_least(self, 0, "head")
         expect_at_least(self, 1, "chunks", "device_slots")
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.graphs import Graph
-from jaxsys.kernels.attention import Rows
 from jaxsys.kernels.loss import cross_entropy
 from jaxsys.kernels.matmul import activation_dtype
 from jaxsys.models.decoder import of_layers
@@ -25,12 +25,15 @@ from jaxsys.train.config import PipelineConfig
 from jaxsys.train.step import REMAT, Arrays, Batch, Step, Sums, lay
 from parallelism.errors import UserError, unknown_name
 from parallelism.layout import Layout, Stored
-from parallelism.sharding import constrain
-from pipelines.execute import AXIS, Layered, places, refuse_permutations, refuse_unmoved, value_and_grad
+from parallelism.sharding import axes_of, constrain, current, gathered, without
+from pipelines.execute import AXIS, Layered, refuse_permutations, refuse_unmoved, tell, value_and_grad
 from pipelines.generators import GENERATORS, generate
 from pipelines.offload import offload
+from pipelines.pieces import Pieces
 from pipelines.schedule import Placement, Table
 from pipelines.simulate import Costs
+
+WHOLE = "whole"  # beside a microbatch's arrays, what the router's losses know of all microbatches
 
 
 def table_of(config: PipelineConfig, stages: int, microbatches: int) -> Table:
@@ -60,23 +63,27 @@ def table_of(config: PipelineConfig, stages: int, microbatches: int) -> Table:
     return offload(table, Costs(), config.device_slots).table
 
 
-def staged(model: Model, placement: Placement) -> Model:
+def dealt(model: Model, placement: Placement, head: float) -> Pieces:
+    """The layers of each stage. Raises UserError where there are too few."""
+    try:
+        return Pieces.even(model.config.n_layers, placement, head)
+    except UserError as error:
+        raise UserError(f"mesh {AXIS}={placement.stages}: {error}") from error
+
+
+def staged(model: Model, pieces: Pieces) -> Model:
     """The model with its layers in the order of their stages, a row each; rows that a chunk does not need are zeros.
 
-    Raises UserError where there are too few layers, or they are not alike.
+    Raises UserError where they are not alike.
     """
+    placement, most = pieces.placement, pieces.most
     stacks = {stored.key.split(".")[1] for stored in model.layout.values() if stored.stacked}
     if len(stacks) != 1:
         raise UserError(
             f"mesh {AXIS}={placement.stages}: the layers of this model have {len(stacks)} shapes, expected one: a "
             "pipeline runs layers that are alike"
         )
-    try:
-        found = places(model.config.n_layers, placement)
-    except UserError as error:
-        raise UserError(f"mesh {AXIS}={placement.stages}: {error}") from error
-    most = max(place for *_, place in found) + 1
-    rows = tuple((stage * placement.chunks + chunk) * most + place for stage, chunk, place in found)
+    rows = tuple((stage * placement.chunks + chunk) * most + place for stage, chunk, place in pieces.places)
 
     def moved(stored: Stored) -> Stored:
         if not stored.stacked:
@@ -97,6 +104,24 @@ class _Layered:
         dtypes = self.step.model.compute_dtypes(self.step.compute_dtype)
         return {key: array.astype(dtypes[prefix + key]) for key, array in params.items()}
 
+    def _gathered(self, params: Arrays) -> Arrays:
+        """A layer's parameters as its products use them: whole over mesh axes that split tokens. Experts' are brought
+        to their tokens' devices where they are used."""
+        context, shardings = current(), self.step.shardings
+        assert context is not None
+        rules, sizes = context.rules, context.mesh.shape
+        over = {*rules["batch"].mesh_axes, *rules["seq"].mesh_axes}
+        within = {axis for name in ("seq", "residual") for axis in rules[name].mesh_axes if sizes[axis] > 1}
+
+        def one(key: str, array: jax.Array) -> jax.Array:
+            if "experts" in self.step.model.layout[self.prefix + key].axes:
+                return array
+            stored, summed = (of[self.prefix + key].spec[1:] for of in (shardings.parameters, shardings.gradients))
+            used = without(PartitionSpec(*stored), over)
+            return gathered(array, used, PartitionSpec(*summed), not within <= {*axes_of(used)})
+
+        return {key: one(key, array) for key, array in params.items()}
+
     def place(self, x: jax.Array) -> jax.Array:
         return constrain(x, ("batch", "residual", "act_embed"))
 
@@ -108,30 +133,39 @@ class _Layered:
         kernels = self.step.model.compute_dtypes(self.step.compute_dtype)
         angles = rotations(jnp.maximum(batch["positions"], 0), c, activation_dtype(kernels["embed.kernel"]))
         windows = {name: jnp.asarray(values) for name, values in of_layers(c).items()}
-        return angles, Rows(batch["segments"], batch["positions"]), windows
+        return angles, self.step.seen(batch), windows, batch.get(WHOLE), self.step.sizes(batch)
 
-    def layer(self, params: Arrays, x: jax.Array, context: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        angles, rows, windows = context
-        block = self.step.model.layer(self._cast(params, self.prefix))
+    def layer(self, params: Arrays, x: jax.Array, context: Any, index: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        angles, rows, windows, whole, here = context
+        block = self.step.model.layer(self._gathered(self._cast(params, self.prefix)))
         row = {name: values[index] for name, values in windows.items()}
-        y, _, _ = block(x, angles, rows, None, layer=index, window=row.get("window"))
-        return y, jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
+        y, _, router = block(x, angles, rows, None, layer=index, window=row.get("window"))
+        if router is None:
+            return y, jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)), None
+        if whole is None:
+            whole = {**here, "load": router.load}
+        elif "load" in whole:
+            whole = {**whole, "load": whole["load"][index]}
+        return y, self.step.auxiliary_loss(router, whole) / self.step.model.config.n_layers, router
 
     def head(self, shared: Arrays, x: jax.Array, batch: Batch) -> jax.Array:
         c, ends = self.step.model.config, self.step.model.ends(self._cast(shared))
         return cross_entropy(ends.norm(x), ends.head_kernel, batch["targets"], c.vocab_size, c.logit_softcap)[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelinedStep(Step):
-    """A step whose microbatches go through stages. recompute: only what comes into a stage is kept."""
+    """A step whose microbatches go through stages, which have these pieces of the model.
 
-    table: Table | None = None
-    recompute: bool = False
+    recompute: only what comes into a stage is kept.
+    """
+
+    table: Table
+    pieces: Pieces
+    recompute: bool
 
     def check(self, graph: Graph) -> None:
         """Raises UserError for a compiled step that would hang, or does not offload what it should."""
-        assert self.table is not None
         refuse_permutations(graph.text)
         refuse_unmoved(self.table, graph.stats.host_temporary_bytes)
 
@@ -142,22 +176,38 @@ class PipelinedStep(Step):
         return _Layered(self, prefix), prefix
 
     def sums(self, params: Arrays, batches: Batch) -> tuple[Arrays, Sums]:
-        assert self.table is not None
-        placement, (model, prefix) = self.table.placement, self.layered()
+        model, prefix = self.layered()
         shared = {key: array for key, array in params.items() if not key.startswith(prefix)}
-        layers = {
-            key.removeprefix(prefix): array.reshape(placement.stages, placement.chunks, -1, *array.shape[1:])
+        grid = self.table.placement.stages, self.table.placement.chunks, -1
+        stacked = {
+            key.removeprefix(prefix): array.reshape(*grid, *array.shape[1:])
             for key, array in params.items()
             if key.startswith(prefix)
         }
         policy, mesh = REMAT[self.remat], next(iter(self.shardings.gradients.values())).mesh
         assert isinstance(mesh, Mesh)
+        batches, whole = dict(self.arranged(batches)), self.sizes(batches)
+        experts, microbatches = self.model.config.experts, batches["tokens"].shape[0]
+        if self.auxiliary and microbatches > 1:
+            if experts is not None and experts.balance_loss:
+                router = tell(model, self.table, self.pieces, mesh)(shared, stacked, batches)
+                whole["load"] = self._of_layers(router.load)
+            batches[WHOLE] = jax.tree.map(lambda a: jnp.broadcast_to(a, (microbatches, *a.shape)), whole)
         run = value_and_grad(
-            model, self.table, self.model.config.n_layers, mesh,
+            model, self.table, self.pieces, mesh,
             remat=None if policy is None else lambda layer: jax.checkpoint(layer, policy=policy),
             recompute=self.recompute,
         )  # fmt: skip
-        loss, (of_shared, of_layers) = run(shared, layers, dict(batches))
+        (loss, router), (of_shared, of_layers) = run(shared, stacked, batches)
         grads = of_shared | {prefix + key: g.reshape(params[prefix + key].shape) for key, g in of_layers.items()}
-        targets = (batches["targets"] >= 0).sum().astype(loss.dtype)
-        return lay({key: grads[key] for key in params}, self.shardings.gradients), {"loss": loss, "targets": targets}
+        sums: Sums = {"loss": loss, "targets": whole["targets"]}
+        if router is not None:
+            router = jax.tree.map(self._of_layers, router)
+            # What is reported is the cross-entropy.
+            loss -= self.auxiliary_loss(router, {"load": router.load, **whole})
+            sums |= {"loss": loss, "tokens": whole["tokens"], "router": router}
+        return lay({key: grads[key] for key in params}, self.shardings.gradients), sums
+
+    def _of_layers(self, stacked: jax.Array) -> jax.Array:
+        """[stages, chunks, layers of a chunk, ...] to [layers, ...]."""
+        return stacked[tuple(np.array(self.pieces.places).T)]

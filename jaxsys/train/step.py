@@ -88,8 +88,8 @@ class Step:
         decoder = self.model.bind(
             {k: array if streaming.is_streamed(array) else array.astype(dtypes[k]) for k, array in params.items()}
         )
-        batch, context = self._rows(batch)
-        hidden, _, router = decoder(batch["tokens"], context, remat=self._layer)
+        batch = self.arranged(batch)
+        hidden, _, router = decoder(batch["tokens"], self.seen(batch), remat=self._layer)
         c = self.model.config
         loss = cross_entropy(hidden, decoder.head_kernel, batch["targets"], c.vocab_size, c.logit_softcap)
         return *loss, router
@@ -108,33 +108,42 @@ class Step:
             policy = streaming.offloading(policy or jax.checkpoint_policies.everything_saveable, names)
         return fetched if policy is None else jax.checkpoint(fetched, policy=policy)
 
-    def _rows(self, batch: Batch) -> tuple[Batch, Rows]:
-        """The batch in the order in which attention wants it on this mesh, and what attention sees of it."""
+    def arranged(self, batch: Batch) -> Batch:
+        """A batch [..., T] in the order in which attention wants it on this mesh."""
+        n = sequence.pieces()
+        if n == 1 or self.split is not None:
+            return batch
+        # Here and not on the host: four integers a token are nothing, and a loss does not ask for the order.
+        order = sequence.balanced_order(batch["tokens"].shape[-1], n)
+        axes = (*[None] * (batch["tokens"].ndim - 2), "batch", "seq")
+        return {name: constrain(array[..., order], axes) for name, array in batch.items()}
+
+    def seen(self, batch: Batch) -> Rows:
+        """What attention sees of an arranged batch [B, T]."""
         n = sequence.pieces()
         if n == 1:
-            return batch, Rows(batch["segments"], batch["positions"])
-        if self.split is not None:
-            own = batch["tokens"].shape[1] // n - self.split
-            return batch, SplitRows(batch["segments"], batch["positions"], self.context_method, own)
-        # Here and not on the host: four integers a token are nothing, and a loss does not ask for the order.
-        order = sequence.balanced_order(batch["tokens"].shape[1], n)
-        batch = {name: constrain(array[:, order], ("batch", "seq")) for name, array in batch.items()}
-        return batch, SplitRows(batch["segments"], batch["positions"], self.context_method)
+            return Rows(batch["segments"], batch["positions"])
+        own = 0 if self.split is None else batch["tokens"].shape[1] // n - self.split
+        return SplitRows(batch["segments"], batch["positions"], self.context_method, own)
 
     def counts(self, params: Arrays, batch: Batch) -> Counts:
         """What the router's losses need to know of a whole batch, of one microbatch: counts of targets and tokens, and,
         for the load-balance loss, of each expert's tokens, for which it runs the model forward."""
-        experts, dtype = self.model.config.experts, jnp.promote_types(self.compute_dtype, jnp.float32)
+        experts, found = self.model.config.experts, self.sizes(batch)
         assert experts is not None
-        found = {
-            "targets": (batch["targets"] >= 0).sum().astype(dtype),
-            "tokens": (batch["segments"] > 0).sum().astype(dtype),
-        }
         if experts.balance_loss:
             _, _, router = self._forward(params, batch)
             assert router is not None
             found["load"] = router.load
         return found
+
+    def sizes(self, batch: Batch) -> Counts:
+        """How many targets and tokens there are in a batch [..., T]."""
+        dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
+        return {
+            "targets": (batch["targets"] >= 0).sum().astype(dtype),
+            "tokens": (batch["segments"] > 0).sum().astype(dtype),
+        }
 
     def count_more(self, counts: Counts, params: Arrays, batch: Batch) -> Counts:
         """``counts`` (donated) plus those of one more microbatch."""
@@ -153,7 +162,7 @@ class Step:
                 return loss, {"loss": loss, "targets": targets}
             tokens = (batch["segments"] > 0).sum().astype(loss.dtype)
             here = {"targets": targets, "tokens": tokens, "load": router.load}
-            return loss + self._auxiliary(router, whole or here), {
+            return loss + self.auxiliary_loss(router, whole or here), {
                 "loss": loss, "targets": targets, "tokens": tokens, "router": router,
             }  # fmt: skip
 
@@ -161,8 +170,9 @@ class Step:
         grads = {key: g.astype(jnp.promote_types(g.dtype, jnp.float32)) for key, g in grads.items()}
         return lay(grads, self.shardings.gradients), sums
 
-    def _auxiliary(self, router: RouterSums, whole: Counts) -> jax.Array:
-        """A microbatch's part of the router's losses, times the whole batch's targets, by which ``finish`` divides."""
+    def auxiliary_loss(self, router: RouterSums, whole: Counts) -> jax.Array:
+        """A microbatch's part of the router's losses, times the whole batch's targets, by which ``finish`` divides. Of
+        sums of one layer: times the number of layers."""
         experts, total = self.model.config.experts, jnp.zeros_like(whole["targets"])
         assert experts is not None
         if experts.balance_loss:

@@ -11,9 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from parallelism.errors import UserError
 from pipelines.buffers import allocate
-from pipelines.execute import refuse_permutations, refuse_unmoved, stack, unstack, value_and_grad
+from pipelines.execute import refuse_permutations, refuse_unmoved, value_and_grad
 from pipelines.generators import GENERATORS
 from pipelines.offload import offload
+from pipelines.pieces import Pieces
 from pipelines.schedule import Placement
 from pipelines.simulate import Costs
 from pipelines.split import passes
@@ -37,7 +38,7 @@ class Toy:
         y = x * params["scale"] / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
         y = jnp.tanh(y @ params["up"].T + index.astype(x.dtype)) * context
         out = x + y @ params["down"].T
-        return out, 1e-2 * (y * y).sum()
+        return out, 1e-2 * (y * y).sum(), {"norm": (x * x).sum(-1)}
 
     def head(self, shared, x, batch):
         logits = jax.nn.log_softmax((x * shared["norm"]) @ shared["table"].T)
@@ -60,15 +61,16 @@ def make(layers, microbatches, dtype=jnp.float64):
 
 
 def plain(model, shared, layers, batches):
-    total = 0.0
+    total, told = 0.0, {}
     for m in range(batches["tokens"].shape[0]):
         batch = jax.tree.map(lambda a, m=m: a[m], batches)
         x, context = model.embed(shared, batch), model.context(batch)
         for i, params in enumerate(layers):
-            x, aux = model.layer(params, x, context, jnp.int32(i))
+            x, aux, more = model.layer(params, x, context, jnp.int32(i))
             total += aux
+            told[i] = jax.tree.map(jnp.add, told[i], more) if i in told else more
         total += model.head(shared, x, batch)
-    return total
+    return total, [told[i] for i in range(len(layers))]
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +111,8 @@ def test_every_combination(case):
     check(**case)
 
 
-def check(schedule, stages, times=2, form="plain", axis="alone", **options):
+def check(schedule, stages, times=2, form="plain", axis="alone", head=0.0, model=None, **options):
+    model = model or Toy()
     table = GENERATORS[schedule](stages, times * stages)
     held, least = allocate(table).made.depth, 1
     if "offload" in form or form == "selective":
@@ -120,8 +123,9 @@ def check(schedule, stages, times=2, form="plain", axis="alone", **options):
         assert allocate(table).made.depth == least < held
     layers, microbatches = 2 * stages + 1, times * stages
     shared, each, batches = make(layers, microbatches)
-    expected, e_gradients = jax.value_and_grad(plain, (1, 2))(Toy(), shared, each, batches)
-    stacked = stack(each, table.placement)
+    (expected, e_told), e_gradients = jax.value_and_grad(plain, (1, 2), has_aux=True)(model, shared, each, batches)
+    pieces = Pieces.even(layers, table.placement, head)
+    stacked = pieces.stack(each)
     shape, names = ((stages,), ("stage",)) if axis == "alone" else ((stages, 2), ("stage", axis))
     mesh = Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), names)
     if axis != "alone":
@@ -132,11 +136,12 @@ def check(schedule, stages, times=2, form="plain", axis="alone", **options):
         stacked = {key: jax.device_put(a, NamedSharding(mesh, specs[key])) for key, a in stacked.items()}
         rows = NamedSharding(mesh, PartitionSpec(None, axis) if axis == "fsdp" else PartitionSpec())
         batches = jax.device_put(batches, rows)
-    run = value_and_grad(Toy(), table, layers, mesh, recompute="recompute" in form, **options)
-    loss, (d_shared, d_layers) = jax.jit(run)(shared, stacked, batches)
+    run = value_and_grad(model, table, pieces, mesh, recompute="recompute" in form, **options)
+    (loss, told), (d_shared, d_layers) = jax.jit(run)(shared, stacked, batches)
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
-    found = jax.tree.map(np.asarray, (d_shared, unstack(d_layers, layers, table.placement)))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(e_gradients), strict=True):
+    each_told, each_d = map(pieces.unstack, (told, d_layers))
+    found = jax.tree.map(np.asarray, (d_shared, each_d, each_told))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves((*e_gradients, e_told)), strict=True):
         assert np.linalg.norm(a - b) <= 1e-9 * np.linalg.norm(b)
 
 
@@ -157,14 +162,55 @@ def test_a_layer_may_keep_less(name):
     check(name, 2, remat=partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable))
 
 
+@pytest.mark.parametrize("name", ["1f1b", "zb-v"])
+def test_layers_may_be_dealt_out_unevenly(name):
+    check(name, 2, head=2.0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "placement", "head", "expected"),
+    [
+        (30, Placement(4), 0.0, (8, 8, 7, 7)),
+        (30, Placement(4), 8.0, (10, 9, 9, 2)),
+        (30, Placement(4), 2.5, (8, 8, 8, 6)),
+        (9, Placement(2, 2), 0.0, (3, 2, 2, 2)),
+        (9, Placement(2, 2, "v"), 2.0, (2, 3, 2, 2)),
+    ],
+)
+def test_the_head_counts_where_layers_are_dealt_out(layers, placement, head, expected):
+    assert Pieces.even(layers, placement, head).counts == expected
+
+
+class Dropout(Toy):
+    """With a mask that a row's key and the layer give, whatever the microbatch."""
+
+    def context(self, batch):
+        return super().context(batch), batch["tokens"] * 7919 + batch["targets"]
+
+    def layer(self, params, x, context, index):
+        y, *others = super().layer(params, x, context[0], index)
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(jax.random.key(3), row), index))(context[1])
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.7, (D,)))(keys)
+        return x + jnp.where(kept, y - x, 0) / 0.7, *others
+
+
+@pytest.mark.parametrize("form", ["plain", "recompute"])
+def test_dropout_by_layer_and_row_is_that_of_the_model_without_a_pipeline(form):
+    check("1f1b", 2, form=form, model=Dropout())
+
+
 def test_what_cannot_run_is_refused():
     mesh = Mesh(np.array(jax.devices()[:2]), ("stage",))
     with pytest.raises(UserError, match="mesh axis stage=2: expected the 4 stages of the schedule '1f1b'"):
-        value_and_grad(Toy(), GENERATORS["1f1b"](4, 8), 8, mesh)
+        value_and_grad(Toy(), GENERATORS["1f1b"](4, 8), Pieces.even(8, Placement(4)), mesh)
+    with pytest.raises(UserError, match=r"layers dealt out for .*chunks=2.*, expected .*chunks=1.* of '1f1b'"):
+        value_and_grad(Toy(), GENERATORS["1f1b"](2, 4), Pieces.even(8, Placement(2, 2)), mesh)
     with pytest.raises(UserError, match="schedule 'zb-h1': recompute with B and W apart"):
-        value_and_grad(Toy(), GENERATORS["zb-h1"](2, 4), 8, mesh, recompute=True)
+        value_and_grad(Toy(), GENERATORS["zb-h1"](2, 4), Pieces.even(8, Placement(2)), mesh, recompute=True)
     with pytest.raises(UserError, match="found 3 layers for 2 stages of 2 chunks, expected at least 4"):
-        stack(make(3, 1)[1], Placement(2, 2))
+        Pieces.even(3, Placement(2, 2))
+    with pytest.raises(UserError, match=r"layers dealt out as \[3, 0\]: expected at least one"):
+        Pieces(Placement(2), (3, 0))
 
 
 def test_an_offload_that_the_program_does_not_perform_is_refused():
@@ -206,8 +252,8 @@ class Shifted(Toy):
     """Sends rows to neighbours inside a layer."""
 
     def layer(self, params, x, context, index):
-        y, aux = super().layer(params, x, context, index)
-        return y + jnp.roll(y, 1, 0), aux
+        y, *others = super().layer(params, x, context, index)
+        return y + jnp.roll(y, 1, 0), *others
 
 
 def test_a_permutation_inside_a_stage_is_refused():
@@ -217,8 +263,9 @@ def test_a_permutation_inside_a_stage_is_refused():
     def text(model):
         shared, each, batches = make(2, 4)
         batches = jax.device_put(batches, NamedSharding(mesh, PartitionSpec(None, "context")))
-        run = jax.jit(value_and_grad(model, table, 2, mesh))
-        return run.lower(shared, stack(each, table.placement), batches).compile().as_text()
+        pieces = Pieces.even(2, table.placement)
+        run = jax.jit(value_and_grad(model, table, pieces, mesh))
+        return run.lower(shared, pieces.stack(each), batches).compile().as_text()
 
     refuse_permutations(text(Toy()))
     with pytest.raises(UserError, match=r"sends f64\[.*\] by collective-permute over another mesh axis"):
