@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxsys.kernels.masked import NEVER, cap
 from jaxsys.kernels.paged import Paged, Pool, attend_pages
 from parallelism import sequence
-from parallelism.sharding import platform
+from parallelism.sharding import constrain, platform
 
 # Rows of at least so many tokens are gone through in chunks of queries, each with the keys up to its end: 5/8 of all
 # pairs instead of all. Short rows are not worth the longer program.
@@ -90,6 +90,8 @@ def _rows(q, k, v, context, *, window, scale, softcap, dtype):
     K = k.shape[2]
     tokens = (context.segments, context.positions)
     seen = _seen(tokens, tokens, None if window is None else jnp.broadcast_to(window, (B, T)))
+    # Or the compiler lays it out as others do their tokens (experts', over ``tensor``), and exchanges pieces of it.
+    seen = constrain(seen, ("batch", "seq", None))
     grouped, k, v = q.reshape(B, T, K, H // K, h).astype(dtype), k.astype(dtype), v.astype(dtype)
 
     def chunk(start, stop):

@@ -198,3 +198,28 @@ def test_no_host_buffer_is_copied(schedule):
     _, host, _, slots = staged(schedule, 8, 2)
     chunks = 2 if schedule == "interleaved" else 1
     assert host == pytest.approx((slots + 1) * residual() / chunks, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ("stage=2,fsdp=2,context=2", {"context_method": "all_to_all"}),
+        (
+            "stage=2,expert=2,tensor=2",
+            {"model": dataclasses.replace(DEEP, experts=Experts(8, 2, 256, balance_loss=0.1))},
+        ),
+        ("stage=4,fsdp=2", {"offload": "optimizer"}),
+    ],
+)
+def test_no_branch_of_a_stage_holds_a_permutation_and_its_state_may_be_on_the_host(mesh, options):
+    """``prepare`` refuses both a program that would hang and one that does not offload what it should."""
+    model = options.get("model", DEEP)
+    config = TrainConfig(
+        run="none", mesh=mesh, accumulate=4, data=DataConfig(batch_size=16, seq_len=2048),
+        **{"model": DEEP, **options},
+    )  # fmt: skip
+    run = AbstractRun(config, model, devices("v5e:2x4"))
+    run.prepare()
+    ((graph, _),) = run.launcher.programs
+    state = sum(stored.nbytes for stored in run.optimizer_plan.layout.values() if stored.stacked)
+    assert (graph.stats.host_argument_bytes > 0.9 * state / 8) == ("offload" in options)
