@@ -19,8 +19,17 @@ def columns(rows: Sequence[Sequence[str]], right: int) -> list[str]:
 
 def in_units(n: float) -> str:
     """A number of bytes as ``216.0 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if n < 1024 or unit == "TiB":
+    return _scaled(n, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def decimal(n: float) -> str:
+    """A number of bytes as ``221.2 kB``, for what people give in GB and GB/s."""
+    return _scaled(n, 1000, ("B", "kB", "MB", "GB", "TB"))
+
+
+def _scaled(n: float, step: int, units: Sequence[str]) -> str:
+    for unit in units:
+        if n < step or unit == units[-1]:
             break
-        n /= 1024
-    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= step
+    return f"{n:.0f} {unit}" if unit == units[0] else f"{n:.1f} {unit}"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from parallelism.errors import UserError
-from parallelism.text import in_units
+from parallelism.text import decimal
 from pipelines.buffers import allocate, span
 from pipelines.schedule import NONE, Action, B, F, O, R, Table, W
 from pipelines.simulate import Costs, length, simulate, windows
@@ -59,10 +59,28 @@ def offload(table: Table, costs: Costs, slots: int | None = None) -> Offloaded:
     return Offloaded(found, slots, before, moved, _because(table, found, costs, slots, before, moved))
 
 
+def lightest(
+    table: Table, kept: Mapping[str, Costs], slots: int | None = None, within: float = 0.05
+) -> tuple[str, Offloaded]:
+    """``offload`` under several costs, by the name of what a layer keeps under them, the plain one first: that which
+    leaves the fewest bytes on the device, of those whose step is at most ``within`` longer than the shortest.
+
+    Cheap operations that are computed again take time, and shrink what has to move (section 3.3 there).
+    """
+    found = {name: offload(table, costs, slots) for name, costs in kept.items()}
+    lines = {name: simulate(each.table, kept[name], "executed") for name, each in found.items()}
+    shortest = min(line.makespan for line in lines.values())
+    able = [name for name, line in lines.items() if line.makespan <= shortest * (1 + within)]
+    best = min(able, key=lambda name: (lines[name].peak.max(), lines[name].makespan))
+    compared = "; ".join(f"{name} {line.makespan:.4g} s and {decimal(line.peak.max())}" for name, line in lines.items())
+    because = f"{found[best].because}\nof {compared}: {best}, the least on a device within {within:.0%} of the time"
+    return best, dataclasses.replace(found[best], because=because if len(kept) > 1 else found[best].because)
+
+
 def _because(table: Table, found: Table, costs: Costs, slots: int, before: int, moved: float) -> str:
     every = [costs.of(kind, n, table.split) for kind in table.kinds for n in range(table.placement.count)]
     lines = [
-        f"a residual of {in_units(costs.residual)} takes {costs.move:.3g} s each way"
+        f"a residual of {decimal(costs.residual)} takes {costs.move:.3g} s each way"
         + (f", on a link that {costs.shared} stages share" if costs.shared > 1 else "")
         + f"; an action takes {min(every):.3g} to {max(every):.3g} s"
     ]
@@ -72,8 +90,8 @@ def _because(table: Table, found: Table, costs: Costs, slots: int, before: int, 
     plain, timeline = (simulate(each, costs, "executed") for each in (table, found))
     lines.append(
         f"{moved:.0%} of the residuals move, those furthest from their backward first: {slots} slots instead of "
-        f"{before}, at most {in_units(timeline.peak.max())} on a device instead of {in_units(plain.peak.max())}, and "
-        f"{in_units(timeline.host.max())} on a host"
+        f"{before}, at most {decimal(timeline.peak.max())} on a device instead of {decimal(plain.peak.max())}, and "
+        f"{decimal(timeline.host.max())} on a host"
     )
     longer = timeline.makespan / plain.makespan - 1
     lines.append(f"transfers make the step {longer:.1%} longer" if longer > 1e-9 else "nobody waits for a transfer")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from parallelism.errors import UserError
-from parallelism.text import in_units
+from parallelism.text import decimal
 from pipelines.generators import GENERATORS, by_priority
 from pipelines.offload import offload
 from pipelines.schedule import Placement, Table, from_orders
@@ -56,8 +56,8 @@ def search(
     if not able:
         least = min(timelines, key=lambda timeline: timeline.peak.max())
         raise UserError(
-            f"{stages} stages, {microbatches} microbatches: no schedule keeps to {in_units(limit)} a stage: expected "
-            f"at least {in_units(least.peak.max())}, which {least.table.name!r} needs; or keep less of a layer (remat)"
+            f"{stages} stages, {microbatches} microbatches: no schedule keeps to {decimal(limit)} a stage: expected "
+            f"at least {decimal(least.peak.max())}, which {least.table.name!r} needs; or keep less of a layer (remat)"
         )
     best = min(able, key=lambda timeline: (round(timeline.makespan, 9), timeline.peak.max(), timeline.table.ticks))
     return Found(best, len(timelines))

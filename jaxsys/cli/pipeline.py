@@ -39,12 +39,18 @@ class PipelineArgs:
     """Milliseconds of B, for the gradient of the input alone."""
     weight: float = 1.0
     """Milliseconds of W, for the gradients of the weights."""
+    head: float = 0.0
+    """Milliseconds of the head and the loss with their gradients, in F of the last virtual stage."""
     transfer: float = 0.0
     """Milliseconds from one stage to the next."""
     residual: float = 1.0
     """Gigabytes that a microbatch keeps from F to its backward pass."""
     cotangent: float = 0.0
     """Gigabytes that it keeps from B to W."""
+    light: float | None = None
+    """Gigabytes that it keeps where cheap operations are computed again (remat=dots)."""
+    again: float = 0.0
+    """Milliseconds that those take, in B."""
     link: float | None = None
     """Gigabytes/s between a device and its host: residuals are offloaded where nobody waits for them."""
     shared: int = 1
@@ -72,56 +78,66 @@ class PipelineArgs:
         found = []
         for table in self._tables():
             try:
-                found.append((table.name, *self._offloaded(table)))
+                found.append(self._offloaded(table))
             except UserError as error:
                 if self.schedule != "all":
                     raise
                 print(f"left out: {error}", file=sys.stderr)
-        timelines = {name: simulate(table, self._costs(table.placement), self.how) for name, table, _ in found}
+        timelines = {table.name: simulate(table, costs, self.how) for table, costs, _ in found}
         if self.width:
-            for name, _, because in found:
-                print(name, text(timelines[name], self.width), *([because] if because else []), "", sep="\n")
-        ideal = {name: simulate(table, self._costs(table.placement)) for name, table, _ in found}
+            for table, _, because in found:
+                print(table.name, text(timelines[table.name], self.width), *because, "", sep="\n")
+        ideal = {table.name: simulate(table, costs) for table, costs, _ in found}
         print(*columns(self._rows(timelines, ideal), right=1), sep="\n")
         if self.draw is not None:
             picture(list(timelines.items()), self.draw)
         if self.save is not None:
             if len(found) != 1:
                 raise UserError(f"--save {self.save}: found {len(found)} schedules, expected one: name it")
-            found[0][1].save(self.save)
+            found[0][0].save(self.save)
         return 0
 
     def _check(self) -> None:
         for name in ("stages", "microbatches", "shared", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}: found {getattr(self, name)}, expected at least 1")
-        for name in ("forward", "backward", "weight", "transfer", "residual", "cotangent"):
+        for name in ("forward", "backward", "weight", "head", "transfer", "residual", "cotangent", "again"):
             value = getattr(self, name)
             if not 0 <= value < math.inf or (name == "forward" and not value):
                 expected = "a number above 0" if name == "forward" else "a number of at least 0"
                 raise UserError(f"--{name}: found {value:g}, expected {expected}")
-        for name in ("link", "limit", "slots"):
+        for name in ("link", "limit", "slots", "light"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name}: found {value:g}, expected a number above 0")
-        for name, given in (("slots", self.slots is not None), ("shared", self.shared > 1)):
+        for name, given in (
+            ("slots", self.slots is not None),
+            ("shared", self.shared > 1),
+            ("light", self.light is not None),
+        ):
             if given and self.link is None:
                 raise UserError(f"--{name}: how fast residuals move is not known: give --link too")
+        if self.again and self.light is None:
+            raise UserError(f"--again {self.again:g}: what is kept then is not known: give --light too")
         if self.limit is not None and self.schedule != "best":
             raise UserError(f"--limit with --schedule {self.schedule}: it is for the search: --schedule best")
         if self.chunks is not None and not {"interleaved", "all"} & set(self.schedule.split(",")):
             raise UserError(f"--chunks with --schedule {self.schedule}: it is interleaved's, leave it out")
 
-    def _costs(self, placement: Placement) -> Costs:
+    def _costs(self, placement: Placement, light: bool = False) -> Costs:
+        """Of a virtual stage. light: where cheap operations are computed again."""
         from pipelines.simulate import Costs
 
         each = 1 / placement.chunks
+        residual = self.light if light and self.light is not None else self.residual
+        forward = [1e-3 * each * self.forward] * placement.count
+        forward[-1] += 1e-3 * self.head
         return Costs(
-            1e-3 * each * self.forward,
-            1e-3 * each * self.backward,
+            forward,
+            1e-3 * each * (self.backward + light * self.again),
             1e-3 * each * self.weight,
             transfer=1e-3 * self.transfer,
-            residual=GIGA * each * self.residual,
+            residual=GIGA * each * residual,
             cotangent=GIGA * each * self.cotangent,
             link=math.inf if self.link is None else GIGA * self.link,
             shared=self.shared,
@@ -157,13 +173,18 @@ class PipelineArgs:
                     raise
         return tables
 
-    def _offloaded(self, table: Table) -> tuple[Table, str]:
-        from pipelines.offload import offload
+    def _offloaded(self, table: Table) -> tuple[Table, Costs, list[str]]:
+        """The table with its transfers, the costs that it then has, and why."""
+        from pipelines.offload import lightest
 
+        costs = self._costs(table.placement)
         if self.link is None or table.offloads:
-            return table, ""
-        found = offload(table, self._costs(table.placement), self.slots)
-        return found.table, found.because
+            return table, costs, []
+        kept = {"everything kept": costs}
+        if self.light is not None:
+            kept["cheap operations again"] = self._costs(table.placement, light=True)
+        name, found = lightest(table, kept, self.slots)
+        return found.table, kept[name], [found.because]
 
     def _rows(self, timelines: dict[str, Timeline], ideal: dict[str, Timeline]) -> list[tuple[str, ...]]:
         head = "schedule", "ms", "bubble", "ideal", "in flight", "device GB", "host GB", "link"

@@ -1,14 +1,15 @@
 """What a pipelined step of an 8B model takes on v5p, as the TPU compiler says: no TPU is needed, libtpu is (extra tpu).
 
-    python scripts/bench/pipeline_memory.py [STAGES/SCHEDULE/MICROBATCHES[/SLOTS] ...]
+    python scripts/bench/pipeline_memory.py [--layers 32] [STAGES/SCHEDULE/MICROBATCHES[/SLOTS] ...]
 
 One line a case: slots of residuals on device and host, GB of temporaries on a device and on its host, seconds.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import os
-import sys
 import time
 
 os.environ.setdefault("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")
@@ -35,16 +36,17 @@ CASES = (
 )  # fmt: skip
 
 
-def line(case: str) -> str:
+def line(case: str, layers: int) -> str:
+    model = dataclasses.replace(MODEL, n_layers=layers)
     stages, schedule, microbatches, *slots = case.split("/")
     config = TrainConfig(
-        run="none", model=MODEL, mesh=f"stage={stages}", accumulate=int(microbatches),
-        data=DataConfig(batch_size=int(microbatches), seq_len=MODEL.max_seq_len),
+        run="none", model=model, mesh=f"stage={stages}", accumulate=int(microbatches),
+        data=DataConfig(batch_size=int(microbatches), seq_len=model.max_seq_len),
         pipeline=PipelineConfig(schedule, device_slots=int(slots[0]) if slots else None),
     )  # fmt: skip
     begin = time.perf_counter()
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[int(stages)])
-    run = AbstractRun(config, MODEL, topology.devices)
+    run = AbstractRun(config, model, topology.devices)
     table = getattr(run.step, "table", None)
     assert isinstance(table, Table)
     buffers = allocate(table)
@@ -62,5 +64,9 @@ def line(case: str) -> str:
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:] or CASES:
-        print(line(each), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=CASES)
+    parser.add_argument("--layers", type=int, default=MODEL.n_layers)
+    options = parser.parse_args()
+    for each in options.cases:
+        print(line(each, options.layers), flush=True)

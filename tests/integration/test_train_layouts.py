@@ -108,6 +108,18 @@ def test_four_processes_resume_what_two_saved(layouts):
     assert len(list((run / "checkpoints" / "step-00000004").glob("data-*.bin"))) == 4
 
 
+def test_stages_may_lie_on_different_processes(tmp_path, material):
+    """Two stages a process: activations cross between the second and the third, and the bits are those of one."""
+    recipe = write_recipe(tmp_path / "recipe.py", material)
+    found = []
+    for count, devices in ((1, 4), (2, 2)):
+        run = tmp_path / f"{count}x{devices}"
+        settings = (f"run={run}", "mesh=stage=4", "model.n_layers=5", "data.batch_size=8", "accumulate=4", "steps=2")
+        Job(recipe, count, devices, *settings).finish()
+        found.append((losses(run), state_bytes(run, 2)))
+    assert found[0] == found[1] and list(found[0][0]) == [1, 2]
+
+
 def test_only_process_0_prints_and_records(layouts):
     for run, (lead, *others) in layouts.values():
         assert "train 4/4 loss" in lead and (run / "graphs.json").exists()

@@ -270,3 +270,14 @@ def test_a_permutation_inside_a_stage_is_refused():
     refuse_permutations(text(Toy()))
     with pytest.raises(UserError, match=r"sends f64\[.*\] by collective-permute over another mesh axis"):
         refuse_permutations(text(Shifted()))
+
+
+def test_the_program_grows_neither_with_microbatches_nor_with_layers():
+    def equations(layers, microbatches):
+        table, mesh = GENERATORS["1f1b"](4, microbatches), Mesh(np.array(jax.devices()[:4]), ("stage",))
+        shared, each, batches = make(layers, microbatches)
+        pieces = Pieces.even(layers, table.placement)
+        lowered = jax.jit(value_and_grad(Toy(), table, pieces, mesh)).lower(shared, pieces.stack(each), batches)
+        return len(lowered.as_text().splitlines())
+
+    assert equations(4, 4) == equations(4, 32) == equations(12, 4)

@@ -1,5 +1,7 @@
 """The offload pass: its tables are right, hold what they say, and nobody waits where it says so."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from parallelism.errors import UserError
 from pipelines.buffers import allocate
 from pipelines.generators import GENERATORS
 from pipelines.interpret import Toy, interpret
-from pipelines.offload import offload
+from pipelines.offload import lightest, offload
 from pipelines.schedule import NONE, B, F, O, R, Table
 from pipelines.simulate import Costs, simulate
 
@@ -97,6 +99,18 @@ def test_neighbours_on_one_link_take_turns():
     assert moves.any() and found.slots < found.before
     window = 2.0  # the longest tick
     assert (moves.reshape(table.ticks, 2, 2, 2).sum(2) <= window).all()
+
+
+@pytest.mark.parametrize(("again", "best"), [(0.02, "light"), (0.5, "all")])
+def test_what_is_computed_again_is_weighed_against_what_it_saves(again, best):
+    """Five residuals wait, or two fifths of their bytes; both tables are what ``offload`` makes of those costs."""
+    table, whole = GENERATORS["1f1b"](4, 8), Costs(residual=5.0, link=1.0, pieces=4)
+    light = dataclasses.replace(whole, residual=2.0, backward=1.0 + again)
+    name, found = lightest(table, {"all": whole, "light": light})
+    assert name == best
+    expected = offload(table, {"all": whole, "light": light}[best])
+    np.testing.assert_array_equal(found.table.microbatch, expected.table.microbatch)
+    assert found.because.startswith(expected.because) and f": {best}, the least on a device" in found.because
 
 
 def test_too_few_slots_are_refused():

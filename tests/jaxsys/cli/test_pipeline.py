@@ -23,6 +23,12 @@ def test_all_schedules_are_drawn_and_compared(capsys):
     assert rows["1f1b"][:3] == ["40.0", "40.0%", "27.3%"]
 
 
+def test_the_head_makes_the_last_stage_slower(capsys):
+    """GPipe: each of the eight forwards waits for the last stage's, which takes twice as long."""
+    _, out, _ = run(capsys, "--schedule", "gpipe", "--head", "1")
+    assert out.splitlines()[-1].split()[1] == f"{3 + 8 * 2 + 11 * 2:.1f}"
+
+
 def test_a_link_offloads_and_says_why(capsys, tmp_path):
     picture, table = tmp_path / "a.svg", tmp_path / "a.json"
     code, out, _ = run(capsys, "--schedule", "1f1b", "--link", "1500", "--draw", str(picture), "--save", str(table))
@@ -31,6 +37,15 @@ def test_a_link_offloads_and_says_why(capsys, tmp_path):
     assert Table.load(table).offloads
     code, again, _ = run(capsys, "--schedule", str(table), "--link", "1500")
     assert again.splitlines()[-1] == out.splitlines()[-1]
+
+
+def test_cheap_operations_are_computed_again_where_that_makes_room(capsys):
+    light = ["--schedule", "1f1b", "--link", "2000", "--residual", "5", "--light", "2", "--again"]
+    code, out, _ = run(capsys, *light, "0.05")
+    assert code == 0 and "nobody waits for a transfer" in out
+    assert "cheap operations again, the least on a device within 5% of the time" in out
+    code, out, _ = run(capsys, *light, "0.5")
+    assert code == 0 and "everything kept, the least on a device" in out and "nothing moves" in out
 
 
 def test_the_best_under_a_limit(capsys):
@@ -56,11 +71,13 @@ def test_a_table_of_another_size_is_refused(capsys, tmp_path):
     ("options", "words"),
     [
         (["--schedule", "nope"], "unknown schedule 'nope'"),
-        (["--schedule", "best", "--limit", "0.1"], "no schedule keeps to 95.4 MiB a stage: expected at least"),
+        (["--schedule", "best", "--limit", "0.1"], "no schedule keeps to 100.0 MB a stage: expected at least"),
         (["--schedule", "interleaved", "--chunks", "1"], "chunks=1, expected at least 2"),
         (["--forward", "0"], "--forward: found 0, expected a number above 0"),
         (["--slots", "2"], "--slots: how fast residuals move is not known"),
         (["--shared", "2"], "--shared: how fast residuals move is not known"),
+        (["--light", "1"], "--light: how fast residuals move is not known"),
+        (["--again", "1"], "--again 1: what is kept then is not known"),
         (["--limit", "2"], "--limit with --schedule all: it is for the search"),
         (["--chunks", "3", "--schedule", "1f1b"], "--chunks with --schedule 1f1b"),
         (["--save", "table.json"], "--save table.json: found 6 schedules, expected one"),

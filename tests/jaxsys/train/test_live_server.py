@@ -20,6 +20,7 @@ from parallelism.errors import UserError
 
 ROWS = {"steps": 12, "eval_every": 4, "sample": SampleConfig(("The quick",), every=4, max_tokens=8)}
 FUSED = {"step_form": "fused"}
+STAGES = {"mesh": "stage=2,fsdp=2", "accumulate": 2, "model": dataclasses.replace(MODEL, n_layers=2)}
 SPLIT = {"step_form": "split", "accumulate": 2, "update_groups": 2}
 
 
@@ -80,8 +81,13 @@ def alone(tmp_path_factory, material):
 
 @pytest.mark.parametrize(
     ("form", "compute", "policy"),
-    [(FUSED, "float32", "switch"), (SPLIT, "float32", "finish"), (SPLIT, "bfloat16", "recompute")],
-    ids=["fused", "split-finish", "split-view"],
+    [
+        (FUSED, "float32", "switch"),
+        (SPLIT, "float32", "finish"),
+        (SPLIT, "bfloat16", "recompute"),
+        (STAGES, "float32", "switch"),
+    ],
+    ids=["fused", "split-finish", "split-view", "stages"],
 )
 def test_a_run_that_serves_is_the_run_that_does_not(tmp_path, material, alone, form, compute, policy):
     options = {**form, "compute_dtype": compute}

@@ -80,6 +80,17 @@ def test_a_run_goes_on_with_other_numbers_of_stages_and_without(tmp_path, materi
     assert third.heldout_after == pytest.approx(straight.heldout_after, rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-v"])
+def test_fifty_steps_agree_with_those_of_one_device(tmp_path, material, schedule):
+    options = {"accumulate": 2, "steps": 50, "model": dataclasses.replace(MODEL, n_layers=5)}
+    straight = train(make_config(tmp_path / "a", material, **options))
+    staged = PipelineConfig(schedule)
+    found = train(make_config(tmp_path / "b", material, mesh="stage=2,fsdp=2", pipeline=staged, **options))
+    assert len(found.losses) == 50
+    np.testing.assert_allclose(found.losses, straight.losses, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
