@@ -31,7 +31,7 @@ from pipelines.generators import GENERATORS, generate
 from pipelines.offload import offload
 from pipelines.pieces import Pieces
 from pipelines.schedule import Placement, Table
-from pipelines.simulate import Costs
+from pipelines.simulate import Costs, simulate
 
 WHOLE = "whole"  # beside a microbatch's arrays, what the router's losses know of all microbatches
 
@@ -163,6 +163,17 @@ class PipelinedStep(Step):
     table: Table
     pieces: Pieces
     recompute: bool
+
+    @property
+    def summary(self) -> str:
+        """What goes where, and how long stages wait, in a line."""
+        timeline, placement = simulate(self.table, how="executed"), self.table.placement
+        layers = [sum(self.pieces.counts[n] for n in placement.numbers(stage)) for stage in range(placement.stages)]
+        held = f"{timeline.live.max()} of {self.table.microbatches * placement.chunks}"
+        return (
+            f"pipeline {self.table.name}: {' + '.join(map(str, layers))} layers, a stage holds {held} activations at "
+            f"most and waits {timeline.bubble:.0%} of the time if F, B and W take equally long"
+        )
 
     def check(self, graph: Graph) -> None:
         """Raises UserError for a compiled step that would hang, or does not offload what it should."""

@@ -127,6 +127,15 @@ def test_a_table_from_a_file_runs_and_one_of_another_size_is_refused(tmp_path):
             AbstractRun(chosen, chosen.model)
 
 
+def test_a_run_says_how_its_layers_lie_and_how_long_stages_wait(tmp_path, material):
+    console = quiet()
+    options = {"accumulate": 4, "model": dataclasses.replace(MODEL, n_layers=3), "pipeline": PipelineConfig(head=1.0)}
+    with Trainer(make_config(tmp_path / "a", material, mesh="stage=2", **options), console):
+        pass
+    (said,) = (line for line in console.lines if line.startswith("pipeline 1f1b: "))
+    assert "2 + 1 layers, a stage holds 2 of 4 activations at most and waits 33% of the time" in said
+
+
 def test_layers_of_several_shapes_are_refused():
     chosen = dataclasses.replace(config("stage=2"), model=EXPERTS)
     with x64(), pytest.raises(UserError, match="mesh stage=2: the layers of this model have 2 shapes, expected one"):
