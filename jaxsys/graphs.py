@@ -108,11 +108,14 @@ class Graph:
 class Graphs:
     """The graphs of one mesh.
 
-    mesh, rules: the context that ``parallelism.sharding.constrain`` sees while tracing.
+    mesh, rules: the context that ``parallelism.sharding.constrain`` sees while tracing. say: called once, with a line,
+    before many programs are compiled.
     """
 
-    def __init__(self, mesh: Mesh | None = None, rules: Rules = ACTIVATIONS):
-        self.mesh, self.rules = mesh, rules
+    def __init__(
+        self, mesh: Mesh | None = None, rules: Rules = ACTIVATIONS, *, say: Callable[[str], object] | None = None
+    ):
+        self.mesh, self.rules, self._say = mesh, rules, say
         self._graphs: dict[tuple, Graph] = {}
         self._frozen = False
         self._workers: ThreadPoolExecutor | None = None
@@ -177,6 +180,11 @@ class Graphs:
         jitted = jax.jit(traced_fn, donate_argnums=tuple(donate), **options)
         by = self._kept_by(name, fn, args, made_of, key[2:]) if made_of is not None else None
         building = _Building(name, jitted, args, compiler_options, self._one_memory, by)
+        if not building.kept:
+            if self._say is not None and self._workers is not None:
+                self._say("compiling programs, which are kept for the next start")
+                self._say = None
+            building.trace()
         built: Future[tuple[Any, GraphStats]] = Future()
         if self._workers is None:
             built.set_result(building.build())
@@ -296,7 +304,7 @@ def _costs(compiled: Any, one_memory: bool) -> dict[str, Any]:
 
 
 class _Building:
-    """A program on its way: traced when this is made, unless one is kept; then built, by any thread."""
+    """A program on its way: traced, unless one is kept; then built, by any thread."""
 
     def __init__(
         self,
@@ -310,10 +318,9 @@ class _Building:
         self._name, self._jitted, self._args, self._options = name, jitted, args, compiler_options
         self._one_memory, self._by = one_memory, by
         self._wide = jax.config.values["jax_enable_x64"]
+        self._refused = ""  # the text of a program that was there and could not be used
         self._known = None if by is None else by.known()
-        if self._known is None:
-            self._trace()
-        else:
+        if self._known is not None:
             self.moves = self._known.moves
 
     @property
@@ -321,7 +328,7 @@ class _Building:
         """Whether it was on disk when this was made."""
         return self._known is not None
 
-    def _trace(self) -> None:
+    def trace(self) -> None:
         start = time.perf_counter()
         program = self._jitted.trace(*self._args)
         self._lowered = program.lower()
@@ -338,7 +345,8 @@ class _Building:
         start = time.perf_counter()
         compiled = self._by.load(self._known.text, self._args, self._known.outputs)
         if compiled is None:
-            self._trace()
+            self._refused = self._known.text
+            self.trace()
             return None
         seconds = time.perf_counter() - start
         return compiled, GraphStats(self._name, 0.0, seconds, True, **self._known.costs)
@@ -347,7 +355,7 @@ class _Building:
         start = time.perf_counter()
         outputs = jax.tree.map(lambda _: 0, self._lowered.out_info)
         text = name_of_text(self._lowered.as_text(), self._options, self._by.device) if self._by else ""
-        found = self._by.load(text, self._args, outputs) if self._by else None
+        found = self._by.load(text, self._args, outputs) if self._by and text != self._refused else None
         with _Events(of_this_thread=True) as events:
             compiled = found or self._lowered.compile(self._options)
         seconds, costs = time.perf_counter() - start, _costs(compiled, self._one_memory)

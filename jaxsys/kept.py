@@ -3,7 +3,7 @@
 JAX's persistent cache is asked with a program that has been traced and lowered, which for thirty unrolled layers takes
 longer than loading it. Here two names lead to a program: what it is made of (this source, the versions, the machine,
 and the settings and shapes of the graph), and the text that it is lowered to, which stays when a change of the source
-does not touch it.
+does not touch it. When they are more than ``MOST_BYTES``, those that were not used for longest go.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from jaxsys.surroundings import code, digest, variables, versions
 from parallelism.placement import Moves
 
 DIGEST = 16  # bytes before those of a file
+MOST_BYTES = 2 << 30  # of a directory; those of one model of 30 layers are some 25 MB
 # Two that are loaded at once take twice as long each (glibc has one arena, see malloc.py), and one is wanted first.
 _one_at_a_time = threading.Lock()
 
@@ -58,6 +59,7 @@ class By:
     def know(self, known: Known) -> None:
         """Lets what it is made of lead to a program that is there by its text."""
         _write(self._of_name, pickle.dumps(known))
+        _evict(self.directory)
 
     def load(self, text: str, arguments: Any, outputs: Any) -> Any:
         """The program of a text; None if it is not there or XLA does not take it.
@@ -146,6 +148,8 @@ def _read(path: Path) -> bytes | None:
         data = path.read_bytes()
     except OSError:
         return None
+    with contextlib.suppress(OSError):  # not ours
+        os.utime(path)  # so that it goes after what was not used since
     head, data = data[:DIGEST], data[DIGEST:]
     return data if xxhash.xxh3_128_digest(data) == head else None
 
@@ -162,3 +166,21 @@ def _write(path: Path, data: bytes) -> bool:
             temporary.unlink()
         return False
     return True
+
+
+def _evict(directory: Path) -> None:
+    """Removes what was not used for longest until no more than ``MOST_BYTES`` are left; who was about to load that
+    compiles it."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in directory.iterdir():
+            with contextlib.suppress(OSError):  # gone meanwhile
+                state = path.stat()
+                found.append((state.st_mtime_ns, state.st_size, path))
+    left = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if left <= MOST_BYTES:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            left -= size

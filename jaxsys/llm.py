@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,7 @@ def load(
     kv_bytes: int = EngineConfig.kv_bytes,
     numerics: Numerics = "fast",
     host_kv_bytes: int = 0,
+    say: Callable[[str], object] | None = None,
 ) -> LLM:
     """A model ready to generate: weights on their devices, every graph compiled.
 
@@ -55,7 +56,7 @@ def load(
     ``float32`` or ``bfloat16``. max_context: tokens of a sequence, prompt included; None is as many as the model and
     the pool allow. kv_bytes: what the pool of keys and values may take; host_kv_bytes: host memory for what it has no
     room for. numerics: ``fast``, or ``invariant``, in which a token's log-probability is bitwise the same sampled or
-    scored, whatever shares its batch.
+    scored, whatever shares its batch. say: called with a line where programs must be compiled, which takes long.
     Raises UserError for anything wrong with these.
     """
     if str(dtype) not in DTYPES:
@@ -69,7 +70,7 @@ def load(
     enable_persistent_cache()
     devices = spec.build()
     decoder, params = _read(source, devices, dtype)
-    graphs = Graphs(devices)
+    graphs = Graphs(devices, say=say)
     engine = Engine(decoder, Live(params, graphs), graphs, config, name=str(source.path))
     graphs.freeze()
     return LLM(engine, tokenizer)

@@ -58,7 +58,7 @@ class GenerateArgs:
         sampling = Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed)
         console = Console()
         with console.stage(f"load {self.model}") as said:
-            llm = load(self.model, self.mesh, self.dtype, self.max_context, numerics=self.numerics)
+            llm = load(self.model, self.mesh, self.dtype, self.max_context, numerics=self.numerics, say=console.line)
             said.append(f"{len(llm.engine.graphs)} graphs")
         start = time.perf_counter()
         sampling = dataclasses.replace(sampling, stop=llm.tokenizer.eos_ids)

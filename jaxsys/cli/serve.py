@@ -75,8 +75,9 @@ class ServeArgs:
         console = Console()
         with console.stage(f"load {self.model}") as said:
             llm = load(
-                self.model, self.mesh, self.dtype, self.max_context, self.kv_bytes, self.numerics, self.host_kv_bytes
-            )
+                self.model, self.mesh, self.dtype, self.max_context, self.kv_bytes, self.numerics, self.host_kv_bytes,
+                say=console.line,
+            )  # fmt: skip
             said.append(f"{len(llm.engine.graphs)} graphs; {llm.engine.room}")
         if self.policy == "fair":
             llm.engine.scheduler.waiting = FairShare()

@@ -143,6 +143,61 @@ def test_what_another_xla_wrote_is_made_anew(program, directory):
     assert program.traced == 2
 
 
+def test_what_xla_refused_is_not_tried_again_before_it_is_compiled(program, directory, monkeypatch):
+    program.graph()
+    (path,) = directory.glob("*.program")
+    kept._write(path, b"not a program")
+    tried, load = [], kept.By.load
+    monkeypatch.setattr(kept.By, "load", lambda self, text, *args: tried.append(text) or load(self, text, *args))
+    holds(program, program.graph())
+    assert tried == [path.stem]
+
+
+def test_of_too_many_bytes_what_was_not_used_for_longest_goes(directory, monkeypatch):
+    first, second, third = programs = [Program() for _ in range(3)]
+
+    def use(program):
+        holds(program, program.graph(made_of=(programs.index(program),)))
+        for path in directory.iterdir():  # as if a second passed between two uses: clocks of files may be coarse
+            state = path.stat()
+            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns - 10**9))
+
+    def stored():
+        return sum(path.stat().st_size for path in directory.iterdir())
+
+    for program in (first, second, first):
+        use(program)
+    monkeypatch.setattr(kept, "MOST_BYTES", stored())
+    use(third)
+    assert stored() <= kept.MOST_BYTES
+    for program in (first, third, second):
+        use(program)
+    assert [program.traced for program in programs] == [1, 2, 1]
+
+
+def test_a_bound_that_holds_no_program_costs_nothing_but_the_keeping(program, directory, monkeypatch):
+    monkeypatch.setattr(kept, "MOST_BYTES", 0)
+    for _ in range(2):
+        holds(program, program.graph())
+    assert program.traced == 2 and not list(directory.iterdir())
+
+
+def test_only_what_is_compiled_among_many_is_said_and_once(program):
+    said = []
+
+    def many():
+        graphs = Graphs(say=said.append)
+        program.graph(shape=(2, 4), graphs=graphs)
+        with graphs.at_once():
+            for columns in (4, 5):
+                program.graph(shape=(8, columns), graphs=graphs)
+
+    many()
+    assert said == ["compiling programs, which are kept for the next start"]
+    many()
+    assert len(said) == 1
+
+
 def test_a_directory_that_cannot_be_written_costs_nothing_but_the_keeping(program, directory):
     directory.parent.mkdir(exist_ok=True)
     directory.write_text("a file")

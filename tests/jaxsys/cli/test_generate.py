@@ -19,7 +19,7 @@ def asked(monkeypatch):
     """Of what ``load`` and ``submit`` were called with; the model says each prompt backwards."""
     asked = SimpleNamespace(load=None, submit=None)
 
-    def load(model, mesh="", dtype="float32", max_context=None, numerics="fast"):
+    def load(model, mesh="", dtype="float32", max_context=None, numerics="fast", say=None):
         asked.load = {"model": model, "mesh": mesh, "dtype": dtype, "max_context": max_context, "numerics": numerics}
         return SimpleNamespace(
             engine=SimpleNamespace(graphs=[]),
