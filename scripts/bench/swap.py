@@ -52,6 +52,7 @@ class Run:
         import numpy as np
 
         import jaxsys
+        from jaxsys.graphs import Graphs
         from jaxsys.optim import Constant, OptimConfig
         from jaxsys.optim.optimizer import Optimizer
         from jaxsys.train.step import Step
@@ -59,7 +60,7 @@ class Run:
         from parallelism.zero import state_plans
 
         llm = jaxsys.load(model, max_context=256, kv_bytes=256 << 20)
-        self.engine, graphs = llm.engine, llm.engine.graphs
+        self.engine, graphs = llm.engine, Graphs(llm.engine.graphs.mesh)
         built, self.live = self.engine.model, self.engine.live
         params = dict(self.live.like())
         plans = state_plans(plan(built.layout, graphs.mesh, PARAMETERS, built.units), PARAMETERS, PARAMETERS)
@@ -68,11 +69,9 @@ class Run:
         tokens = np.random.default_rng(0).integers(0, llm.config.vocab_size, (1, 1, 64)).astype(np.int32)
         place = np.arange(64, dtype=np.int32)[None, None]
         self.batch = {"tokens": tokens, "targets": tokens, "positions": place, "segments": np.ones_like(tokens)}
-        graphs._frozen = False  # one process that trains and serves compiles both before it freezes
         state = graphs.compile("state", optimizer.init, params)(params)
         arguments = params, state, np.int32(0), self.batch
         self.updates = [graphs.compile("step", step.fused, *arguments, donate=d) for d in ((1,), (0, 1))]
-        graphs.freeze()
         self.params, self.state, self.step = params, state, itertools.count()
         self.bytes = sum(a.nbytes for a in jax.tree.leaves(params))
 

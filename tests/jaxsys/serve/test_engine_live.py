@@ -8,7 +8,7 @@ import pytest
 from serve_engines import CONFIG, make_engine, weights
 
 from jaxsys.dispatch import dispatcher
-from jaxsys.graphs import no_compiles
+from jaxsys.graphs import Graphs, no_compiles
 from jaxsys.serve.sampling import Sampling
 from jaxsys.serve.scheduler import Size
 
@@ -21,14 +21,12 @@ class Trained:
 
     def __init__(self):
         engine = self.engine = make_engine(sizes=(ROWS,))
-        graphs = engine.graphs
-        graphs._frozen = False
+        graphs = Graphs(engine.graphs.mesh)
         self.params = engine.live._lease.params
         self._updates = [
             graphs.compile("update", self.update_rule, self.params, np.float32(0), donate=donate)
             for donate in ((), (0,))
         ]
-        graphs.freeze()
 
     @staticmethod
     def update_rule(params, by):
