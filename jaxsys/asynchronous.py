@@ -14,6 +14,8 @@ from jaxsys.serve.service import Service
 from jaxsys.serve.watch import Watch
 from parallelism.errors import UserError
 
+_CLOSED = "the AsyncLLM was closed: await its calls before that, or have close(seconds) wait for them"
+
 
 class AsyncLLM:
     """``LLM.generate``, ``stream`` and ``score`` for asyncio; a task that is cancelled has its requests dropped.
@@ -26,7 +28,7 @@ class AsyncLLM:
 
     def __init__(self, llm: LLM, *, max_queue: int = 1024, service: Service | None = None):
         self.llm, self._own = llm, service is None
-        self.service = Service(llm.engine, max_queue=max_queue) if service is None else service
+        self.service = Service(llm.engine, max_queue=max_queue, closed=_CLOSED) if service is None else service
 
     async def __aenter__(self) -> AsyncLLM:
         return self

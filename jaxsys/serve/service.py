@@ -61,6 +61,7 @@ class Service:
     also how long one that comes may have to wait.
     finished: called with each client's request that is finished and its times, on the engine's thread.
     share: of the devices between "serve", whose are the requests of clients, and "train", whose are those of ``run``.
+    closed: why no request is taken any more once ``close`` was called.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Service:
         max_steps: int = 4,
         finished: Callable[[Request, Times], None] | None = None,
         share: DeviceShare | None = None,
+        closed: str = "the server is shutting down",
     ):
         self.engine, self.max_queue, self._max_steps, self._finished = engine, max_queue, max_steps, finished
-        self.share = share
+        self.share, self._closed = share, closed
         self.error: BaseException | None = None
         self._jobs: dict[Request, _Job] = {}
         self._warned = False
@@ -156,7 +158,7 @@ class Service:
     @property
     def reason(self) -> str:
         """Why no request is taken any more, where that is so."""
-        return "the server is shutting down" if self.error is None else f"the engine failed: {self.error}"
+        return self._closed if self.error is None else f"the engine failed: {self.error}"
 
     @property
     def queued(self) -> int:

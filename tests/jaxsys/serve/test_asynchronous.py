@@ -143,9 +143,9 @@ def test_what_cannot_be_is_refused(llm, monkeypatch):
         while not begun:
             await asyncio.sleep(0.001)
         await served.close()
-        with pytest.raises(Closed):
+        with pytest.raises(Closed, match="the AsyncLLM was closed: await its calls before that"):
             await running
-        with pytest.raises(Closed, match="shutting down"):
+        with pytest.raises(Closed, match="the AsyncLLM was closed: await its calls before that"):
             await served.generate(["a"], **GREEDY)
 
     run(llm, work, max_queue=8)
