@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import operator
 import re
 from typing import Annotated, Any
@@ -48,10 +49,20 @@ def parse(argv: list[str]) -> Any:
         for line in (re.sub(r"[^\x00-\x7f]+", " ", line).strip(" |") for line in box.getvalue().splitlines())
         if line.strip("-+")  # no border, where those are ASCII
     ]
-    what = _bad_number(argv, body) or f"{title}: {' '.join(body)}"
-    what = re.split(r" (?:Argument helptext|For full helptext)", what)[0]
+    said = re.split(r" (?:Argument helptext|For full helptext)", " ".join(body))[0]
+    what = _bad_number(argv, body) or _in_our_words(title, said)
     command = argv[0] + " " if argv and argv[0] in COMMANDS else ""
     raise UserError(f"{what.rstrip('. ')}; see jaxsys {command}--help")
+
+
+def _in_our_words(title: str, text: str) -> str:
+    """What tyro says, without a title that says it too."""
+    if found := re.match(r"invalid choice '(.*)' for argument '(--[\w-]+)'\. Expected one of \((.*?),?\)", text):
+        return f"{found[2]}: found {found[1]!r}, expected one of {found[3]}"
+    if found := re.match(r"Missing value for argument '(.+?)'\. Expected 1 values?\.?$", text):
+        return f"{found[1]}: found no value, expected one"
+    said = ("Unrecognized options", "Required options", "Parsing error", "Invalid choice", "Missing argument")
+    return text if title in said else f"{title}: {text}"
 
 
 def _bad_number(argv: list[str], body: list[str]) -> str | None:
@@ -80,7 +91,9 @@ def _check_names(argv: list[str]) -> None:
     for field in dataclasses.fields(COMMANDS[argv[0]]):
         option = field.name.replace("_", "-")
         known += [f"--{option}", f"--no-{option}"] if field.type == "bool" else [f"--{option}"]
-    for word in argv[1:]:
+    for before, word in itertools.pairwise(argv):
         option = word.partition("=")[0].replace("_", "-")
-        if word.startswith("--") and word != "--" and option not in known:
+        # A short one is -h; what comes after an option may be its value.
+        short = re.match(r"-[A-Za-z]", word) and word != "-h" and not before.startswith("--")
+        if short or (word.startswith("--") and word != "--" and option not in known):
             raise unknown_name(f"option of jaxsys {argv[0]}", option, known)

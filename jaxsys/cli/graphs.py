@@ -18,7 +18,7 @@ from parallelism.text import columns
 class GraphsArgs:
     """List the compiled graphs of a run: seconds to compile, memory per device, cost."""
 
-    run_directory: Annotated[Path, tyro.conf.Positional]
+    run_directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's directory."""
     json: bool = False
     """Print the list as JSON."""

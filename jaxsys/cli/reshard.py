@@ -16,9 +16,9 @@ class ReshardArgs:
     A native checkpoint has no mesh in it: what is written restores onto any.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A run, a checkpoint root or step, a Hugging Face directory, a GGUF file, or a name."""
-    destination: Annotated[Path, tyro.conf.Positional]
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """A directory that does not exist yet."""
     format: Literal["native", "hf"] = "native"
     """native: a jaxsys checkpoint; hf: config.json, safetensors and tokenizer."""

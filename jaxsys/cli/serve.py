@@ -17,7 +17,7 @@ from parallelism.errors import UserError
 class ServeArgs:
     """Answer OpenAI's HTTP requests with a model. SIGTERM finishes what runs; a second one ends at once."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run or checkpoint, a Hugging Face directory, a GGUF file, a Hub id, or a name such as smollm2-135m-instruct."""
     port: int = 8000
     """Where to listen; 0 takes a free one, and says which."""

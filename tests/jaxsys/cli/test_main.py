@@ -86,6 +86,25 @@ def test_a_value_that_is_no_number_is_named(capsys, words, says):
     assert said.startswith(f"jaxsys: {says}") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "Missing subcommand: Expected one of"),
+        (["serve"], "Missing from jaxsys serve: MODEL A run or checkpoint, "),
+        (["reshard"], "Missing from jaxsys reshard: SOURCE A run, "),
+        (["generate"], "Missing from jaxsys generate: --model STR A run or checkpoint, "),
+        (["serve", "a", "b"], "Unrecognized options: b; see jaxsys serve --help"),
+        (["serve", "a", "--dtype", "f16"], "--dtype: found 'f16', expected one of 'float32', 'bfloat16'; see jaxsys"),
+        (["serve", "-p", "80", "a"], "unknown option of jaxsys serve '-p': "),
+        (["serve", "a", "--port"], "--port: found no value, expected one; see jaxsys serve --help"),
+    ],
+)
+def test_a_command_line_that_is_wrong_is_told_once(capsys, words, says):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"jaxsys: {says}") and said.count("\n") == 1
+
+
 def interrupted(before=""):
     """How the program ends when the interrupt comes from its first heavy import, so that no clock decides. before:
     Python to run first."""
