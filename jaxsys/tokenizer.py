@@ -126,7 +126,9 @@ class Tokenizer:
         beside = [d / "tokenizer" for d in (source.path, source.path.parent)]
         found = [d for d in beside if d.is_dir()]
         if not found:
-            raise UserError(f"{source.path}: no tokenizer beside the checkpoint, expected {beside[0]}: name one")
+            raise UserError(
+                f"{source.path}: no tokenizer beside the checkpoint, expected {beside[0]}: copy the model's there"
+            )
         return cls.from_hf(found[0])
 
     @classmethod

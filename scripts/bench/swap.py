@@ -1,6 +1,6 @@
 """What live weights cost: a model is trained, every step publishes, and requests run meanwhile, under each policy.
 
-    python scripts/bench/swap.py [--model smollm2-135m-instruct] [--versions 200]
+    python scripts/bench/swap.py [--model smollm2-135m-instruct] [--versions 200] [--policy switch]
 
 Each step is a forward, a backward and a donating AdamW update of the arrays that the server reads; ``--together``
 requests run and are followed by others. A swap is publishing a version and the first lease of it. Bytes are of all
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=200, help="of each policy")
     parser.add_argument("--together", type=int, default=64, help="requests that run at a time")
     parser.add_argument("--tokens", type=int, default=24, help="that a request makes")
+    parser.add_argument("--policy", choices=["switch", "recompute", "finish", "restart"], help="only this one")
     options = parser.parse_args()
     restart_with_tunables()
 
@@ -39,7 +40,7 @@ def main() -> None:
     columns = "policy", "done", "of several versions", "donated", "bytes before", "more at most", "swap, us", "compiles"
     print(f"| {' | '.join(columns)} |")
     print("|---|---|---|---|---|---|---|---|")
-    for policy in get_args(NewWeights):
+    for policy in [options.policy] if options.policy else get_args(NewWeights):
         print(run.row(policy, options), flush=True)
 
 
