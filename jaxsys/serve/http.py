@@ -223,14 +223,19 @@ class Front:
         return f"key {found[0]}"
 
     async def _body(self, request: HTTPRequest) -> bytes:
-        """The body. Raises Refused: 413 where it is too large, 408 where it does not come."""
+        """The body. Raises Refused: 413 where it is too large, 408 where it does not come, 415 where it is coded."""
+        if (encoding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+            raise Refused(f"Content-Encoding: found {encoding!r:.40}, expected none: send it plain", status=415)
         parts, size = [], 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for part in request.stream():
                     size += len(part)
                     if size > self.max_body:
-                        raise Refused(f"a body of more than {self.max_body} bytes", status=413, code="body_too_large")
+                        raise Refused(
+                            f"found a body of more than {self.max_body} bytes, expected at most so many: send less",
+                            status=413, code="body_too_large",
+                        )  # fmt: skip
                     parts.append(part)
         except TimeoutError:
             raise Refused(f"no whole body within {BODY_SECONDS:.0f} s", status=408, code="body_timeout") from None
@@ -294,9 +299,10 @@ async def _answer(request: HTTPRequest, error: Exception) -> Response:
     if isinstance(error, Refused | Busy | Closed | UserError):
         refused = _refused(error)
     elif isinstance(error, HTTPException):
+        allowed = " or ".join(sorted((error.headers or {}).get("Allow", "another").split(", ")))
         known = {
             404: f"no such path: {request.url.path:.80}",
-            405: f"{request.method} is not for {request.url.path:.80}",
+            405: f"{request.method} is not for {request.url.path:.80}, expected {allowed}",
         }
         refused = Refused(known.get(error.status_code, error.detail), status=error.status_code)
     else:

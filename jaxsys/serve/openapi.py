@@ -20,7 +20,8 @@ _GETS = {
     "/metrics": ("For Prometheus", "text/plain", ()),
 }
 _ERRORS = {400: "refused", 401: "no valid key", 404: "no such model", 408: "the body came too slowly",
-           413: "a body too large", 429: "too many wait", 500: "a defect", 503: "shutting down, or failed"}  # fmt: skip
+           413: "a body too large", 415: "a coded body", 429: "too many wait", 500: "a defect",
+           503: "shutting down, or failed"}  # fmt: skip
 
 
 def document(model: str, keys: bool) -> dict[str, Any]:

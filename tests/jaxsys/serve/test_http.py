@@ -1,6 +1,7 @@
 """The server as OpenAI's own client sees it."""
 
 import dataclasses
+import gzip
 import json
 import threading
 
@@ -341,9 +342,20 @@ def test_no_depth_of_nesting_is_too_much_for_the_server(server, http):
         assert http.post("/v1/completions", content=content).status_code == 400
 
 
+def test_a_coded_body_is_refused_and_not_read_as_if_it_were_plain(server, http):
+    body = b'{"model": "tiny", "prompt": "a", "max_tokens": 1}'
+    answer = http.post("/v1/completions", content=gzip.compress(body), headers={"Content-Encoding": "gzip"})
+    said = "Content-Encoding: found 'gzip', expected none: send it plain"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (415, said)
+    assert http.post("/v1/completions", content=body, headers={"Content-Encoding": "identity"}).status_code == 200
+
+
 def test_other_paths_and_methods_are_errors_of_the_same_shape(server, http):
     assert http.get("/nothing").status_code == 404
-    assert http.get("/v1/completions").status_code == 405
+    wrong = http.get("/v1/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["message"] == "GET is not for /v1/completions, expected POST"
+    assert http.post("/health").json()["error"]["message"] == "POST is not for /health, expected GET or HEAD"
     assert http.get("/nothing").json()["error"]["message"] == "no such path: /nothing"
     assert http.get("/health/").json()["error"]["message"] == "no such path: /health/"
     counted = http.get("/metrics").text
