@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
@@ -65,6 +66,11 @@ class ServeArgs:
             self._serve(reserved, keys)
         return 0
 
+    @property
+    def served_as(self) -> str:
+        """What clients call the model."""
+        return self.name or os.path.basename(os.path.abspath(self.model))  # abspath: of a directory called ``.``
+
     def _serve(self, reserved: socket.socket, keys: list[str]) -> None:
         from jaxsys.console import Console
         from jaxsys.llm import load
@@ -81,7 +87,7 @@ class ServeArgs:
             said.append(f"{len(llm.engine.graphs)} graphs; {llm.engine.room}")
         if self.policy == "fair":
             llm.engine.scheduler.waiting = FairShare()
-        name = self.name or Path(self.model).name
+        name = self.served_as
         front = Front(llm, name=name, keys=keys, max_queue=self.max_queue, max_body=self.max_body)
         Server(
             front, reserved, self.drain_seconds, lambda address: console.line(f"serving {name} on {address}")

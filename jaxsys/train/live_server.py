@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,7 @@ class LiveServer:
         self._live = engine.live
         self._tokens, self._stepped, self._reported = 0.0, 0.0, dict[str, float]()
         engine.scheduler.waiting = FairShare()
-        name = Path(config.run).name
+        name = os.path.basename(os.path.abspath(config.run))
         self.front = Front(inference.llm, name=name, keys=keys, max_queue=c.max_queue, share=self.share)
         inference.service = self.front.service
         begun = threading.Event()

@@ -15,6 +15,7 @@ import openai
 import pytest
 from tiny_runs import write_model
 
+from jaxsys.cli.command_line import parse
 from jaxsys.cli.main import main
 
 ROOT = Path(__file__).parents[3]
@@ -112,6 +113,22 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, options, says):
         assert main(["serve", str(tmp_path / "model"), *(option.format(**names) for option in options)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"jaxsys: {says.format(**names)}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["smollm2-135m-instruct"], "smollm2-135m-instruct"),
+        (["organisation/model"], "model"),
+        (["runs/first/"], "first"),
+        (["."], "here"),
+        ([".", "--name", "other"], "other"),
+    ],
+)
+def test_a_model_is_called_by_the_last_part_of_its_path(tmp_path, monkeypatch, words, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert parse(["serve", *words]).served_as == name
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "prometheus_client"])
