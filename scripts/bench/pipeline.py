@@ -59,12 +59,12 @@ def step_of(name: str, size: Size, stages: int, microbatches: int) -> Callable[[
     model = ModelConfig(
         "llama", size.vocabulary, size.width, size.layers, heads, heads, 32, 4 * size.width, max_seq_len=size.length
     )
-    through = name not in (PLAIN, SHIFT)
+    through = PipelineConfig(name.partition(",")[0], recompute="recompute" in name)
     mesh = f"fsdp={DEVICES}" if name == PLAIN else f"stage={stages},fsdp={DEVICES // stages}"
     config = TrainConfig(
         run="none", model=model, mesh=mesh, accumulate=microbatches, steps=1000, compute_dtype="float32",
         data=DataConfig(batch_size=size.rows * microbatches, seq_len=size.length),
-        pipeline=PipelineConfig(name.partition(",")[0] if through else "gpipe", recompute="recompute" in name),
+        pipeline={PLAIN: PipelineConfig(), SHIFT: PipelineConfig("gpipe")}.get(name, through),
     )  # fmt: skip
     run = AbstractRun(config, model)
     if name == SHIFT:
