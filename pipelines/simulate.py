@@ -211,8 +211,8 @@ def _held(table: Table, costs: Costs, start: dict, end: dict) -> tuple[np.ndarra
 
 def _most(spans: list[tuple[float, float, float]]) -> float:
     """The most that is there at once of (begin, end, how much). One that ends makes room for one that begins then, to a
-    billionth of all the time: sums of the same costs in another order differ by rounding."""
-    moment = 1e-9 * max((end for _, end, _ in spans), default=1.0)
+    trillionth of all the time: sums of the same costs in another order differ by rounding."""
+    moment = 1e-12 * max((end for _, end, _ in spans), default=1.0)
     changes = sorted(
         [(round(end / moment), 0, -size) for _, end, size in spans]
         + [(round(begin / moment), 1, size) for begin, _, size in spans]
