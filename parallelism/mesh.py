@@ -32,7 +32,8 @@ from jax.sharding import AxisType, Mesh
 
 from parallelism.errors import UserError, unknown_name
 
-AXES = ("data", "fsdp", "stage", "expert", "context", "tensor")
+STAGE = "stage"
+AXES = ("data", "fsdp", STAGE, "expert", "context", "tensor")
 """Mesh axis names, outermost first."""
 
 

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from parallelism.mesh import STAGE
 from parallelism.sharding import current, manual_axes
 
 Tree = TypeVar("Tree")
 Arrays = dict[str, jax.Array]
 
 HOST = "pinned_host"  # the memory kind, in shardings
-STAGE = "stage"  # the mesh axis that rows of a stack may be split over
 AHEAD = 2  # groups on the device at once: one is computed on while the next comes
 
 

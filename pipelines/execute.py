@@ -23,6 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from parallelism.errors import UserError
 from parallelism.hlo import Program
+from parallelism.mesh import STAGE
 from parallelism.streaming import to_device, to_host
 from pipelines.buffers import Buffers, allocate
 from pipelines.pieces import Pieces
@@ -30,7 +31,7 @@ from pipelines.schedule import NONE, B, F, O, R, Table, W
 from pipelines.split import passes
 
 Tree = Any
-AXIS = "stage"
+AXIS = STAGE
 LANES = 128
 OUT, BACK = 1, 2  # what moves beside an action, as bits
 
@@ -93,7 +94,8 @@ def tell(model: Layered, table: Table, pieces: Pieces, mesh: Mesh) -> Callable[[
     """``(shared, stacked layers, batches [microbatches, ...])`` to what layers tell, stacked as they are, by the
     table's forwards alone; traceable. Raises UserError for a mesh or pieces of another number of stages."""
     _check(table, pieces, mesh)
-    run = _Run(model, table.forwards, allocate(table.forwards), pieces, lambda layer: layer, False)
+    forwards = table.forwards
+    run = _Run(model, forwards, allocate(forwards), pieces, lambda layer: layer, False)
     split, whole = PartitionSpec(AXIS), PartitionSpec()
     return jax.shard_map(
         run, mesh=mesh, in_specs=(whole, split, whole), out_specs=split, axis_names={AXIS}, check_vma=False

@@ -236,6 +236,11 @@ class Step:
         params, state = self.update(params, state, grads, scale, step)
         return params, state, metrics
 
+    @property
+    def summary(self) -> str:
+        """What a person should know of it before it is compiled, in a line; empty where there is nothing."""
+        return ""
+
     def check(self, graph: Graph) -> None:
         """Raises UserError for a compiled fused step that must not run."""
 

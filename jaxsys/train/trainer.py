@@ -38,7 +38,6 @@ from jaxsys.train.explain import explained
 from jaxsys.train.inference import Inference, served_context
 from jaxsys.train.launch import batch_grid
 from jaxsys.train.metrics import Metrics, NoMetrics
-from jaxsys.train.pipelined import PipelinedStep
 from jaxsys.train.stop import Stop
 from parallelism import balance, create, detect, put, target
 from parallelism.coordinator import default_coordinator, in_turns, together
@@ -258,7 +257,7 @@ class Trainer:
         """Every graph of the run, before its first step."""
         c, f = self.config, self.step_functions
         self.watch.phase("compiling", setup=True)
-        if isinstance(f, PipelinedStep):
+        if f.summary:
             self.console.line(f.summary)
         with self.console.stage("compile") as said:
             self.finite_graph = self.graphs.compile("finite", f.finite, {**self.params, **self.opt_state})
