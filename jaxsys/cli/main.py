@@ -14,6 +14,7 @@ import traceback
 from jaxsys.malloc import restart_with_tunables
 
 INTERRUPTED = 128 + signal.SIGINT
+COLLECTIVE_SECONDS = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,10 +63,23 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def let_virtual_devices_wait() -> None:
+    """Makes XLA on CPU wait ten minutes in a collective, as ``liveness.stuck`` does, before it takes it for a hang.
+
+    After one it ends the process. But virtual devices share cores, and one that computes while others wait may need
+    more than that. Does nothing where there are none, or where somebody has set it. XLA reads it as a device is made.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    virtual = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags
+    if virtual and COLLECTIVE_SECONDS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {COLLECTIVE_SECONDS}=600".lstrip()
+
+
 def entry() -> None:
     """The ``jaxsys`` program."""
     try:
         restart_with_tunables()
+        let_virtual_devices_wait()
         code = main()
     except KeyboardInterrupt:  # between two lines of ``main``'s own
         code = INTERRUPTED

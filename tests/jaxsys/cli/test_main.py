@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxsys.cli.main import main
+from jaxsys.cli.main import COLLECTIVE_SECONDS, let_virtual_devices_wait, main
 
 ROOT = Path(__file__).parents[3]
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 # A model that says much and compiles nothing, and a word once it is asked.
 FAKE = """
@@ -131,3 +132,19 @@ def test_an_interrupt_while_modules_are_imported_ends_quietly():
 def test_an_interrupt_waits_for_nothing_that_threads_are_at():
     """A thread that never ends stands for a compile, which would crash in an interpreter that is taken down."""
     assert interrupted("threading.Thread(target=threading.Event().wait).start()") == (130, "jaxsys: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "flags"),
+    [
+        ({"JAX_NUM_CPU_DEVICES": "8"}, f"{COLLECTIVE_SECONDS}=600"),
+        ({"XLA_FLAGS": TWO_DEVICES}, f"{TWO_DEVICES} {COLLECTIVE_SECONDS}=600"),
+        ({"JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": f"{COLLECTIVE_SECONDS}=90"}, f"{COLLECTIVE_SECONDS}=90"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_virtual_devices_may_wait_for_each_other(before, flags, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(before))
+    let_virtual_devices_wait()
+    assert os.environ.get("XLA_FLAGS") == flags
