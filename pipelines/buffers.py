@@ -68,7 +68,7 @@ NAMES = "inputs", "gradients", "heads", "made", "used", "cot", "wr", "wc", "away
 
 
 def allocate(table: Table) -> Buffers:
-    """The buffers of a checked table, or of one that has its forwards only, for a latency of one tick."""
+    """The buffers of a checked table, or of one that has its forwards only."""
     ticks, placement = table.ticks_of(), table.placement
     shape, last = (table.ticks, placement.stages), placement.count - 1
     kinds = {kind: np.full(shape, NONE, np.int32) for kind in NAMES}

@@ -20,7 +20,7 @@ def text(timeline: Timeline, width: int = 100) -> str:
     capitals of backwards for the weights, dots while it waits; transfers are not shown. As many columns as the shortest
     action needs, at most ``width``."""
     computed = {key: end for key, end in timeline.end.items() if key[0] in COMPUTED}
-    shortest = min(end - timeline.start[key] for key, end in computed.items())
+    shortest = min(length for key, end in computed.items() if (length := end - timeline.start[key]) > 0)
     columns = min(width, max(round(timeline.makespan / shortest), 1))
     lines = [["."] * columns for _ in timeline.busy]
     for key, end in computed.items():

@@ -31,7 +31,6 @@ from pipelines.schedule import NONE, B, F, O, R, Table, W
 from pipelines.split import passes
 
 Tree = Any
-AXIS = STAGE
 LANES = 128
 OUT, BACK = 1, 2  # what moves beside an action, as bits
 
@@ -51,7 +50,8 @@ class Layered(Protocol):
 
     def layer(self, params: Tree, x: jax.Array, context: Tree, index: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
         """Layer ``index`` of ``x``: what the next gets, like x; a loss of its own, a scalar; and what it tells of
-        itself, a tree of arrays without a gradient (None: nothing), which is summed over microbatches."""
+        itself, a tree of arrays without a gradient (None: nothing), which is summed over microbatches, floats in at
+        least float32."""
 
     def head(self, shared: Tree, x: jax.Array, batch: Tree) -> jax.Array:
         """The loss of a microbatch, a scalar; those of all microbatches and layers add up."""
@@ -73,8 +73,9 @@ def value_and_grad(
     float32. remat: wraps a layer's function, ``jax.checkpoint`` with a policy, so that a layer keeps less for its
     backward pass. recompute: a microbatch keeps the input of a stage's chunk and nothing else; its backward pass begins
     with another forward one.
-    Raises UserError for a mesh or pieces of another number of stages than the table's, and to recompute under a table
-    that has W apart, where both B and W would have to.
+    Raises UserError for a mesh or pieces of another number of stages than the table's, for batches of another number of
+    microbatches and stacks of other pieces, and to recompute under a table that has W apart, where both B and W would
+    have to.
     """
     _check(table, pieces, mesh)
     if recompute and table.split:
@@ -83,34 +84,54 @@ def value_and_grad(
             "schedule that has them together, or remat, which keeps less of each layer"
         )
     run = _Run(model, table, allocate(table), pieces, remat or (lambda layer: layer), recompute)
-    split, whole = PartitionSpec(AXIS), PartitionSpec()
-    return jax.shard_map(
-        run, mesh=mesh, in_specs=(whole, split, whole), out_specs=((whole, split), (whole, split)), axis_names={AXIS},
-        check_vma=False,
-    )  # fmt: skip
+    split, whole = PartitionSpec(STAGE), PartitionSpec()
+    return _sized(run, mesh, ((whole, split), (whole, split)))
 
 
 def tell(model: Layered, table: Table, pieces: Pieces, mesh: Mesh) -> Callable[[Tree, Tree, Tree], Tree]:
     """``(shared, stacked layers, batches [microbatches, ...])`` to what layers tell, stacked as they are, by the
-    table's forwards alone; traceable. Raises UserError for a mesh or pieces of another number of stages."""
+    table's forwards alone; traceable. Raises UserError as ``value_and_grad`` does."""
     _check(table, pieces, mesh)
     forwards = table.forwards
     run = _Run(model, forwards, allocate(forwards), pieces, lambda layer: layer, False)
-    split, whole = PartitionSpec(AXIS), PartitionSpec()
-    return jax.shard_map(
-        run, mesh=mesh, in_specs=(whole, split, whole), out_specs=split, axis_names={AXIS}, check_vma=False
-    )
+    return _sized(run, mesh, PartitionSpec(STAGE))
 
 
 def _check(table: Table, pieces: Pieces, mesh: Mesh) -> None:
     table.check()
     if pieces.placement != table.placement:
         raise UserError(f"layers dealt out for {pieces.placement}, expected {table.placement} of {table.name!r}")
-    if mesh.shape.get(AXIS) != table.placement.stages:
+    if mesh.shape.get(STAGE) != table.placement.stages:
         raise UserError(
-            f"mesh axis stage={mesh.shape.get(AXIS)}: expected the {table.placement.stages} stages of the schedule "
+            f"mesh axis stage={mesh.shape.get(STAGE)}: expected the {table.placement.stages} stages of the schedule "
             f"{table.name!r}"
         )
+
+
+def _sized(run: _Run, mesh: Mesh, out_specs: Any) -> Callable[[Tree, Tree, Tree], Any]:
+    """``run`` on every stage, of arguments whose sizes are the table's: others would be read beyond their ends."""
+    table, pieces = run.table, run.pieces
+    whole = PartitionSpec()
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=(whole, PartitionSpec(STAGE), whole), out_specs=out_specs, axis_names={STAGE},
+        check_vma=False,
+    )  # fmt: skip
+
+    def sized(shared: Tree, stacked: Tree, batches: Tree) -> Any:
+        grid = table.placement.stages, table.placement.chunks, pieces.most
+        for what, tree, expected, meaning in (
+            ("the batches", batches, (table.microbatches,), "one a microbatch of the schedule"),
+            ("the stacked layers", stacked, grid, "stages, chunks and rows of Pieces.stack"),
+        ):
+            for path, a in jax.tree_util.tree_leaves_with_path(tree):
+                if a.shape[: len(expected)] != expected:
+                    raise UserError(
+                        f"{what}{jax.tree_util.keystr(path)}: shape {list(a.shape)}, expected "
+                        f"{', '.join(map(str, expected))} first: {meaning} {table.name!r}"
+                    )
+        return mapped(shared, stacked, batches)
+
+    return sized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +147,7 @@ class _Run:
         """On one stage. Of a table without backwards: what layers tell, and nothing else."""
         table, buffers, model = self.table, self.buffers, self.model
         placement, most = table.placement, self.pieces.most
-        stage = lax.axis_index(AXIS)
+        stage = lax.axis_index(STAGE)
         mine = jax.tree.map(lambda a: a[0], stacked)  # [chunks, layers, ...]
         numbers = np.array([placement.numbers(s) for s in range(placement.stages)], np.int32)
         firsts, counts = (np.array(each, np.int32)[numbers] for each in (self.pieces.firsts, self.pieces.counts))
@@ -161,10 +182,10 @@ class _Run:
             fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
             return jnp.full((*shape, *like.shape), fill, like.dtype)
 
-        def nothing_yet(a: Any) -> jax.Array:
-            return jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))
-
-        wide = jax.tree.map(nothing_yet, (shared, mine) if table.learns else ((), ()))
+        wide = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)),
+            (shared, mine) if table.learns else ((), ()),
+        )
         parts = 1 if self.recompute else most
         like = ([x] if self.recompute else map(_dense, split.kept)) if table.learns else []
         kept = [empty((buffers.made.depth, parts), each) for each in like]
@@ -179,7 +200,7 @@ class _Run:
             "shared": wide[0],
             "layers": wide[1],
             "loss": jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)),
-            "told": jax.tree.map(lambda a: jnp.zeros((placement.chunks, most, *a.shape), a.dtype), told),
+            "told": jax.tree.map(lambda a: jnp.zeros((placement.chunks, most, *a.shape), _wide(a.dtype)), told),
         }
 
         def leave(kept: list, host: list, row: dict, place: jax.Array, slot: jax.Array) -> list:
@@ -403,7 +424,7 @@ class _Run:
         told, layers = (jax.tree.map(lambda a: a[None], state[name]) for name in ("told", "layers"))
         if not table.learns:
             return told
-        loss, d_shared = jax.tree.map(lambda a: lax.psum(a, AXIS), (state["loss"], state["shared"]))
+        loss, d_shared = jax.tree.map(lambda a: lax.psum(a, STAGE), (state["loss"], state["shared"]))
         return (loss, told), (d_shared, layers)
 
     def _rows(self) -> tuple[list[list[int]], dict[str, Any]]:
@@ -460,6 +481,11 @@ def _dense(a: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape) or (1,), a.dtype)
 
 
+def _wide(dtype: Any) -> Any:
+    """For a sum over microbatches: in bfloat16 it would stop growing at 256."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
 def _in_host(length: int, like: jax.Array) -> jax.Array:
     """A buffer in host memory for so many pieces of one on the device [slots, pieces, ...]: made there, as one of zeros
     would be made on the device first. NaN, so that what is read before it was written shows. With one dimension of
@@ -502,4 +528,4 @@ def _one_of(a: jax.Array, *index: jax.Array) -> jax.Array:
 def _sent(x: jax.Array, shift: int, stages: int) -> jax.Array:
     if shift == 0:
         return x
-    return lax.ppermute(x, AXIS, [(i, (i + shift) % stages) for i in range(stages)])
+    return lax.ppermute(x, STAGE, [(i, (i + shift) % stages) for i in range(stages)])

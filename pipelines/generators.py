@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
+import itertools
 from collections.abc import Callable, Sequence
 
-from parallelism.errors import UserError
+from parallelism.errors import UserError, unknown_name
 from pipelines.schedule import Action, B, F, Placement, Table, W, from_orders, needs
 
 
@@ -75,107 +75,71 @@ def interleaved(stages: int, microbatches: int, chunks: int = 2) -> Table:
 
 
 def zero_bubble(stages: int, microbatches: int) -> Table:
-    """ZB-H1 (Qi et al. 2024, section 2.2): 1F1B whose backward for the weights comes ``stage`` microbatches later, so
-    that what waits for a stage has less before it. No stage holds more microbatches than the first does under 1F1B."""
+    """ZB-H1 (Qi et al. 2024, section 2.2): 1F1B with the backward for the weights where a stage would wait. No stage
+    holds more microbatches than the first does under 1F1B."""
     _usable("zb-h1", stages, microbatches)
-    orders = []
+    placement, orders = Placement(stages), []
     for stage in range(stages):
         first = min(stages - stage, microbatches)
         order = [Action(F, m, 0) for m in range(first)]
         for m in range(microbatches):
-            order += [Action(B, m, 0)] + [Action(W, m - stage, 0)] * (m >= stage)
-            order += [Action(F, first + m, 0)] * (first + m < microbatches)
-        orders.append(order + [Action(W, m, 0) for m in range(max(microbatches - stage, 0), microbatches)])
-    return from_orders(Placement(stages), microbatches, orders, "zb-h1")
+            order += [Action(B, m, 0)] + [Action(F, first + m, 0)] * (first + m < microbatches)
+        orders.append(order)
+    return from_orders(placement, microbatches, _with_weights(placement, orders, stages), "zb-h1")
 
 
 def zero_bubble_v(stages: int, microbatches: int) -> Table:
     """ZB-V (Qi et al. 2024, section 6): two chunks a stage, the second on the way back, so that the first stage
-    computes the loss and every stage holds as much: at most 2 * stages chunks of microbatches."""
-    _usable("zb-v", stages, microbatches)
-    placement = Placement(stages, 2, "v")
-    orders = by_priority(placement, microbatches, [2 * stages] * stages)
-    return from_orders(placement, microbatches, orders, "zb-v")
+    computes the loss and every stage holds as much: at most 2 * stages chunks of microbatches, the bytes of 1F1B.
 
-
-def by_priority(
-    placement: Placement,
-    microbatches: int,
-    limits: Sequence[int],
-    costs: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    transfer: float = 0.0,
-    split: bool = True,
-) -> list[list[Action]]:
-    """Orders in which a stage that is free does a B if there is one, else an F if it holds fewer than its limit of
-    (microbatch, chunk), else a W; and where it holds its limit a W before it waits.
-
-    Later chunks' forwards come before earlier ones', as they lead to a backward sooner. costs: of F, B and W.
+    Of no fewer microbatches m than stages p, and F, B and W that take equally long, it takes 6 m + p - 1, the least
+    that there can be: the last stage begins at p - 1 and has 6 m to do. A stage fills up with forwards until its first
+    backward comes; then backwards and forwards take turns, backwards of the second chunk alone until one of the first
+    is there, and of both in turn from then on.
     """
-    count, ready_at = placement.count, {(F, m, 0): 0.0 for m in range(microbatches)}
-    free = [0.0] * placement.stages
-    held = [0] * placement.stages
-    waiting: list[set[tuple[int, int, int]]] = [set() for _ in range(placement.stages)]
-    for key in ready_at:
-        waiting[placement.stage(0)].add(key)
-    done: dict[tuple[int, int, int], float] = {}
-    orders: list[list[Action]] = [[] for _ in range(placement.stages)]
-    total = (3 if split else 2) * microbatches * count
-    events: list[tuple[float, int]] = [(0.0, stage) for stage in range(placement.stages)]
-    heapq.heapify(events)
-    while len(done) < total:
-        if not events:
-            raise UserError(f"a limit of {list(limits)} microbatches a stage holds too few: expected more")
-        now, stage = heapq.heappop(events)
-        if free[stage] > now:
-            continue
-        room = limits[stage] - held[stage]
-        able = [key for key in waiting[stage] if ready_at[key] <= now and _fits(key, placement, room)]
-        if not able:
-            continue
-        key = min(able, key=lambda key: _rank(key, count))
-        kind, microbatch, number = key
-        waiting[stage].discard(key)
-        end = now + costs[kind] + (0.0 if split or kind != B else costs[W])
-        done[key], free[stage] = end, end
-        orders[stage].append(Action(kind, microbatch, number // placement.stages))
-        if kind == F:
-            held[stage] += 1
-        elif kind == W or not split:
-            held[stage] -= 1
-        heapq.heappush(events, (end, stage))
-        for following in _followers(key, count, split):
-            if all(need in done for need in needs(following, placement)):
-                there = placement.stage(following[2])
-                ready_at[following] = max(
-                    done[need] + (0.0 if placement.stage(need[2]) == there else transfer)
-                    for need in needs(following, placement)
-                )
-                waiting[there].add(following)
-                heapq.heappush(events, (max(ready_at[following], free[there]), there))
-    return orders
+    _usable("zb-v", stages, microbatches)
+    placement, orders = Placement(stages, 2, "v"), []
+    for stage in range(stages):
+        alone = stages - stage  # backwards of the second chunk before one of the first comes
+        full = [0] * (2 * alone - 1) + [1] + [0, 1] * stage
+        forwards = [1] * (alone - 1) + [0, 1] * microbatches
+        backwards = [1] * alone + [0, 1] * microbatches
+        turns = itertools.zip_longest([(B, c) for c in backwards], [(F, c) for c in forwards])
+        kinds = [(F, c) for c in full] + [each for turn in turns for each in turn if each is not None]
+        number = {(kind, c): itertools.count() for kind in (F, B) for c in (0, 1)}
+        order = [Action(kind, next(number[kind, c]), c) for kind, c in kinds]
+        orders.append([action for action in order if action.microbatch < microbatches])
+    return from_orders(placement, microbatches, _with_weights(placement, orders, 2 * stages), "zb-v")
 
 
-def _rank(key: tuple[int, int, int], count: int) -> tuple[int, int, int]:
-    kind, microbatch, number = key
-    return ((1, 0, 2)[kind], -number if kind == F else microbatch, microbatch)
-
-
-def _fits(key: tuple[int, int, int], placement: Placement, room: int) -> bool:
-    """Whether a forward leaves room for those chunks of its microbatch that this stage still has to do."""
-    kind, _, number = key
-    if kind != F:
-        return True
-    later = sum(other > number for other in placement.numbers(placement.stage(number)))
-    return later < room
-
-
-def _followers(key: tuple[int, int, int], count: int, split: bool) -> list[tuple[int, int, int]]:
-    kind, microbatch, number = key
-    if kind == F:
-        return [(F, microbatch, number + 1)] if number + 1 < count else [(B, microbatch, number)]
-    if kind == W:
-        return []
-    return [(W, microbatch, number)] * split + [(B, microbatch, number - 1)] * (number > 0)
+def _with_weights(placement: Placement, orders: Sequence[Sequence[Action]], held: int) -> list[list[Action]]:
+    """Orders of F and B with W where a stage would wait, if each took a tick: for what its next action needs; before an
+    F, with ``held`` residuals, for room; before a B while as many W as there are stages are due."""
+    found: list[list[Action]] = [[] for _ in orders]
+    due: list[list[Action]] = [[] for _ in orders]
+    done: set[tuple[int, int, int]] = set()
+    place, residuals = ([0] * placement.stages for _ in range(2))
+    while any(due) or any(place[stage] < len(order) for stage, order in enumerate(orders)):
+        now: list[tuple[int, int, int]] = []
+        for stage, order in enumerate(orders):
+            action = order[place[stage]] if place[stage] < len(order) else None
+            if action is not None:
+                key = action.kind, action.microbatch, placement.number(stage, action.chunk)
+                room = residuals[stage] < held if action.kind == F else len(due[stage]) < placement.stages
+                if room and done.issuperset(needs(key, placement)):
+                    now.append(key)
+                    found[stage].append(action)
+                    place[stage] += 1
+                    if action.kind == F:
+                        residuals[stage] += 1
+                    else:
+                        due[stage].append(action._replace(kind=W))
+                    continue
+            if due[stage]:
+                found[stage].append(due[stage].pop(0))
+                residuals[stage] -= 1
+        done.update(now)
+    return found
 
 
 def _usable(name: str, stages: int, microbatches: int) -> None:
@@ -191,5 +155,9 @@ GENERATORS: dict[str, Callable[..., Table]] = {
 
 
 def generate(name: str, stages: int, microbatches: int, chunks: int | None = None) -> Table:
-    """A schedule of ``GENERATORS``; chunks: of a stage, for one that takes a number of them."""
+    """A schedule of ``GENERATORS``; chunks: of a stage, under interleaved. Raises UserError for what there is not."""
+    if name not in GENERATORS:
+        raise unknown_name("schedule", name, GENERATORS)
+    if chunks is not None and name != "interleaved":
+        raise UserError(f"schedule {name!r}: chunks={chunks} are interleaved's, leave them out")
     return GENERATORS[name](stages, microbatches, *([] if chunks is None else [chunks]))

@@ -43,6 +43,9 @@ def offload(table: Table, costs: Costs, slots: int | None = None) -> Offloaded:
     Raises UserError where it is too few for what a stage uses in one tick.
     """
     before = allocate(table).made.depth
+    if slots is not None and slots >= before:
+        because = f"nothing moves: a stage holds at most {before}, and so many may stay ({slots} slots)"
+        return Offloaded(table, before, before, 0.0, because)
     if slots is not None:
         tried = (_spilled(table, costs, slots, how) for how in ("fitting", "either", "tight"))
         found = next((spilled for spilled in tried if spilled is not None), None)

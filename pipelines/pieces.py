@@ -74,7 +74,12 @@ class Pieces:
         ]
 
     def stack(self, params: Sequence[Tree]) -> Tree:
-        """Layers' parameters as leaves [stages, chunks, rows of a chunk, ...], zeros where a chunk has fewer."""
+        """Layers' parameters as leaves [stages, chunks, rows of a chunk, ...], zeros where a chunk has fewer.
+
+        Raises UserError for another number of layers.
+        """
+        if len(params) != self.layers:
+            raise UserError(f"{len(params)} layers: expected {self.layers}, which the pieces are of")
         placement, empty = self.placement, jax.tree.map(jnp.zeros_like, params[0])
 
         def chunk(stage: int, chunk: int) -> Tree:

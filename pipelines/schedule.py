@@ -3,7 +3,7 @@
 A model is cut into ``stages * chunks`` virtual stages, numbered along the forward pass; a ``Placement`` says which
 stage holds which of them. At a tick a stage may do one action of each kind, in this order: a forward (F), a
 backward for the input (B), a backward for the weights (W; where B is not split it does both). What it sends to another
-stage is there ``latency`` ticks later; what stays is there for the next action. Beside them it may bring to the host
+stage is there at the next tick; what stays is there for the next action. Beside them it may bring to the host
 what a microbatch keeps for its backward pass (O, offload), of this tick's forward at the earliest, and bring that of
 another back (R, reload), for this tick's backward at the latest.
 """
@@ -149,7 +149,7 @@ class Table:
             found[key] = tick
         return found
 
-    def check(self, latency: int = 1) -> None:
+    def check(self) -> None:
         """Raises UserError where the table is no schedule: an action that lacks, is there twice, or comes before what
         it needs is there."""
         shape = self.microbatch.shape
@@ -170,7 +170,7 @@ class Table:
             if key[0] in (O, R) and (other := (O + R - key[0], *key[1:])) not in ticks:
                 raise self._wrong(f"{_named(key)} without {_named(other)}", "expected both or neither")
             for need in [*needs(key, self.placement), *[(R, *key[1:])] * (key[0] == B and (R, *key[1:]) in ticks)]:
-                soonest = _soonest(key, need, ticks, self.placement, latency)
+                soonest = _soonest(key, need, ticks, self.placement)
                 if ticks[key] < soonest:
                     raise self._wrong(f"{_named(key)} at tick {ticks[key]}", f"expected {soonest} or later: it needs "
                                       f"{_named(need)} of tick {ticks[need]}")  # fmt: skip
@@ -259,7 +259,6 @@ def from_orders(
     name: str,
     *,
     together: bool = False,
-    latency: int = 1,
 ) -> Table:
     """The table in which each stage does its actions in its order, each as soon as what it needs is there.
 
@@ -281,13 +280,13 @@ def from_orders(
                 if now[stage] and (not together or now[stage][-1].kind >= action.kind):
                     break
                 needed = needs(key, placement)
-                if not all(n in done and tick >= _soonest(key, n, done, placement, latency) for n in needed):
+                if not all(n in done and tick >= _soonest(key, n, done, placement) for n in needed):
                     break
                 done[key] = tick
                 now[stage].append(action)
                 place[stage] += 1
         idle = 0 if any(now) else idle + 1
-        if idle > latency:
+        if idle > 1:
             waits = next(f"stage {s} for {order[place[s]]}" for s, order in enumerate(orders) if place[s] < len(order))
             raise UserError(f"schedule {name!r}: the orders of its stages wait for each other, {waits}")
         ticks.append(now)
@@ -299,9 +298,8 @@ def _soonest(
     need: tuple[int, int, int],
     done: Mapping[tuple[int, int, int], int],
     placement: Placement,
-    latency: int,
 ) -> int:
     """The first tick at which an action may use what it needs. A tick does its actions in the order of their places:
     what stays on the stage may be of the same one."""
     stays = placement.stage(need[2]) == placement.stage(key[2])
-    return done[need] + ((PLACE[need[0]] >= PLACE[key[0]]) if stays else latency)
+    return done[need] + ((PLACE[need[0]] >= PLACE[key[0]]) if stays else 1)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from parallelism.errors import UserError
 from parallelism.text import decimal
-from pipelines.generators import GENERATORS, by_priority
+from pipelines.generators import GENERATORS
 from pipelines.offload import offload
-from pipelines.schedule import Placement, Table, from_orders
+from pipelines.schedule import Action, B, F, Placement, Table, W, from_orders, needs
 from pipelines.simulate import Costs, Timeline, simulate
 
 CHUNKS = 2  # of a stage, where a schedule has several
@@ -59,7 +60,9 @@ def search(
             f"{stages} stages, {microbatches} microbatches: no schedule keeps to {decimal(limit)} a stage: expected "
             f"at least {decimal(least.peak.max())}, which {least.table.name!r} needs; or keep less of a layer (remat)"
         )
-    best = min(able, key=lambda timeline: (round(timeline.makespan, 9), timeline.peak.max(), timeline.table.ticks))
+    best = min(
+        able, key=lambda timeline: (float(f"{timeline.makespan:.9g}"), timeline.peak.max(), timeline.table.ticks)
+    )
     return Found(best, len(timelines))
 
 
@@ -96,6 +99,88 @@ def _candidates(stages: int, microbatches: int, costs: Callable[[Placement], Cos
                 for together in (False, True):
                     name = f"priority, {max(limits)} held" + (", in one tick" if together else "")
                     yield from_orders(placement, microbatches, orders, name, together=together)
+
+
+def by_priority(
+    placement: Placement,
+    microbatches: int,
+    limits: Sequence[int],
+    costs: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    transfer: float = 0.0,
+    split: bool = True,
+) -> list[list[Action]]:
+    """Orders in which a stage that is free does a B if there is one, else an F if it holds fewer than its limit of
+    (microbatch, chunk), else a W; and where it holds its limit a W before it waits.
+
+    Later chunks' forwards come before earlier ones', as they lead to a backward sooner. costs: of F, B and W, and
+    transfer: from a stage to the next, in one unit of time. split: whether W is apart.
+    Raises UserError for limits under which no microbatch comes through.
+    """
+    count, ready_at = placement.count, {(F, m, 0): 0.0 for m in range(microbatches)}
+    free = [0.0] * placement.stages
+    held = [0] * placement.stages
+    waiting: list[set[tuple[int, int, int]]] = [set() for _ in range(placement.stages)]
+    for key in ready_at:
+        waiting[placement.stage(0)].add(key)
+    done: dict[tuple[int, int, int], float] = {}
+    orders: list[list[Action]] = [[] for _ in range(placement.stages)]
+    total = (3 if split else 2) * microbatches * count
+    events: list[tuple[float, int]] = [(0.0, stage) for stage in range(placement.stages)]
+    heapq.heapify(events)
+    while len(done) < total:
+        if not events:
+            raise UserError(f"a limit of {list(limits)} microbatches a stage holds too few: expected more")
+        now, stage = heapq.heappop(events)
+        if free[stage] > now:
+            continue
+        room = limits[stage] - held[stage]
+        able = [key for key in waiting[stage] if ready_at[key] <= now and _fits(key, placement, room)]
+        if not able:
+            continue
+        key = min(able, key=lambda key: _rank(key))
+        kind, microbatch, number = key
+        waiting[stage].discard(key)
+        end = now + costs[kind] + (0.0 if split or kind != B else costs[W])
+        done[key], free[stage] = end, end
+        orders[stage].append(Action(kind, microbatch, number // placement.stages))
+        if kind == F:
+            held[stage] += 1
+        elif kind == W or not split:
+            held[stage] -= 1
+        heapq.heappush(events, (end, stage))
+        for following in _followers(key, count, split):
+            if all(need in done for need in needs(following, placement)):
+                there = placement.stage(following[2])
+                ready_at[following] = max(
+                    done[need] + (0.0 if placement.stage(need[2]) == there else transfer)
+                    for need in needs(following, placement)
+                )
+                waiting[there].add(following)
+                heapq.heappush(events, (max(ready_at[following], free[there]), there))
+    return orders
+
+
+def _rank(key: tuple[int, int, int]) -> tuple[int, int, int]:
+    kind, microbatch, number = key
+    return ((1, 0, 2)[kind], -number if kind == F else microbatch, microbatch)
+
+
+def _fits(key: tuple[int, int, int], placement: Placement, room: int) -> bool:
+    """Whether a forward leaves room for those chunks of its microbatch that this stage still has to do."""
+    kind, _, number = key
+    if kind != F:
+        return True
+    later = sum(other > number for other in placement.numbers(placement.stage(number)))
+    return later < room
+
+
+def _followers(key: tuple[int, int, int], count: int, split: bool) -> list[tuple[int, int, int]]:
+    kind, microbatch, number = key
+    if kind == F:
+        return [(F, microbatch, number + 1)] if number + 1 < count else [(B, microbatch, number)]
+    if kind == W:
+        return []
+    return [(W, microbatch, number)] * split + [(B, microbatch, number - 1)] * (number > 0)
 
 
 def _limits(placement: Placement, microbatches: int) -> Iterator[list[int]]:

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import partial_eval as pe
 
 Tree = Any
 INLINED = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"}
@@ -92,9 +94,16 @@ def passes(layer: Callable[..., tuple[Any, Any, Tree]], params: Tree, x: Any, co
     gradients = back.outvars[1:]
     first = [back.outvars[0], *(g for g, here in zip(gradients, small, strict=True) if here)]
     others = [g for g, here in zip(gradients, small, strict=True) if not here]
+    back = dataclasses.replace(back, eqns=_halved(back.eqns, first, others))
     in_first = _needed(back.eqns, first)
-    in_second = [eqn for eqn in _needed(back.eqns, others) if not any(eqn is each for each in in_first)]
-    made = {v for eqn in in_first for v in eqn.outvars}
+    # What parameters and context give alone is computed again rather than kept, as for the forward pass.
+    moving = _reached(back.eqns, back.invars[n_params + n_context :])
+    in_second = [
+        eqn
+        for eqn in _needed(back.eqns, others)
+        if not any(v in moving for v in eqn.outvars) or not any(eqn is each for each in in_first)
+    ]
+    made = {v for eqn in in_first for v in eqn.outvars if v in moving}
     made |= set(back.invars[n_params + n_context + len(kept) :])  # dy and daux are not there any more
     read = {v for eqn in in_second for v in eqn.invars if isinstance(v, core.Var)}
     saved = [v for v in dict.fromkeys([*_in_order(back, made)]) if v in read or any(v is g for g in others)]
@@ -174,7 +183,7 @@ def _fresh(v: Any, names: dict[Any, Any]) -> Any:
 
 
 def _value(env: dict[Any, Any], v: Any) -> Any:
-    return env[v] if isinstance(v, core.Var) else v.val
+    return env[v] if isinstance(v, core.Var) else jnp.asarray(v.val)
 
 
 def _parts(values: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
@@ -203,6 +212,31 @@ def _needed(eqns: Sequence[Any], wanted: Iterable[Any], there: set[Any] | None =
         if any(v in live for v in eqn.outvars):
             found.append(eqn)
             live.update(v for v in eqn.invars if isinstance(v, core.Var) and v not in there)
+    return found[::-1]
+
+
+def _halved(eqns: Sequence[Any], first: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Equations that hold several products (a ``shard_map`` over experts, a scan), of which both ``first`` and
+    ``others`` need results, other ones each: as two, with what either needs. Inside, some is then done twice."""
+    live = [{v for v in wanted if isinstance(v, core.Var)} for wanted in (first, others)]
+    found = []
+    for eqn in reversed(eqns):
+        used = [[v in each for v in eqn.outvars] for each in live]
+        more = [second and not mine for mine, second in zip(*used, strict=True)]
+        rule = pe.dce_rules.get(eqn.primitive)
+        if rule is not None and any(used[0]) and any(more):
+            for each, outs in ((live[1], more), (live[0], used[0])):
+                _, half = rule(outs, eqn)
+                assert half is not None  # some of its results are used
+                each.update(v for v in half.invars if isinstance(v, core.Var))
+                # A loop gives out its carry whoever wants it: under another name, as the other half has that one.
+                asked = {v for v, used_ in zip(eqn.outvars, outs, strict=True) if used_}
+                found.append(half.replace(outvars=[v if v in asked else type(v)(v.aval) for v in half.outvars]))
+            continue
+        for each, outs in zip(live, used, strict=True):
+            if any(outs):
+                each.update(v for v in eqn.invars if isinstance(v, core.Var))
+        found.append(eqn)
     return found[::-1]
 
 

@@ -117,6 +117,10 @@ class PipelineArgs:
         ):
             if given and self.link is None:
                 raise UserError(f"--{name}: how fast residuals move is not known: give --link too")
+        if self.width < 0:
+            raise UserError(f"--width: found {self.width}, expected 0 or more columns")
+        if len(names := self.schedule.split(",")) != len(set(names)):
+            raise UserError(f"--schedule {self.schedule}: a schedule is there twice, expected each once")
         if self.again and self.light is None:
             raise UserError(f"--again {self.again:g}: what is kept then is not known: give --light too")
         if self.limit is not None and self.schedule != "best":

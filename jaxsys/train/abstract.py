@@ -40,9 +40,9 @@ from parallelism import (
     sharding_context,
 )
 from parallelism.errors import UserError
+from parallelism.mesh import STAGE
 from parallelism.sharding_report import report
 from parallelism.zero import state_plans
-from pipelines.execute import AXIS
 
 
 def starting_model(config: TrainConfig) -> tuple[ModelConfig, Pretrained | None]:
@@ -76,7 +76,7 @@ class AbstractRun:
         self._check_experts(model, parameter_rules["experts"])
         self._check_rows(model)
         self._check_offload()
-        stages = self.mesh.shape[AXIS]
+        stages = self.mesh.shape[STAGE]
         table = table_of(config.pipeline, stages, config.accumulate) if stages > 1 else None
         self._check_stages()
         self.graphs = Graphs(self.mesh, self.activation_rules)
@@ -87,7 +87,7 @@ class AbstractRun:
         if table is not None:
             pieces = dealt(self.unpadded, table.placement, config.pipeline.head)
             self.unpadded = staged(self.unpadded, pieces)
-            parameter_rules = parameter_rules.replace(layers=AXIS)
+            parameter_rules = parameter_rules.replace(layers=STAGE)
         self.plan = plan(self.unpadded.layout, self.mesh, parameter_rules, self.unpadded.units)
         refuse_idle_axes(self.plan, self.activation_rules, self.unpadded.activation_axes)
         self.model = self.unpadded.with_layout(self.plan.layout)
@@ -180,11 +180,11 @@ class AbstractRun:
 
     def _check_stages(self) -> None:
         """Raises UserError for what does not go through stages."""
-        c, stages = self.config, self.mesh.shape[AXIS]
+        c, stages = self.config, self.mesh.shape[STAGE]
         if stages == 1:
             if given := [name for name, value in vars(c.pipeline).items() if value != getattr(PipelineConfig(), name)]:
                 raise UserError(
-                    f"pipeline.{given[0]}={getattr(c.pipeline, given[0])} on mesh {c.mesh!r}: it has no axis {AXIS} "
+                    f"pipeline.{given[0]}={getattr(c.pipeline, given[0])} on mesh {c.mesh!r}: it has no axis {STAGE} "
                     "above 1, so nothing goes through stages: leave it out, or give the mesh one"
                 )
             return
@@ -197,16 +197,16 @@ class AbstractRun:
         }
         for what, asked in refused.items():
             if asked:
-                raise UserError(f"mesh {AXIS}={stages} with {what}: stages cannot do that: leave one of them out")
+                raise UserError(f"mesh {STAGE}={stages} with {what}: stages cannot do that: leave one of them out")
         if (n := self.mesh.shape[sequence.AXIS]) > 1 and c.context_method not in ("all_gather", "all_to_all"):
             raise UserError(
-                f"mesh {AXIS}={stages},{sequence.AXIS}={n} with context_method={c.context_method}: it sends by "
+                f"mesh {STAGE}={stages},{sequence.AXIS}={n} with context_method={c.context_method}: it sends by "
                 "collective-permute, which hangs where stages do different things: take all_gather or all_to_all"
             )
 
     def serving(self) -> tuple[Model, Plan] | None:
         """The model as inference runs it, and where its parameters lie, where training stores them by stage."""
-        if self.mesh.shape[AXIS] == 1:
+        if self.mesh.shape[STAGE] == 1:
             return None
         with sharding_context(self.mesh, self.activation_rules):
             model = build(self.model.config, dtype=self.config.parameter_dtype, storage=self.config.storage)

@@ -19,6 +19,7 @@ from jaxsys.train.abstract import AbstractRun
 from parallelism import detect, target
 from parallelism.collectives import Collective, collectives
 from parallelism.errors import UserError
+from parallelism.mesh import STAGE
 from parallelism.placement import host_bytes
 from parallelism.residuals import Residual, residuals
 from parallelism.sharding_report import Report, report
@@ -113,7 +114,7 @@ def explain(run: AbstractRun) -> Explanation:
     """Compiles the step and reads what it will do off its programs. Raises what the compiler raises."""
     run.prepare()
     return Explanation(
-        state_report(run), tuple(step_collectives(run)), memory(run), run.launcher.split, run.mesh.shape["stage"]
+        state_report(run), tuple(step_collectives(run)), memory(run), run.launcher.split, run.mesh.shape[STAGE]
     )
 
 
@@ -188,7 +189,7 @@ def advice(run: AbstractRun, found: Memory) -> list[str]:
     state = sum(found.classes[name] for name in ("parameters", "optimizer state", "gradients"))
     shards = math.prod(shape[axis] for axis in run.activation_rules["batch"].mesh_axes)
     rows = c.data.batch_size // c.accumulate // shards
-    if (stages := shape["stage"]) > 1:
+    if (stages := shape[STAGE]) > 1:
         held = c.pipeline.device_slots
         slots = 1 if held is None else held - 1
         ways = [f"pipeline.device_slots={slots} (the others wait on the host)"] if slots else []

@@ -25,8 +25,9 @@ from jaxsys.train.config import PipelineConfig
 from jaxsys.train.step import REMAT, Arrays, Batch, Step, Sums, lay
 from parallelism.errors import UserError, unknown_name
 from parallelism.layout import Layout, Stored
+from parallelism.mesh import STAGE
 from parallelism.sharding import axes_of, constrain, current, gathered, without
-from pipelines.execute import AXIS, Layered, refuse_permutations, refuse_unmoved, tell, value_and_grad
+from pipelines.execute import Layered, refuse_permutations, refuse_unmoved, tell, value_and_grad
 from pipelines.generators import GENERATORS, generate
 from pipelines.offload import offload
 from pipelines.pieces import Pieces
@@ -60,7 +61,13 @@ def table_of(config: PipelineConfig, stages: int, microbatches: int) -> Table:
     if table.offloads:
         raise UserError(f"pipeline.device_slots {config.device_slots}: {name} says already what waits in host memory")
     # Nothing is known of the link: they are as few as was asked, whoever waits.
-    return offload(table, Costs(), config.device_slots).table
+    away = offload(table, Costs(), config.device_slots)
+    if not away.moved:
+        raise UserError(
+            f"pipeline.device_slots {config.device_slots}: under {name} a stage holds at most {away.before} anyway; "
+            "expected fewer, or leave it out"
+        )
+    return away.table
 
 
 def dealt(model: Model, placement: Placement, head: float) -> Pieces:
@@ -68,7 +75,7 @@ def dealt(model: Model, placement: Placement, head: float) -> Pieces:
     try:
         return Pieces.even(model.config.n_layers, placement, head)
     except UserError as error:
-        raise UserError(f"mesh {AXIS}={placement.stages}: {error}") from error
+        raise UserError(f"mesh {STAGE}={placement.stages}: {error}") from error
 
 
 def staged(model: Model, pieces: Pieces) -> Model:
@@ -80,7 +87,7 @@ def staged(model: Model, pieces: Pieces) -> Model:
     stacks = {stored.key.split(".")[1] for stored in model.layout.values() if stored.stacked}
     if len(stacks) != 1:
         raise UserError(
-            f"mesh {AXIS}={placement.stages}: the layers of this model have {len(stacks)} shapes, expected one: a "
+            f"mesh {STAGE}={placement.stages}: the layers of this model have {len(stacks)} shapes, expected one: a "
             "pipeline runs layers that are alike"
         )
     rows = tuple((stage * placement.chunks + chunk) * most + place for stage, chunk, place in pieces.places)

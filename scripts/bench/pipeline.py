@@ -12,6 +12,7 @@ time that the work alone takes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -141,15 +142,14 @@ def main() -> None:
     found: dict[str, list[float]] = {name: [] for name in names}
     quiet = None if options.quick else Quiet()
     for _ in range(1 if options.quick else options.rounds):
-        if quiet is not None:
-            quiet.__enter__()
-        for name in names:  # one at a time: eight devices' worth of state each
-            worker = Worker(name, [sys.executable, *sys.argv, "--worker", name])
-            try:
-                found[name].append(min(float(worker.ask()) for _ in range(1 if options.quick else 3)))
-            except Ended as reason:
-                print(f"{name}: not measured: {reason}", file=sys.stderr)
-            worker.close()
+        with contextlib.nullcontext() if quiet is None else quiet:
+            for name in names:  # one at a time: eight devices' worth of state each
+                worker = Worker(name, [sys.executable, *sys.argv, "--worker", name])
+                try:
+                    found[name].append(min(float(worker.ask()) for _ in range(1 if options.quick else 3)))
+                except Ended as reason:
+                    print(f"{name}: not measured: {reason}", file=sys.stderr)
+                worker.close()
     plain = statistics.median(found[PLAIN])
     print(f"{options.stages} stages, {options.microbatches} microbatches, {machine()}\n")
     print("| | CPU s a step | over the step without stages | 1:2 ideal | executed | 1:3 ideal | executed |")

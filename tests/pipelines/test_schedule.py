@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from parallelism.errors import UserError
 from pipelines.buffers import allocate
 from pipelines.draw import picture, text
-from pipelines.generators import GENERATORS, by_priority
+from pipelines.generators import GENERATORS, generate
 from pipelines.interpret import Toy, interpret
 from pipelines.schedule import NONE, Action, B, F, Placement, Table, from_actions, from_orders
+from pipelines.search import by_priority
 from pipelines.simulate import Costs, simulate
 
 
@@ -74,15 +75,35 @@ def test_the_ideal_agrees_with_closed_forms(stages, times, backward):
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
 @pytest.mark.parametrize("times", [2, 3, 4])
 def test_split_backwards_leave_the_bubbles_of_their_papers(stages, times):
-    """Qi et al. 2024, table 2 with F = B = W: (p - 1)(F + B - W) under ZB-H1. Ours of ZB-V wait for less than that, but
-    for up to two chunks longer than the paper's."""
+    """Qi et al. 2024, table 2 with F = B = W: (p - 1)(F + B - W) under ZB-H1, nothing between a stage's first action
+    and its last under ZB-V, so that the step takes what the last stage has to do after p - 1 others have begun."""
     m = stages * times
     h1 = simulate(GENERATORS["zb-h1"](stages, m))
     assert h1.makespan == 3 * m + stages - 1
     assert h1.live.max() <= stages
-    v = simulate(GENERATORS["zb-v"](stages, m))
-    assert v.makespan - 6 * m < 2 * (stages - 1) and v.makespan - 6 * m <= stages + 1
-    assert v.live.max() <= 2 * stages
+    for how in ("ideal", "executed"):
+        v = simulate(GENERATORS["zb-v"](stages, m), how=how)
+        assert v.makespan == 6 * m + stages - 1
+        assert v.live.max() <= 2 * stages
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 16])
+def test_zero_bubble_schedules_hold_no_more_than_1f1b(stages, m):
+    for name, chunks in (("zb-h1", 1), ("zb-v", 2)):
+        table = GENERATORS[name](stages, m)
+        table.check()
+        assert simulate(table).live.max() <= min(stages, m) * chunks
+        buffers = allocate(table)
+        assert buffers.made.depth <= stages * chunks and buffers.cotangents.depth <= stages
+        if m >= stages:
+            assert table.ticks == 3 * chunks * m + stages - 1
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("zb", None), ("zb-v", 2), ("1f1b", 3)])
+def test_a_schedule_that_there_is_not_is_refused(name, chunks):
+    with pytest.raises(UserError, match=f"schedule '{name}'"):
+        generate(name, 4, 8, chunks)
 
 
 @settings(deadline=None, max_examples=30)
