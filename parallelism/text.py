@@ -19,17 +19,19 @@ def columns(rows: Sequence[Sequence[str]], right: int) -> list[str]:
 
 def in_units(n: float) -> str:
     """A number of bytes as ``216.0 KiB``."""
-    return _scaled(n, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    n, unit = _scaled(n, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
 
 
 def decimal(n: float) -> str:
-    """A number of bytes as ``221.2 kB``, for what people give in GB and GB/s."""
-    return _scaled(n, 1000, ("B", "kB", "MB", "GB", "TB"))
+    """A number of bytes as ``221.2 kB``, in four digits: for what people give in GB and GB/s, and compare with that."""
+    n, unit = _scaled(n, 1000, ("B", "kB", "MB", "GB", "TB"))
+    return f"{n:.4g} {unit}"
 
 
-def _scaled(n: float, step: int, units: Sequence[str]) -> str:
+def _scaled(n: float, step: int, units: Sequence[str]) -> tuple[float, str]:
     for unit in units:
         if n < step or unit == units[-1]:
             break
         n /= step
-    return f"{n:.0f} {unit}" if unit == units[0] else f"{n:.1f} {unit}"
+    return n, unit

@@ -12,6 +12,7 @@ from pipelines.schedule import KINDS, B, F, O, R, W
 from pipelines.simulate import COMPUTED, Timeline
 
 COLOURS = {F: "#4c78a8", B: "#f58518", W: "#54a24b", O: "#7f7f7f", R: "#b279a2"}
+ENDINGS = (".svg", ".png", ".pdf")
 NAMES = {F: "forward", B: "backward", W: "backward for the weights", O: "to the host", R: "from the host"}
 
 
@@ -33,10 +34,11 @@ def text(timeline: Timeline, width: int = 100) -> str:
 
 
 def picture(timelines: Sequence[tuple[str, Timeline]], path: str | Path) -> None:
-    """Writes timelines one below the other, on one axis of time; the file's ending says how (.svg, .png, .pdf).
+    """Writes timelines, of costs in seconds, one below the other; the file's ending says how (``ENDINGS``).
+
     Transfers are thin lines below what is computed meanwhile: as executed, the ticks in which they are.
 
-    Raises UserError where matplotlib is not installed, or does not know the ending.
+    Raises UserError where matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -47,11 +49,11 @@ def picture(timelines: Sequence[tuple[str, Timeline]], path: str | Path) -> None
     figure = Figure(figsize=(13, 0.9 + 0.42 * sum(stages) + 0.7 * len(stages)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=stages)[:, 0]
-    longest = max(timeline.makespan for _, timeline in timelines)
+    longest = 1e3 * max(timeline.makespan for _, timeline in timelines)
     for panel, (name, timeline) in zip(panels, timelines, strict=True):
         placement = timeline.table.placement
         for (kind, m, number), end in timeline.end.items():
-            start = timeline.start[kind, m, number]
+            start, end = 1e3 * timeline.start[kind, m, number], 1e3 * end
             if kind not in COMPUTED:
                 low = placement.stage(number) + (0.36 if kind == O else 0.45)
                 panel.barh(low, end - start, left=start, height=0.08, color=COLOURS[kind])
@@ -68,15 +70,27 @@ def picture(timelines: Sequence[tuple[str, Timeline]], path: str | Path) -> None
         panel.set_yticks(range(len(timeline.busy)))
         panel.set_ylabel("stage")
         panel.set_title(
-            f"{name}: {timeline.makespan:g}, bubble {timeline.bubble:.1%}, "
+            f"{name}: {1e3 * timeline.makespan:g} ms, bubble {timeline.bubble:.1%}, "
             f"at most {int(np.max(timeline.live))} in flight on a stage", loc="left", fontsize=10,
         )  # fmt: skip
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("time")
+    panels[-1].set_xlabel("ms")
     kinds = sorted({kind for _, timeline in timelines for kind, _, _ in timeline.end})
     handles = [panels[0].barh([0], [0], color=COLOURS[kind], label=f"{KINDS[kind]}, {NAMES[kind]}") for kind in kinds]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(kinds), frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, dpi=140)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    figure.savefig(path, dpi=140)
+
+
+def check_picture(path: Path) -> None:
+    """Raises UserError where ``picture`` could not write this file, before anything is drawn."""
+    if path.suffix not in ENDINGS:
+        raise UserError(f"{path}: found the ending {path.suffix!r}, expected {', '.join(ENDINGS)}")
+    check_output(path)
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError for a directory, or a file in one that there is not."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: expected a file's name")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no directory {path.parent}; make it, or choose another")

@@ -174,7 +174,7 @@ class _Run:
             return model.layer(params, x, context[0], context[1])
 
         arguments = one, x, (context, jax.ShapeDtypeStruct((), np.int32))
-        _, aux, told = jax.eval_shape(layer, *arguments)
+        aux, told = _told(jax.eval_shape(layer, *arguments), x)
         split = passes(self.remat(layer), *arguments, split=table.split)
 
         def empty(shape: tuple[int, ...], like: Any) -> jax.Array:
@@ -479,6 +479,26 @@ def _dense(a: Any) -> jax.ShapeDtypeStruct:
         last = shape.pop()
         shape[-1] *= last
     return jax.ShapeDtypeStruct(tuple(shape) or (1,), a.dtype)
+
+
+def _told(found: Any, x: Any) -> tuple[Any, Tree]:
+    """What a layer gives beside what the next one gets. Raises UserError where it is no layer."""
+
+    def said(a: Any) -> str:
+        leaves = jax.tree.leaves(a)
+        each = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves]
+        return each[0] if len(each) == 1 and a is leaves[0] else f"{type(a).__name__} of {', '.join(each) or 'nothing'}"
+
+    if not hasattr(x, "shape"):
+        raise UserError(f"embed gives a {said(x)}, expected one array: what goes from stage to stage")
+    if not isinstance(found, tuple) or len(found) != 3:
+        raise UserError(f"layer gives a {said(found)}, expected what the next gets, a loss, what it tells")
+    y, aux, told = found
+    if not hasattr(y, "shape") or (y.shape, y.dtype) != (x.shape, x.dtype):
+        raise UserError(f"layer gives {said(y)} for {said(x)}, expected alike: cast it, or give the first layer that")
+    if getattr(aux, "shape", None) != ():
+        raise UserError(f"a layer's loss is {said(aux)}, expected a scalar")
+    return aux, told
 
 
 def _wide(dtype: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -202,25 +203,54 @@ class Table:
     def load(path: str | Path) -> Table:
         """Reads and checks what ``save`` wrote. Raises UserError for anything else."""
         try:
-            return Table.from_dict(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}: found no schedule ({error!r}), expected one that Table.save wrote") from error
+            values = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; expected a schedule that Table.save wrote") from error
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); expected a schedule that Table.save wrote") from error
+        try:
+            return Table.from_dict(values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> Table:
-        """The table of ``as_dict``'s values, checked."""
-        placement = Placement(**values["placement"])
-        ticks = [[[_parsed(text) for text in actions] for actions in stages] for stages in values["ticks"]]
+    def from_dict(values: Any) -> Table:
+        """The table of ``as_dict``'s values, checked. Raises UserError for what is none."""
+        names = {"name": str, "placement": dict, "microbatches": int, "split": bool, "ticks": list}
+        if not isinstance(values, dict) or values.keys() != names.keys():
+            found = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise UserError(f"found no schedule: {found}, expected {', '.join(names)}")
+        for name, kind in names.items():
+            if type(values[name]) is not kind:
+                raise UserError(f"{name}: found {values[name]!r:.40}, expected {kind.__name__}")
+        shape = values["placement"]
+        if shape.keys() != {"stages", "chunks", "shape"} or any(
+            type(shape[n]) is not int for n in ("stages", "chunks")
+        ):
+            raise UserError(f"placement: found {shape!r:.80}, expected stages, chunks and shape")
+        if values["microbatches"] < 1:
+            raise UserError(f"microbatches: found {values['microbatches']}, expected at least 1")
+        placement = Placement(**shape)
+        ticks = []
+        for tick, stages in enumerate(values["ticks"]):
+            if not isinstance(stages, list) or len(stages) != placement.stages:
+                raise UserError(
+                    f"tick {tick}: found {stages!r:.40}, expected a list for each of {placement.stages} stages"
+                )
+            ticks.append([[_parsed(text, tick, stage) for text in each] for stage, each in enumerate(stages)])
         table = from_actions(placement, values["microbatches"], values["split"], ticks, values["name"])
         table.check()
         return table
 
 
-def _parsed(text: str) -> Action:
-    microbatch, _, chunk = text[1:].partition(".")
-    return Action(KINDS.index(text[:1]), int(microbatch), int(chunk or 0))
+_ACTION = re.compile(r"([FBWOR])(\d{1,9})(?:\.(\d{1,9}))?")
+
+
+def _parsed(text: Any, tick: int, stage: int) -> Action:
+    match = _ACTION.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise UserError(f"tick {tick}, stage {stage}: found {text!r:.40}, expected an action such as F3 or B0.1")
+    return Action(KINDS.index(match[1]), int(match[2]), int(match[3] or 0))
 
 
 def _named(key: tuple[int, int, int]) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from parallelism.errors import UserError
 from parallelism.text import decimal
+from pipelines.buffers import allocate
 from pipelines.generators import GENERATORS
 from pipelines.offload import offload
 from pipelines.schedule import Action, B, F, Placement, Table, W, from_orders, needs
@@ -44,21 +45,17 @@ def search(
     Raises UserError, with the smallest limit that would do, where none meets it.
     """
     timelines = [simulate(table, costs(table.placement), how) for table in _candidates(stages, microbatches, costs)]
-    able = [timeline for timeline in timelines if timeline.peak.max() <= limit]
-    if not able:
-        moved = [
-            simulate(found, timeline.costs, how)
-            for timeline in timelines
-            if math.isfinite(timeline.costs.link)
-            if (found := _under(timeline.table, timeline.costs, limit, how)) is not None
+    if all(timeline.peak.max() > limit for timeline in timelines):
+        timelines += [
+            _under(line.table, line.costs, limit, how) for line in timelines if math.isfinite(line.costs.link)
         ]
-        able = [timeline for timeline in moved if timeline.peak.max() <= limit]
-        timelines += moved
+    able = [timeline for timeline in timelines if timeline.peak.max() <= limit]
     if not able:
         least = min(timelines, key=lambda timeline: timeline.peak.max())
         raise UserError(
             f"{stages} stages, {microbatches} microbatches: no schedule keeps to {decimal(limit)} a stage: expected "
             f"at least {decimal(least.peak.max())}, which {least.table.name!r} needs; or keep less of a layer (remat)"
+            + ("" if math.isfinite(least.costs.link) else ", or give a link to the host")
         )
     best = min(
         able, key=lambda timeline: (float(f"{timeline.makespan:.9g}"), timeline.peak.max(), timeline.table.ticks)
@@ -66,17 +63,17 @@ def search(
     return Found(best, len(timelines))
 
 
-def _under(table: Table, costs: Costs, limit: float, how: Literal["ideal", "executed"]) -> Table | None:
-    """The table with as many residuals on the host as the limit asks for, or None."""
-    most = math.floor(limit / costs.residual)
-    for slots in range(most, 0, -1):
+def _under(table: Table, costs: Costs, limit: float, how: Literal["ideal", "executed"]) -> Timeline:
+    """With as many residuals on the host as the limit asks for, or as can be."""
+    found = simulate(table, costs, how)
+    for slots in range(allocate(table).made.depth - 1, 0, -1):
+        if found.peak.max() <= limit:
+            break
         try:
-            found = offload(table, costs, slots).table
+            found = simulate(offload(table, costs, slots).table, costs, how)
         except UserError:
-            return None
-        if simulate(found, costs, how).peak.max() <= limit:
-            return found
-    return None
+            break
+    return found
 
 
 def _candidates(stages: int, microbatches: int, costs: Callable[[Placement], Costs]) -> Iterator[Table]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipelines.simulate import Costs, Timeline
 
 GIGA = 1e9
+LEGEND = "a line a stage: last digits of microbatches forward, letters backward (a is 0), capitals W, dots waiting"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,20 +85,23 @@ class PipelineArgs:
                     raise
                 print(f"left out: {error}", file=sys.stderr)
         timelines = {table.name: simulate(table, costs, self.how) for table, costs, _ in found}
+        for table, _, because in found:
+            timeline = [text(timelines[table.name], self.width)] if self.width else []
+            if timeline or because:
+                print(table.name, *timeline, *because, "", sep="\n")
         if self.width:
-            for table, _, because in found:
-                print(table.name, text(timelines[table.name], self.width), *because, "", sep="\n")
+            print(LEGEND, "", sep="\n")
         ideal = {table.name: simulate(table, costs) for table, costs, _ in found}
         print(*columns(self._rows(timelines, ideal), right=1), sep="\n")
         if self.draw is not None:
             picture(list(timelines.items()), self.draw)
         if self.save is not None:
-            if len(found) != 1:
-                raise UserError(f"--save {self.save}: found {len(found)} schedules, expected one: name it")
             found[0][0].save(self.save)
         return 0
 
     def _check(self) -> None:
+        from pipelines.draw import check_output, check_picture
+
         for name in ("stages", "microbatches", "shared", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}: found {getattr(self, name)}, expected at least 1")
@@ -117,6 +121,12 @@ class PipelineArgs:
         ):
             if given and self.link is None:
                 raise UserError(f"--{name}: how fast residuals move is not known: give --link too")
+        if self.draw is not None:
+            check_picture(self.draw)
+        if self.save is not None:
+            check_output(self.save)
+            if self.schedule == "all" or "," in self.schedule:
+                raise UserError(f"--save {self.save} with --schedule {self.schedule}: expected one schedule: name it")
         if self.width < 0:
             raise UserError(f"--width: found {self.width}, expected 0 or more columns")
         if len(names := self.schedule.split(",")) != len(set(names)):
@@ -167,14 +177,17 @@ class PipelineArgs:
         every = self.schedule == "all"
         tables = []
         for name in GENERATORS if every else self.schedule.split(","):
+            if name in ("all", "best") or name.endswith(".json"):
+                raise UserError(f"--schedule {self.schedule}: {name} stands alone, others are separated by commas")
             if name not in GENERATORS:
                 raise unknown_name("schedule", name, [*GENERATORS, "all", "best"])
             chunks = self.chunks if name == "interleaved" else None
             try:
                 tables.append(generate(name, self.stages, self.microbatches, chunks))
-            except UserError:
+            except UserError as error:
                 if not every:
                     raise
+                print(f"left out: {error}", file=sys.stderr)
         return tables
 
     def _offloaded(self, table: Table) -> tuple[Table, Costs, list[str]]:

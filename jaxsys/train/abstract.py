@@ -105,7 +105,8 @@ class AbstractRun:
         )  # fmt: skip
         self.step = Step(*of_step)
         if table is not None and pieces is not None:
-            self.step = PipelinedStep(*of_step, table=table, pieces=pieces, recompute=config.pipeline.recompute)
+            c = config.pipeline
+            self.step = PipelinedStep(*of_step, table=table, pieces=pieces, recompute=c.recompute, head=c.head)
         in_host = self.model.layer_kernels if self.step.offload.parameters else ()
         self.stored = dataclasses.replace(self.plan, shardings=placement.hosted(self.plan.shardings, in_host))
         self.optimizer_plan = self._optimizer_plan()
@@ -198,6 +199,11 @@ class AbstractRun:
         for what, asked in refused.items():
             if asked:
                 raise UserError(f"mesh {STAGE}={stages} with {what}: stages cannot do that: leave one of them out")
+        if c.pipeline.recompute and c.pipeline.schedule in ("zb-h1", "zb-v"):
+            raise UserError(
+                f"pipeline.recompute=true with pipeline.schedule={c.pipeline.schedule}: B and W apart would both begin "
+                "with a forward pass: take another schedule, or remat, which keeps less of each layer"
+            )
         if (n := self.mesh.shape[sequence.AXIS]) > 1 and c.context_method not in ("all_gather", "all_to_all"):
             raise UserError(
                 f"mesh {STAGE}={stages},{sequence.AXIS}={n} with context_method={c.context_method}: it sends by "

@@ -45,7 +45,10 @@ def table_of(config: PipelineConfig, stages: int, microbatches: int) -> Table:
             f"pipeline.chunks {config.chunks} with pipeline.schedule {name}: it is interleaved's, leave it out"
         )
     if name.endswith(".json"):
-        table = Table.load(Path(name).expanduser())
+        try:
+            table = Table.load(Path(name).expanduser())
+        except UserError as error:
+            raise UserError(f"pipeline.schedule {name}: {error}") from error
         found = table.placement.stages, table.microbatches
         if found != (stages, microbatches):
             raise UserError(
@@ -164,22 +167,27 @@ class _Layered:
 class PipelinedStep(Step):
     """A step whose microbatches go through stages, which have these pieces of the model.
 
-    recompute: only what comes into a stage is kept.
+    recompute: only what comes into a stage is kept. head: how many layers' work the head is.
     """
 
     table: Table
     pieces: Pieces
     recompute: bool
+    head: float
 
     @property
     def summary(self) -> str:
         """What goes where, and how long stages wait, in a line."""
-        timeline, placement = simulate(self.table, how="executed"), self.table.placement
+        placement, mean = self.table.placement, self.pieces.layers / self.table.placement.count
+        each = [count / mean for count in self.pieces.counts]
+        each[-1] += self.head / mean
+        costs = Costs(each, each, each)
+        timeline = simulate(self.table, costs, how="executed")
         layers = [sum(self.pieces.counts[n] for n in placement.numbers(stage)) for stage in range(placement.stages)]
         held = f"{timeline.live.max()} of {self.table.microbatches * placement.chunks}"
         return (
             f"pipeline {self.table.name}: {' + '.join(map(str, layers))} layers, a stage holds {held} activations at "
-            f"most and waits {timeline.bubble:.0%} of the time if F, B and W take equally long"
+            f"most, and they wait {timeline.bubble:.0%} of the time if a layer's F, B and W take equally long"
         )
 
     def check(self, graph: Graph) -> None:

@@ -144,7 +144,8 @@ class Quiet:
 
     def _own(self) -> float:
         times = os.times()
-        return times.user + times.system + sum(worker.cpu_seconds for worker in self._workers)
+        ours = times.user + times.system + times.children_user + times.children_system  # of children that have ended
+        return ours + sum(worker.cpu_seconds for worker in self._workers)
 
     @staticmethod
     def _refuse(share: float, when: str) -> None:

@@ -1,6 +1,7 @@
 """The executor against the model without a pipeline, in float64 on eight virtual devices."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +233,30 @@ def test_arguments_of_other_sizes_are_refused(layers, microbatches, message):
             run(Toy(), table, Pieces.even(4, table.placement), mesh)(shared, stacked, batches)
 
 
+@pytest.mark.parametrize(
+    ("gives", "message"),
+    [
+        (lambda x: x, r"layer gives a float64\[6, 8\], expected what the next gets, a loss, what it tells"),
+        (
+            lambda x: (x.astype(jnp.float32), 0.0, None),
+            r"layer gives float32\[6, 8\] for float64\[6, 8\], expected",
+        ),
+        (lambda x: ((x, x), 0.0, None), r"layer gives tuple of float64\[6, 8\], float64\[6, 8\] for"),
+        (lambda x: (x, x, None), r"a layer's loss is float64\[6, 8\], expected a scalar"),
+    ],
+)
+def test_a_layer_that_gives_something_else_is_refused(gives, message):
+    class Wrong(Toy):
+        def layer(self, params, x, context, index):
+            return gives(x)
+
+    table, mesh = GENERATORS["1f1b"](2, 4), Mesh(np.array(jax.devices()[:2]), ("stage",))
+    pieces = Pieces.even(2, table.placement)
+    shared, each, batches = make(2, 4)
+    with pytest.raises(UserError, match=message):
+        value_and_grad(Wrong(), table, pieces, mesh)(shared, pieces.stack(each), batches)
+
+
 def test_another_number_of_layers_is_not_stacked():
     with pytest.raises(UserError, match="9 layers: expected 4, which the pieces are of"):
         Pieces.even(4, Placement(2)).stack([{"a": jnp.zeros(2)}] * 9)
@@ -343,3 +368,26 @@ def test_the_program_grows_neither_with_microbatches_nor_with_layers():
         return len(lowered.as_text().splitlines())
 
     assert equations(4, 4) == equations(4, 32) == equations(12, 4)
+
+
+def test_the_example_in_the_document_runs():
+    text = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
+    scope = {}
+    exec(text.split("```python")[1].split("```")[0], scope)
+    model, layers = scope["Model"](), scope["layers"]
+
+    def plain(shared, layers):
+        total = 0.0
+        for m in range(16):
+            batch = {name: a[m] for name, a in scope["batches"].items()}
+            x = model.embed(shared, batch)
+            for params in layers:
+                x = model.layer(params, x, (), 0)[0]
+            total += model.head(shared, x, batch)
+        return total
+
+    loss, expected = jax.value_and_grad(plain, (0, 1))(scope["shared"], layers)
+    np.testing.assert_allclose(scope["loss"], loss, rtol=1e-9)
+    found = scope["of_shared"], scope["of_layers"]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)

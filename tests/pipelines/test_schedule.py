@@ -1,6 +1,7 @@
 """Tables, their generators, their buffers and what they cost: against brute force and closed forms."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from parallelism.errors import UserError
 from pipelines.buffers import allocate
-from pipelines.draw import picture, text
+from pipelines.draw import check_output, check_picture, picture, text
 from pipelines.generators import GENERATORS, generate
 from pipelines.interpret import Toy, interpret
 from pipelines.schedule import NONE, Action, B, F, Placement, Table, from_actions, from_orders
@@ -119,17 +120,41 @@ def test_a_table_is_the_same_after_it_was_written_and_read(tmp_path_factory, tab
     np.testing.assert_array_equal(again.chunk, table.chunk)
 
 
-DAMAGED = (
-    '{"name": "a", "placement": {"stages": 1, "chunks": 1, "shape": "loop"}, "microbatches": 1, "split": false, '
-    '"ticks": [[[["F", "0"]]]]}'
-)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "a"}', DAMAGED])
-def test_what_is_no_table_is_refused_with_its_path(tmp_path, text):
-    (tmp_path / "table.json").write_text(text)
-    with pytest.raises(UserError, match=r"table\.json: found no schedule"):
+def test_what_is_no_json_is_refused_with_its_path(tmp_path):
+    with pytest.raises(UserError, match=r"table\.json: No such file or directory; expected a schedule"):
         Table.load(tmp_path / "table.json")
+    (tmp_path / "table.json").write_text("[")
+    with pytest.raises(UserError, match=r"table\.json: not JSON"):
+        Table.load(tmp_path / "table.json")
+    (tmp_path / "table.json").write_text("[]")
+    with pytest.raises(UserError, match=r"table\.json: found no schedule: list, expected name, placement"):
+        Table.load(tmp_path / "table.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"more": 1}, "found no schedule: .*'more'"),
+        ({"microbatches": "4"}, "microbatches: found '4', expected int"),
+        ({"microbatches": 0, "ticks": []}, "microbatches: found 0, expected at least 1"),
+        ({"split": None}, "split: found None, expected bool"),
+        ({"placement": {"stages": 1}}, "placement: found .* expected stages, chunks and shape"),
+        ({"placement": {"stages": 1, "chunks": 1, "shape": "w"}}, "'w'"),
+        ({"placement": {"stages": "1", "chunks": 1, "shape": "loop"}}, "placement: found"),
+        ({"ticks": [3]}, "tick 0: found 3, expected a list for each of 1 stages"),
+        ({"ticks": [[["F0"], []]]}, "tick 0: found .* expected a list for each of 1 stages"),
+        ({"ticks": [[["F0"]], [["X0"]]]}, "tick 1, stage 0: found 'X0', expected an action such as"),
+        ({"ticks": [[["F0", "F-1"]], [["B0"]]]}, "tick 0, stage 0: found 'F-1'"),
+        ({"ticks": [[["F0"]], [[0]]]}, "tick 1, stage 0: found 0"),
+        ({"ticks": [[["F9"]], [["B0"]]]}, "a microbatch out of range"),
+    ],
+    ids=str,
+)
+def test_what_is_no_table_is_refused_with_where_it_is_wrong(change, message):
+    values = GENERATORS["gpipe"](1, 1).as_dict()
+    assert Table.from_dict(values).ticks == 2
+    with pytest.raises(UserError, match=message):
+        Table.from_dict(values | change)
 
 
 def moved(table, action, by):
@@ -198,5 +223,19 @@ def test_drawings(tmp_path):
     path = tmp_path / "timeline.svg"
     picture([("zb-h1", timeline), ("gpipe", simulate(GENERATORS["gpipe"](2, 4)))], path)
     assert "backward for the weights" in path.read_text()
-    with pytest.raises(UserError, match="not supported"):
-        picture([("zb-h1", timeline)], tmp_path / "timeline.unknown")
+    free = simulate(GENERATORS["zb-h1"](2, 4), Costs(1.0, 1.0, 0.0))
+    assert text(free).splitlines()[1].startswith("1 .0")
+
+
+def test_where_nothing_can_be_written_is_said(tmp_path):
+    check_picture(tmp_path / "a.svg")
+    for path, message in (
+        (tmp_path / "a.unknown", "ending '.unknown', expected .svg, .png, .pdf"),
+        (tmp_path / "a", "ending ''"),
+        (tmp_path / "no" / "a.png", "there is no directory"),
+        (Path(tmp_path), "ending"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_picture(path)
+    with pytest.raises(UserError, match="is a directory"):
+        check_output(tmp_path)

@@ -58,7 +58,21 @@ def test_the_best_under_a_limit(capsys):
 def test_schedules_that_need_more_slots_are_left_out_of_all(capsys):
     code, out, err = run(capsys, "--link", "100", "--slots", "1", "--width", "0")
     assert code == 0 and "left out: schedule 'eager': slots=1 are too few" in err
-    assert [line.split()[0] for line in out.splitlines()] == ["schedule", "gpipe", "1f1b", "interleaved"]
+    rows = out.splitlines()
+    rows = rows[next(i for i, line in enumerate(rows) if line.startswith("schedule ")) :]
+    assert [line.split()[0] for line in rows] == ["schedule", "gpipe", "1f1b", "interleaved"]
+
+
+def test_the_limit_that_an_error_names_is_met(capsys):
+    _, _, err = run(capsys, "--schedule", "best", "--limit", "0.1", "--link", "100")
+    least = float(err.split("expected at least ")[1].split()[0]) / 1e3
+    code, out, _ = run(capsys, "--schedule", "best", "--limit", str(least), "--link", "100", "--width", "0")
+    assert code == 0 and float(out.splitlines()[-1].split()[-3]) <= least
+
+
+def test_schedules_that_cannot_use_the_microbatches_are_left_out_of_all(capsys):
+    code, out, err = run(capsys, "--chunks", "0", "--width", "0")
+    assert code == 0 and "left out: schedule 'interleaved': chunks=0" in err and "interleaved" not in out
 
 
 def test_a_table_of_another_size_is_refused(capsys, tmp_path):
@@ -71,7 +85,7 @@ def test_a_table_of_another_size_is_refused(capsys, tmp_path):
     ("options", "words"),
     [
         (["--schedule", "nope"], "unknown schedule 'nope'"),
-        (["--schedule", "best", "--limit", "0.1"], "no schedule keeps to 100.0 MB a stage: expected at least"),
+        (["--schedule", "best", "--limit", "0.1"], "no schedule keeps to 100 MB a stage: expected at least"),
         (["--schedule", "interleaved", "--chunks", "1"], "chunks=1, expected at least 2"),
         (["--forward", "0"], "--forward: found 0, expected a number above 0"),
         (["--slots", "2"], "--slots: how fast residuals move is not known"),
@@ -80,9 +94,14 @@ def test_a_table_of_another_size_is_refused(capsys, tmp_path):
         (["--again", "1"], "--again 1: what is kept then is not known"),
         (["--limit", "2"], "--limit with --schedule all: it is for the search"),
         (["--chunks", "3", "--schedule", "1f1b"], "--chunks with --schedule 1f1b"),
-        (["--save", "table.json"], "--save table.json: found 6 schedules, expected one"),
-        (["--draw", "a.nope", "--width", "0"], "a.nope: "),
-        (["--schedule", "missing.json"], "missing.json: found no schedule"),
+        (["--save", "table.json"], "--save table.json with --schedule all: expected one schedule"),
+        (["--draw", "a.nope", "--width", "0"], "a.nope: found the ending '.nope'"),
+        (["--draw", "nodir/a.png"], "nodir/a.png: there is no directory nodir"),
+        (["--schedule", "missing.json"], "missing.json: No such file"),
+        (["--schedule", "1f1b,best"], "--schedule 1f1b,best: best stands alone"),
+        (["--schedule", "1f1b,1f1b"], "--schedule 1f1b,1f1b: a schedule is there twice"),
+        (["--width", "-5"], "--width: found -5, expected 0 or more"),
+        (["--schedule", "best", "--limit", "0.1", "--link", "100"], "expected at least 500 MB"),
     ],
 )
 def test_what_it_cannot_do_is_one_line(capsys, options, words, tmp_path, monkeypatch):

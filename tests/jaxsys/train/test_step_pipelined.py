@@ -118,7 +118,7 @@ def test_fifty_steps_agree_with_those_of_one_device(tmp_path, material, schedule
         ({"mesh": "stage=2,context=2"}, "mesh stage=2,context=2 with context_method=ring: it sends by"),
         ({"mesh": "stage=2", "offload": "parameters", "remat": "full"}, "mesh stage=2 with offload=parameters"),
         ({"mesh": "stage=2", "device_slots": 1, "schedule": "eager"}, "slots=1 are too few"),
-        ({"mesh": "stage=2", "schedule": "zb-h1", "recompute": True}, "recompute with B and W apart"),
+        ({"mesh": "stage=2", "schedule": "zb-h1", "recompute": True}, "pipeline.recompute=true with pipeline.sche"),
     ],
 )  # fmt: skip
 def test_what_stages_cannot_do_is_refused(options, message):
@@ -147,7 +147,7 @@ def test_a_run_says_how_its_layers_lie_and_how_long_stages_wait(tmp_path, materi
     with Trainer(make_config(tmp_path / "a", material, mesh="stage=2", **options), console):
         pass
     (said,) = (line for line in console.lines if line.startswith("pipeline 1f1b: "))
-    assert "2 + 1 layers, a stage holds 2 of 4 activations at most and waits 33% of the time" in said
+    assert "2 + 1 layers, a stage holds 2 of 4 activations at most, and they wait 33% of the time" in said
 
 
 def test_layers_of_several_shapes_are_refused():
