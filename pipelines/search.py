@@ -134,7 +134,7 @@ def by_priority(
         able = [key for key in waiting[stage] if ready_at[key] <= now and _fits(key, placement, room)]
         if not able:
             continue
-        key = min(able, key=lambda key: _rank(key))
+        key = min(able, key=_rank)
         kind, microbatch, number = key
         waiting[stage].discard(key)
         end = now + costs[kind] + (0.0 if split or kind != B else costs[W])

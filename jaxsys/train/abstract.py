@@ -43,6 +43,7 @@ from parallelism.errors import UserError
 from parallelism.mesh import STAGE
 from parallelism.sharding_report import report
 from parallelism.zero import state_plans
+from pipelines.schedule import Table
 
 
 def starting_model(config: TrainConfig) -> tuple[ModelConfig, Pretrained | None]:
@@ -78,7 +79,7 @@ class AbstractRun:
         self._check_offload()
         stages = self.mesh.shape[STAGE]
         table = table_of(config.pipeline, stages, config.accumulate) if stages > 1 else None
-        self._check_stages()
+        self._check_stages(table)
         self.graphs = Graphs(self.mesh, self.activation_rules)
         with sharding_context(self.mesh, self.activation_rules):  # how layers are stored depends on the platform
             storage = config.storage if table is None else STACKED
@@ -179,7 +180,7 @@ class AbstractRun:
                 f"has no activation of that name: leave {ATTENTION} out, or the axis {sequence.AXIS}"
             )
 
-    def _check_stages(self) -> None:
+    def _check_stages(self, table: Table | None) -> None:
         """Raises UserError for what does not go through stages."""
         c, stages = self.config, self.mesh.shape[STAGE]
         if stages == 1:
@@ -199,7 +200,7 @@ class AbstractRun:
         for what, asked in refused.items():
             if asked:
                 raise UserError(f"mesh {STAGE}={stages} with {what}: stages cannot do that: leave one of them out")
-        if c.pipeline.recompute and c.pipeline.schedule in ("zb-h1", "zb-v"):
+        if c.pipeline.recompute and table is not None and table.split:
             raise UserError(
                 f"pipeline.recompute=true with pipeline.schedule={c.pipeline.schedule}: B and W apart would both begin "
                 "with a forward pass: take another schedule, or remat, which keeps less of each layer"
