@@ -1,4 +1,4 @@
-"""The checkpoint format, version 1: what ``manifest.json`` says (docs/checkpoint-format.md).
+"""The checkpoint format, version 2: what ``manifest.json`` says (docs/checkpoint-format.md).
 
 A manifest names logical arrays and the chunks that hold their bytes. It knows no mesh, no process
 and no way of storing layers: a chunk is a box of a global logical array.
@@ -17,11 +17,12 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
+from checkpoint.cells import PARTS, Grid
 from checkpoint.header import check_shape, is_file_name
 from parallelism.errors import UserError
 
 FORMAT = "jaxsys-checkpoint"
-VERSION = 1
+VERSION = 2  # of 1, chunks have no grid; all else is the same
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 16 << 20
 
@@ -49,7 +50,11 @@ def digest(data: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A box of one global array (start and shape in elements) and the bytes of a file that hold it."""
+    """A box of one global array (start and shape in elements) and the bytes of a file that hold it.
+
+    grid: parts along each axis. Where there is one, the file has the elements cell by cell and after them a table of
+    the cells' digests (``checkpoint.cells``), and ``digest`` is the table's; else it is that of the bytes.
+    """
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
@@ -57,6 +62,10 @@ class Chunk:
     offset: int
     nbytes: int
     digest: str
+    grid: Grid | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Manifest:
                     "dtype": array.dtype.name,
                     "shape": array.shape,
                     "axes": array.axes,
-                    "chunks": [dataclasses.asdict(chunk) for chunk in array.chunks],
+                    "chunks": [chunk.to_json() for chunk in array.chunks],
                 }
                 for name, array in self.arrays.items()
             },
@@ -141,8 +150,9 @@ class Manifest:
 
 
 def chunk_from_json(c: Mapping[str, Any]) -> Chunk:
-    chunk = Chunk(tuple(c["start"]), tuple(c["shape"]), c["file"], c["offset"], c["nbytes"], c["digest"])
-    if any(type(n) is not int for n in (*chunk.start, *chunk.shape, chunk.offset, chunk.nbytes)):
+    grid = tuple(c["grid"]) if "grid" in c else None
+    chunk = Chunk(tuple(c["start"]), tuple(c["shape"]), c["file"], c["offset"], c["nbytes"], c["digest"], grid)
+    if any(type(n) is not int for n in (*chunk.start, *chunk.shape, chunk.offset, chunk.nbytes, *(grid or ()))):
         raise TypeError(f"a chunk has numbers that are not integers: {c}")
     return chunk
 
@@ -169,10 +179,15 @@ def check_coverage(name: str, array: Array, where: str) -> None:
             lo >= 0 and n >= 1 and lo + n <= whole
             for lo, n, whole in zip(chunk.start, chunk.shape, array.shape, strict=True)
         )
+        if chunk.grid is not None:
+            inside &= len(chunk.grid) == len(chunk.shape) and all(
+                g >= 1 and n % g == 0 for g, n in zip(chunk.grid, chunk.shape, strict=True)
+            )
         if not inside or chunk.offset < 0 or chunk.nbytes != math.prod(chunk.shape) * array.dtype.itemsize:
             raise CorruptError(
-                f"{where}: array {name!r} of shape {array.shape} has a chunk at {chunk.start} of shape {chunk.shape} "
-                f"and {chunk.nbytes} bytes, which does not fit; use another checkpoint"
+                f"{where}: array {name!r} of shape {array.shape} has a chunk at {chunk.start} of shape {chunk.shape}"
+                f"{f', grid {chunk.grid}' if chunk.grid else ''} and {chunk.nbytes} bytes, which does not fit; "
+                "use another checkpoint"
             )
     elements = sum(math.prod(chunk.shape) for chunk in array.chunks)
     if elements != math.prod(array.shape):
@@ -224,8 +239,16 @@ def split(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[tuple[t
         return
     # Axes before ``axis - 1`` are cut into single rows, ``axis - 1`` into runs of rows, the rest stay whole.
     cut, rows = axis - 1, max(1, limit // inner)
+    rows = _even_rows(shape[cut], rows)
     rest = shape[axis:]
     for outer in np.ndindex(*shape[:cut]):
         for row in range(0, shape[cut], rows):
             run = min(rows, shape[cut] - row)
             yield (*outer, row, *(0,) * len(rest)), (*(1,) * cut, run, *rest)
+
+
+def _even_rows(length: int, most: int) -> int:
+    """How many rows a run has, so that all runs are alike: at most ``most``, and not below half of that for it."""
+    fewest = -(-length // most)
+    parts = next((n for n in range(fewest, min(2 * fewest, length) + 1) if length % n == 0), None)
+    return length // parts if parts else (most // PARTS * PARTS or most)

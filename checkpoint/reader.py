@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint.cells import DIGEST_BYTES, digests, runs, touched, unpack
 from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, digest
 from checkpoint.storage import Files, LocalFiles, committed
 from parallelism.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+WHOLE = 0.96  # from this share of a chunk's cells on it is read in one go
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each chunk."""
@@ -35,6 +39,15 @@ def intersect(a: Box, b: Box) -> Box | None:
 def slices(start: tuple[int, ...], shape: tuple[int, ...], origin: tuple[int, ...]) -> tuple[slice, ...]:
     """The index of the box (start, shape) in an array whose first element is at ``origin``."""
     return tuple(slice(a - o, a - o + n) for a, n, o in zip(start, shape, origin, strict=True))
+
+
+def worth_reading(chunk: Chunk, boxes: Sequence[tuple[slice, ...]]) -> np.ndarray | None:
+    """The cells of a chunk that these boxes of it meet; None where reading it whole is as good."""
+    if chunk.grid is None:
+        return None
+    met = [touched([s.start for s in b], [s.stop - s.start for s in b], chunk.shape, chunk.grid) for b in boxes]
+    cells = np.unique(np.concatenate(met))
+    return None if len(cells) > WHOLE * math.prod(chunk.grid) else cells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,24 +86,55 @@ class CheckpointReader:
             names = sorted(self.manifest.arrays)
             raise UserError(f"{self.where} holds no array {name!r}; it holds {len(names)}: {names[:3]}...") from None
 
-    def read_chunk(self, name: str, chunk: Chunk) -> np.ndarray:
-        """The box of one chunk, in an array of its own. Raises CorruptError naming the array and the file."""
-        raw = np.empty(chunk.nbytes, np.uint8)
+    def read_chunk(self, name: str, chunk: Chunk, cells: np.ndarray | None = None) -> np.ndarray:
+        """The box of one chunk, in an array of its own; given ``cells`` (sorted numbers), the rest is left undefined.
+
+        Raises CorruptError naming the array and the file.
+        """
+        if chunk.grid is None:
+            raw = self._read(name, chunk, 0, chunk.nbytes)
+            self._check(name, chunk, 0, chunk.nbytes, digest(raw.data), chunk.digest)
+            return raw.view(self.array(name).dtype).reshape(chunk.shape)
+        count = math.prod(chunk.grid)
+        cell, table_bytes = chunk.nbytes // count, count * DIGEST_BYTES
+        if cells is None:
+            raw = self._read(name, chunk, 0, chunk.nbytes + table_bytes)
+            raw, table = raw[: chunk.nbytes], raw[chunk.nbytes :]
+            spans = [(0, count)]
+        else:
+            raw = np.empty(chunk.nbytes, np.uint8)
+            table = self._read(name, chunk, chunk.nbytes, table_bytes)
+            spans = runs(cells)
+            for first, last in spans:
+                raw[first * cell : last * cell] = self._read(name, chunk, first * cell, (last - first) * cell)
+        self._check(name, chunk, chunk.nbytes, chunk.nbytes + table_bytes, digest(table.data), chunk.digest)
+        for first, last in spans:
+            found = digests(raw[first * cell : last * cell], (last - first,))
+            if found != (expected := table[first * DIGEST_BYTES : last * DIGEST_BYTES].tobytes()):
+                at = next(at for at in range(0, len(found), DIGEST_BYTES) if found[at:][:16] != expected[at:][:16])
+                bad = first + at // DIGEST_BYTES
+                self._check(name, chunk, bad * cell, (bad + 1) * cell, found[at:][:16].hex(), expected[at:][:16].hex())
+        return unpack(raw, chunk.shape, self.array(name).dtype, chunk.grid)
+
+    def _read(self, name: str, chunk: Chunk, offset: int, nbytes: int) -> np.ndarray:
+        """Bytes of a chunk from ``offset`` within it on."""
+        raw = np.empty(nbytes, np.uint8)
         try:
-            self._files.read_into(chunk.file, chunk.offset, raw.data)
+            self._files.read_into(chunk.file, chunk.offset + offset, raw.data)
         except CorruptError as e:
             raise CorruptError(f"array {name!r}: {e}") from None
         except OSError as e:
             raise CorruptError(f"array {name!r}: cannot read {self.where}/{chunk.file}: {e.strerror}") from e
         with self._lock:
-            self.bytes_read += chunk.nbytes
-        found = digest(raw.data)
-        if found != chunk.digest:
+            self.bytes_read += nbytes
+        return raw
+
+    def _check(self, name: str, chunk: Chunk, start: int, stop: int, found: str, expected: str) -> None:
+        if found != expected:
             raise CorruptError(
-                f"array {name!r}: bytes {chunk.offset} to {chunk.offset + chunk.nbytes} of {self.where}/{chunk.file} "
-                f"are damaged: digest {found}, expected {chunk.digest}; use another checkpoint"
+                f"array {name!r}: bytes {chunk.offset + start} to {chunk.offset + stop} of {self.where}/{chunk.file} "
+                f"are damaged: digest {found}, expected {expected}; use another checkpoint"
             )
-        return raw.view(self.array(name).dtype).reshape(chunk.shape)
 
     def read(self, name: str, box: Sequence[slice] | None = None) -> np.ndarray:
         """A logical array, or a box of it (one slice of step 1 a dimension), in the dtype of the checkpoint.
@@ -113,7 +157,8 @@ class CheckpointReader:
         for chunk in array.chunks:
             shared = intersect(wanted, (chunk.start, chunk.shape))
             if shared is not None:
-                out[slices(*shared, start)] = self.read_chunk(name, chunk)[slices(*shared, chunk.start)]
+                inner = slices(*shared, chunk.start)
+                out[slices(*shared, start)] = self.read_chunk(name, chunk, worth_reading(chunk, [inner]))[inner]
         return out
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:

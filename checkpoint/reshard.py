@@ -17,7 +17,16 @@ import ml_dtypes
 import numpy as np
 
 from checkpoint.manifest import CHUNK_BYTES, DTYPES, Chunk, Manifest
-from checkpoint.reader import Box, CheckpointReader, Progress, find_checkpoint, intersect, open_checkpoint, slices
+from checkpoint.reader import (
+    Box,
+    CheckpointReader,
+    Progress,
+    find_checkpoint,
+    intersect,
+    open_checkpoint,
+    slices,
+    worth_reading,
+)
 from checkpoint.storage import LocalDraft, WriterLock
 from checkpoint.writer import Piece, write_chunks, write_manifest
 from parallelism.errors import UserError
@@ -40,19 +49,26 @@ class Move:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkRead:
-    """One chunk, read once, and everywhere that its elements go."""
+    """One chunk, or those of its cells that are needed, read once, and everywhere that the elements go."""
 
     name: str
     chunk: Chunk
     moves: tuple[Move, ...]
+    cells: np.ndarray | None
+
+    @property
+    def nbytes(self) -> int:
+        """What is read, tables of digests not counted."""
+        if self.cells is None or self.chunk.grid is None:
+            return self.chunk.nbytes
+        return self.chunk.nbytes // math.prod(self.chunk.grid) * len(self.cells)
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayPlan:
     """How to fill the pieces (distinct boxes) of one stored array.
 
-    A chunk that is touched is read whole, because its digest is over the whole: bytes_read exceeds bytes_needed
-    where the boxes of the target cut through chunks.
+    What has a digest is read whole: bytes_read exceeds bytes_needed where the boxes of the target cut through cells.
     """
 
     stored: Stored
@@ -62,7 +78,7 @@ class ArrayPlan:
 
     @property
     def bytes_read(self) -> int:
-        return sum(read.chunk.nbytes for read in self.reads)
+        return sum(read.nbytes for read in self.reads)
 
 
 def plan_array(manifest: Manifest, stored: Stored, pieces: tuple[Index, ...]) -> ArrayPlan:
@@ -85,8 +101,11 @@ def plan_array(manifest: Manifest, stored: Stored, pieces: tuple[Index, ...]) ->
                 target = (*region.within[:1], *inner) if stored.stacked else inner
                 move = Move(number, slices(*shared, chunk.start), target)
                 moves.setdefault((region.logical.name, at), []).append(move)
-    reads = tuple(ChunkRead(name, manifest.arrays[name].chunks[at], tuple(m)) for (name, at), m in moves.items())
-    return ArrayPlan(stored, pieces, reads, needed)
+    reads = []
+    for (name, at), own in moves.items():
+        chunk = manifest.arrays[name].chunks[at]
+        reads.append(ChunkRead(name, chunk, tuple(own), worth_reading(chunk, [move.source for move in own])))
+    return ArrayPlan(stored, pieces, tuple(reads), needed)
 
 
 def distinct_boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> list[tuple[Index, list[jax.Device]]]:
@@ -235,7 +254,7 @@ def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
     shapes = [tuple(len(range(*s.indices(n))) for s, n in zip(i, plan.stored.shape, strict=True)) for i in plan.pieces]
     pieces = [np.zeros(shape, plan.stored.dtype) for shape in shapes]
     for read in plan.reads:
-        data = reader.read_chunk(read.name, read.chunk)
+        data = reader.read_chunk(read.name, read.chunk, read.cells)
         for move in read.moves:
             pieces[move.piece][move.target] = narrow(data[move.source], plan.stored.dtype, read.name)
     return pieces

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from checkpoint.cells import digests, grid_of, pack
 from checkpoint.manifest import (
     CHUNK_BYTES,
     MANIFEST,
@@ -57,12 +59,19 @@ class ChunkWriter:
         for start, shape in split(piece.data.shape, piece.data.itemsize, self._limit):
             nbytes = int(np.prod(shape, dtype=np.int64)) * piece.data.itemsize
             part = raw[position : position + nbytes]
-            self._file.write(part.data)
             at = tuple(a + b for a, b in zip(piece.start, start, strict=True))
-            chunk = Chunk(at, shape, self._name, self.nbytes, nbytes, digest(part.data))
-            self.chunks[piece.logical.name].append(chunk)
+            self.chunks[piece.logical.name].append(self._append(part, at, shape, piece.logical))
             position += nbytes
-            self.nbytes += nbytes
+
+    def _append(self, raw: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...], array: Logical) -> Chunk:
+        """Write the chunk at ``start`` whose row-major bytes are ``raw``."""
+        grid, offset, table = grid_of(shape, array.shape, array.dtype.itemsize), self.nbytes, b""
+        if math.prod(grid) > 1:
+            raw = pack(raw.view(array.dtype).reshape(shape), grid)
+            table = digests(raw, grid)
+        for data in (raw.data, table):
+            self.nbytes += self._file.write(data)
+        return Chunk(start, shape, self._name, offset, raw.nbytes, digest(table or raw.data), grid if table else None)
 
 
 def data_file(index: int) -> str:
@@ -122,7 +131,7 @@ def write_checkpoint(
         nonlocal draft
         draft = draft or storage.join(step)
         own = write_chunks(draft, pieces, index=coordinator.index, chunk_bytes=chunk_bytes)
-        return {name: [dataclasses.asdict(c) for c in chunks] for name, chunks in own.items()}
+        return {name: [c.to_json() for c in chunks] for name, chunks in own.items()}
 
     def commit() -> None:
         if lead:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from checkpoint import cells
 from parallelism.layout import Layout, Logical, Stored
 
 F32, BF16, I32 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.int32)
@@ -110,6 +111,12 @@ def assert_same(found, expected):
         assert found[name].dtype == value.dtype, name
         assert found[name].shape == value.shape, name
         assert found[name].tobytes() == value.tobytes(), name
+
+
+@pytest.fixture(autouse=True)
+def small_cells(monkeypatch):
+    """So that the small arrays of tests have several a chunk."""
+    monkeypatch.setattr(cells, "CELL_BYTES", 16)
 
 
 class Helpers:

@@ -57,7 +57,7 @@ def test_every_truncation_of_a_manifest_is_found():
 
 
 def test_newer_version_says_upgrade():
-    with pytest.raises(UserError, match=r"version 9, newer than 1.*upgrade") as e:
+    with pytest.raises(UserError, match=r"version 9, newer than 2.*upgrade") as e:
         Manifest.decode(redigest({**json.loads(MANIFEST.encode()), "version": 9}), "m")
     assert not isinstance(e.value, CorruptError)
 
@@ -161,6 +161,11 @@ def test_a_chunk_lies_beside_the_manifest(file):
         {"offset": -1},
         {"offset": "0"},
         {"nbytes": 12.0},
+        {"grid": [1]},
+        {"grid": [0, 1]},
+        {"grid": [2, 2]},
+        {"grid": [1.0, 1]},
+        {"grid": 3},
     ],
     ids=str,
 )

@@ -1,0 +1,79 @@
+"""Cells: a chunk's bytes lie cell by cell, each with a digest, so that a shard reads little more than it needs.
+
+A chunk is cut by a grid of equal parts an axis, up to ``PARTS``, so whatever power of two a mesh divides an axis into
+up to there, a shard is made of whole cells. Within a cell elements are in row-major order, and so are the cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+CELL_BYTES = 4 << 10
+PARTS = 16
+DIGEST_BYTES = 16
+
+Grid = tuple[int, ...]
+"""Parts along each axis of a chunk."""
+
+
+def grid_of(shape: Sequence[int], whole: Sequence[int], itemsize: int) -> Grid:
+    """A grid for a chunk of an array of shape ``whole``.
+
+    The axis of which a cell holds most is halved, while one can be and cells stay at least ``CELL_BYTES``: a chunk that
+    is a shard already is rather cut along the other axes.
+    """
+    grid, nbytes = [1] * len(shape), math.prod(shape) * itemsize
+    while nbytes >= 2 * CELL_BYTES:
+        halves = [d for d, n in enumerate(shape) if grid[d] < PARTS and n % (2 * grid[d]) == 0]
+        if not halves:
+            break
+        grid[max(halves, key=lambda d: shape[d] / grid[d] / whole[d])] *= 2
+        nbytes //= 2
+    return tuple(grid)
+
+
+def pack(data: np.ndarray, grid: Grid) -> np.ndarray:
+    """The bytes of a chunk in the order of its file, [nbytes] uint8: a view of ``data`` if that order is its own."""
+    parts, order = _axes(data.shape, grid)
+    return np.ascontiguousarray(data.reshape(parts).transpose(order)).reshape(-1).view(np.uint8)
+
+
+def unpack(raw: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, grid: Grid) -> np.ndarray:
+    """The chunk whose file has these bytes: a view of ``raw`` if cells are whole rows."""
+    parts, order = _axes(shape, grid)
+    packed = raw.view(dtype).reshape([parts[axis] for axis in order])
+    return packed.transpose(np.argsort(order)).reshape(shape)
+
+
+def _axes(shape: Sequence[int], grid: Grid) -> tuple[list[int], list[int]]:
+    """The shape of a chunk with each axis in two, parts and what is in one, and the order with all parts first."""
+    parts = [n for size, g in zip(shape, grid, strict=True) for n in (g, size // g)]
+    return parts, [*range(0, 2 * len(grid), 2), *range(1, 2 * len(grid), 2)]
+
+
+def digests(raw: np.ndarray, grid: Grid) -> bytes:
+    """The table of a chunk: xxh3_128 of each cell, in their order, ``DIGEST_BYTES`` each."""
+    cell = len(raw) // math.prod(grid)
+    return b"".join(xxhash.xxh3_128_digest(raw[at : at + cell].data) for at in range(0, len(raw), cell))
+
+
+def touched(start: Sequence[int], size: Sequence[int], shape: Sequence[int], grid: Grid) -> np.ndarray:
+    """Which cells a box of a chunk meets, as sorted numbers. The box is not empty and inside."""
+    cuts = [n // g for n, g in zip(shape, grid, strict=True)]
+    spans = [np.arange(a // c, (a + n - 1) // c + 1) for a, n, c in zip(start, size, cuts, strict=True)]
+    found: Any = np.zeros((), np.int64)
+    for span, parts in zip(spans, grid, strict=True):
+        found = found[..., None] * parts + span
+    return found.reshape(-1)
+
+
+def runs(cells: Sequence[int] | np.ndarray) -> list[tuple[int, int]]:
+    """Sorted numbers of cells as (first, one past the last) of each that lie side by side."""
+    numbers = np.asarray(cells)
+    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(numbers, breaks) if len(run)]
