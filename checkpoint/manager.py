@@ -20,7 +20,7 @@ from checkpoint.manifest import CHUNK_BYTES, CorruptError
 from checkpoint.reader import VerifyReport
 from checkpoint.reshard import LoadMetrics, load
 from checkpoint.snapshot import Snapshot
-from checkpoint.storage import LocalStorage
+from checkpoint.storage import LocalStore, directory_of, steps_in
 from checkpoint.writer import WriteMetrics
 from parallelism.coordinator import Coordinator, default_coordinator, together
 from parallelism.errors import UserError
@@ -126,7 +126,7 @@ class Manager:
                 raise UserError(f"checkpoint levels have {what}s {values}, expected at least one and all different")
         self.failures: list[Failure] = []
         self._coordinator = coordinator or default_coordinator()
-        self._levels = [OpenLevel(level, LocalStorage(level.path), self._coordinator, chunk_bytes) for level in levels]
+        self._levels = [OpenLevel(level, LocalStore(level.path), self._coordinator, chunk_bytes) for level in levels]
         self._handles: list[SaveHandle] = []
         self._closed = False
         try:
@@ -141,15 +141,15 @@ class Manager:
         mark = uuid.uuid4().hex
         if self._coordinator.index == 0:
             for level in self._levels:
-                level.storage.acquire(mark)
+                level.acquire(mark)
         return mark
 
     def _see(self, mark: str) -> None:
         """Raises UserError for a level that this process does not see as process 0 does."""
         for level in self._levels:
-            if level.storage.mark() != mark:
+            if level.store.mark() != mark:
                 raise UserError(
-                    f"{level.storage.where} on host {socket.gethostname()} is not the directory that process 0 writes: "
+                    f"{level.where} on host {socket.gethostname()} is not the directory that process 0 writes: "
                     f"level {level.name!r} needs a file system that all processes share"
                 )
 
@@ -192,7 +192,7 @@ class Manager:
             later = [s for s in level.steps() if s > step]
             if later:
                 raise UserError(
-                    f"cannot save step {step}: {level.storage.where} already holds step {later[-1]}; "
+                    f"cannot save step {step}: {level.where} already holds step {later[-1]}; "
                     "resume from that, or continue in another directory"
                 )
         self._finish(lambda handle: handle.step == step)
@@ -233,15 +233,13 @@ class Manager:
             else:
                 metrics = level.promote(step, next(x for x in self._levels if x.name == source))
             snapshot.release()
-            logger.info(
-                "saved step %d to %s: %d bytes in %.2f s", step, level.storage.where, metrics.nbytes, metrics.seconds
-            )
+            logger.info("saved step %d to %s: %d bytes in %.2f s", step, level.where, metrics.nbytes, metrics.seconds)
             return metrics
         except Exception as e:
             error: Exception = e
             if isinstance(e, OSError):
                 error = UserError(
-                    f"step {step} was not saved to {level.storage.where}: {e.strerror or e}; "
+                    f"step {step} was not saved to {level.where}: {e.strerror or e}; "
                     "earlier checkpoints are as they were"
                 )
             logger.error("checkpoint failed: step %d, level %s: %s", step, level.name, error)
@@ -296,7 +294,7 @@ class Manager:
         found = [(s, level.name) for s in steps for level in self._levels if s in level.steps()]
         # A shared file system may show one process what another does not see yet.
         candidates = [(s, by_name[name]) for s, name in self._coordinator.gather("candidates", found)[0]]
-        where = ", ".join(level.storage.where for level in self._levels)
+        where = ", ".join(level.where for level in self._levels)
         if not candidates:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step} (there are {self.steps()})"
             raise UserError(f"{what} in {where}; check the path")
@@ -331,7 +329,7 @@ class Manager:
         """Read every chunk of a step (None: the newest) at every level that holds it; one report a level."""
         self.wait()
         at = self.latest() if step is None else step
-        holding = [level for level in self._levels if at in level.storage.steps()]
+        holding = [level for level in self._levels if at in steps_in(level.store.names())]
         if at is None or not holding:
             raise UserError(f"no checkpoint of step {at} to verify (there are {self.steps()}); name another")
         reports = []
@@ -339,7 +337,7 @@ class Manager:
             try:
                 reports.append(level.open(at).verify())
             except CorruptError as e:
-                reports.append(VerifyReport(level.storage.open(at).where, at, 0, 0, (str(e),)))
+                reports.append(VerifyReport(level.store.open(directory_of(at)).where, at, 0, 0, (str(e),)))
         return reports
 
     def close(self) -> None:
@@ -352,4 +350,4 @@ class Manager:
 
     def _release(self) -> None:
         for level in self._levels:
-            level.storage.release()
+            level.store.release()

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
-from checkpoint.cells import PARTS, Grid
+from checkpoint.cells import DIGEST_BYTES, PARTS, Grid
 from checkpoint.header import check_shape, is_file_name
 from parallelism.errors import UserError
 
@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 CHUNK_BYTES = 16 << 20
 
 _TAIL = re.compile(rb'\n,"digest":"([0-9a-f]{32})"\}\n')
+_OTHER_STEP = re.compile(r"\.\./step-\d{8,}/")
 _TAIL_BYTES = len('\n,"digest":""}\n') + 32
 
 _NUMPY = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128"
@@ -63,6 +64,11 @@ class Chunk:
     nbytes: int
     digest: str
     grid: Grid | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes in its file: with a table, if it has one."""
+        return self.nbytes + (DIGEST_BYTES * math.prod(self.grid) if self.grid else 0)
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
@@ -167,13 +173,21 @@ def _decode_array(name: str, entry: dict[str, Any], where: str) -> Array:
     return array
 
 
+def is_chunk_file(file: Any) -> bool:
+    """Whether a chunk may lie there: in a file beside the manifest, or beside that of another step of the same run."""
+    if not isinstance(file, str):
+        return False
+    other = _OTHER_STEP.match(file)
+    return is_file_name(file[other.end() :] if other else file)
+
+
 def check_coverage(name: str, array: Array, where: str) -> None:
     """Raise CorruptError unless the chunks lie beside the manifest and hold every element of the array exactly once."""
     for chunk in array.chunks:
-        if not is_file_name(chunk.file):
+        if not is_chunk_file(chunk.file):
             raise CorruptError(
-                f"{where}: array {name!r} has a chunk in {chunk.file!r}, not the name of a file beside the manifest; "
-                "do not use this checkpoint"
+                f"{where}: array {name!r} has a chunk in {chunk.file!r}, not the name of a file beside the manifest or "
+                "of another step; do not use this checkpoint"
             )
         inside = len(chunk.start) == len(chunk.shape) == len(array.shape) and all(
             lo >= 0 and n >= 1 and lo + n <= whole

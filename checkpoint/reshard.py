@@ -16,7 +16,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from checkpoint.manifest import CHUNK_BYTES, DTYPES, Chunk, Manifest
+from checkpoint.manifest import CHUNK_BYTES, DTYPES, MANIFEST, Chunk, Manifest
 from checkpoint.reader import (
     Box,
     CheckpointReader,
@@ -27,8 +27,8 @@ from checkpoint.reader import (
     slices,
     worth_reading,
 )
-from checkpoint.storage import LocalDraft, WriterLock
-from checkpoint.writer import Piece, write_chunks, write_manifest
+from checkpoint.storage import LocalDraft, LocalFiles, WriterLock, durable
+from checkpoint.writer import ChunkWriter, Piece, data_file, manifest_of
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
 
@@ -340,9 +340,14 @@ def write(
         _refuse_existing(dst)
         draft.begin()
         try:
-            chunks = write_chunks(draft, pieces, chunk_bytes=chunk_bytes)
-            write_manifest(draft, step, meta, specs, chunks)
-            report = CheckpointReader(draft.files()).verify()
+            name = data_file(0)
+            with durable(draft.directory / name) as file:
+                writer = ChunkWriter(file, name, chunk_bytes)
+                for piece in pieces:
+                    writer.add(piece)
+            with durable(draft.directory / MANIFEST) as file:
+                file.write(manifest_of(step, meta, specs, writer.chunks).encode())
+            report = CheckpointReader(LocalFiles(draft.directory)).verify()
             if not report.ok:
                 raise UserError(f"{dst} did not verify after writing: {report.errors[0]}; check the disk")
             if add_files is not None:

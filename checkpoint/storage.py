@@ -1,13 +1,14 @@
-"""Where checkpoints lie: directories with atomic commit, atomic deletion and one writer.
+"""Where checkpoints lie: a store of files by name, with one writer, in which a name appears whole or not at all.
 
-``Storage`` is what the levels need of a place; ``LocalStorage`` is that for a directory on a local
-disk, tmpfs or shared file system. Under its root:
+``Store`` is what a level needs of a place; ``LocalStore`` is that for a directory on a local disk, tmpfs or shared file
+system. Under its root:
 
-    step-00000010/     a committed checkpoint
-    .tmp-...           one being written: of no meaning until it is renamed
-    .old-...           one being replaced by a newer checkpoint of the same step
-    .trash-...         one being deleted
-    .lock              held (flock) by the writer, with its host and process id
+    step-00000010/manifest.json              a committed checkpoint: it is there because this file is
+    step-00000010/data-00000-1f3a7c52.bin    chunks, also of later steps in which they are the same
+    .lock                                    held (flock) by the writer, with its host and process id
+
+Data is on stable storage before the manifest that names it, and a manifest is gone before the data that only it names.
+So after a crash there may be files that no manifest names, which the next writer removes, and never the reverse.
 """
 
 from __future__ import annotations
@@ -19,72 +20,90 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from checkpoint.manifest import CorruptError
+from checkpoint.manifest import MANIFEST, CorruptError
 from parallelism.errors import UserError
 
 _STEP = re.compile(r"step-(\d{8,})")
+_UNFINISHED = ".tmp-"
 
 
 class Files(Protocol):
-    """The files of one committed checkpoint. ``where`` names it in messages."""
+    """The files of one checkpoint, by name, or by ``../step-<number>/name`` of one beside it.
+
+    where: names the checkpoint in messages.
+    """
 
     where: str
 
     def read(self, name: str) -> bytes:
         """All bytes of a file. Raises CorruptError if it is missing."""
 
+    def size(self, name: str) -> int:
+        """Of a file, in bytes. Raises CorruptError if it is missing."""
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on. Raises CorruptError if the file is missing or too short."""
 
 
-class Draft(Protocol):
-    """A checkpoint that is being written and that no reader sees before ``commit``."""
+class Store(Protocol):
+    """A place for the files of checkpoints by ``<directory>/<name>``, and one writer at a time.
 
-    def write(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A new file; it is on stable storage when the context ends."""
-
-    def files(self) -> Files:
-        """What has been written so far."""
-
-    def commit(self) -> None:
-        """Make it the checkpoint, in one step: after a crash it is either there whole or not at all."""
-
-    def abort(self) -> None:
-        """Remove what was written."""
-
-
-class Storage(Protocol):
-    """A place that holds committed checkpoints by step, and takes new ones from one writer at a time."""
+    where: names the place in messages.
+    """
 
     where: str
 
     def acquire(self, mark: str = "") -> None:
-        """Become the writer, leave ``mark``, and remove what a killed writer left.
-
-        Raises UserError naming the present holder.
-        """
+        """Become the writer and leave ``mark``. Raises UserError naming the present holder."""
 
     def mark(self) -> str | None:
         """What the writer left as its mark; None if nobody did."""
 
     def release(self) -> None: ...
 
-    def steps(self) -> list[int]:
-        """Committed steps, ascending."""
+    def names(self) -> dict[str, set[str]]:
+        """The names of all files by directory."""
 
-    def open(self, step: int) -> Files: ...
+    def open(self, directory: str) -> Files: ...
 
-    def begin(self, step: int) -> Draft:
-        """Start a draft of ``step``, dropping an unfinished earlier one."""
+    def create(self, directory: str, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A new file; it and its name are on stable storage when the context ends."""
 
-    def join(self, step: int) -> Draft:
-        """The draft that another process of this job began."""
+    def put(self, directory: str, name: str, data: bytes) -> None:
+        """Make or replace a file in one step, for good: after a crash it is the old or the new, whole."""
 
-    def delete(self, step: int) -> None: ...
+    def delete(self, directory: str, names: Iterable[str]) -> None:
+        """Remove files, for good, and a directory that has none left."""
+
+
+def directory_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def steps_in(names: dict[str, set[str]]) -> list[int]:
+    """The committed steps, ascending."""
+    found = ((_STEP.fullmatch(directory), files) for directory, files in names.items())
+    return sorted(int(match[1]) for match, files in found if match and MANIFEST in files)
+
+
+def committed(root: Path) -> list[tuple[int, Path]]:
+    """The checkpoints under a root as (step, directory), ascending."""
+    if not root.is_dir():
+        return []
+    return [(step, root / directory_of(step)) for step in steps_in(_names(root))]
+
+
+def _names(root: Path) -> dict[str, set[str]]:
+    found = {}
+    for path in root.iterdir():
+        if _STEP.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted meanwhile; not ours
+                found[path.name] = set(os.listdir(path))
+    return found
 
 
 def fsync_directory(path: Path) -> None:
@@ -93,20 +112,6 @@ def fsync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def remove_directory(path: Path) -> None:
-    """Delete a directory so that a crash never leaves half of it under its own name."""
-    trash = path.with_name(f".trash-{path.name.lstrip('.')}")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(path, trash)
-    shutil.rmtree(trash)
-
-
-def committed(root: Path) -> list[tuple[int, Path]]:
-    """The checkpoints under a root as (step, directory), ascending."""
-    matches = ((_STEP.fullmatch(path.name), path) for path in root.iterdir()) if root.is_dir() else ()
-    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 class WriterLock:
@@ -163,7 +168,18 @@ class LocalFiles:
         try:
             return (self._path / name).read_bytes()
         except FileNotFoundError:
-            raise CorruptError(f"file {self._path / name} is missing; use another checkpoint") from None
+            raise self._missing(name) from None
+
+    def size(self, name: str) -> int:
+        try:
+            return (self._path / name).stat().st_size
+        except FileNotFoundError:
+            raise self._missing(name) from None
+
+    def _missing(self, name: str) -> CorruptError:
+        shared = ", which this step shares with one before it (jaxsys reshard copies a step whole)"
+        where = os.path.normpath(self._path / name)
+        return CorruptError(f"file {where} is missing{shared * name.startswith('../')}; use another checkpoint")
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         path = self._path / name
@@ -180,47 +196,20 @@ class LocalFiles:
                         )
                     done += n
         except FileNotFoundError:
-            raise CorruptError(f"file {path} is missing; use another checkpoint") from None
+            raise self._missing(name) from None
 
 
-class LocalDraft:
-    """A checkpoint being written in ``directory``, beside its final place: ``.tmp-<name>``."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self.directory = path.with_name(f".tmp-{path.name}")
-        self._old = path.with_name(f".old-{path.name}")
-
-    def begin(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir()
-
-    @contextlib.contextmanager
-    def write(self, name: str) -> Iterator[BinaryIO]:
-        with open(self.directory / name, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-
-    def files(self) -> LocalFiles:
-        return LocalFiles(self.directory)
-
-    def commit(self) -> None:
-        fsync_directory(self.directory)
-        if self._path.exists():
-            os.rename(self._path, self._old)
-        os.rename(self.directory, self._path)
-        fsync_directory(self._path.parent)
-        if self._old.exists():
-            remove_directory(self._old)
-
-    def abort(self) -> None:
-        if self._old.exists() and not self._path.exists():
-            os.rename(self._old, self._path)
-        shutil.rmtree(self.directory, ignore_errors=True)
+@contextlib.contextmanager
+def durable(path: Path) -> Iterator[BinaryIO]:
+    """A new file; it and its name in the directory are on stable storage when the context ends."""
+    with open(path, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_directory(path.parent)
 
 
-class LocalStorage:
+class LocalStore:
     """Checkpoints as directories under ``root``, which is made if it is missing."""
 
     def __init__(self, root: str | os.PathLike[str]):
@@ -237,7 +226,6 @@ class LocalStorage:
             self._lock.acquire(mark)
         except OSError as e:
             raise UserError(f"cannot write in checkpoint directory {self.root}: {e.strerror}; choose another") from e
-        self._clean()
 
     def mark(self) -> str | None:
         return self._lock.mark()
@@ -245,35 +233,53 @@ class LocalStorage:
     def release(self) -> None:
         self._lock.release()
 
-    def _clean(self) -> None:
-        for path in self.root.glob(".old-step-*"):
-            # Killed between the two renames of a replacement: the new one was not yet there.
-            final = self.root / path.name.removeprefix(".old-")
-            if final.exists():
-                remove_directory(path)
-            else:
-                os.rename(path, final)
-        for pattern in (".tmp-*", ".trash-*"):
-            for path in self.root.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+    def names(self) -> dict[str, set[str]]:
+        return _names(self.root)
 
-    def _path(self, step: int) -> Path:
-        return self.root / f"step-{step:08d}"
+    def open(self, directory: str) -> LocalFiles:
+        return LocalFiles(self.root / directory)
 
-    def steps(self) -> list[int]:
-        return [step for step, _ in committed(self.root)]
+    @contextlib.contextmanager
+    def create(self, directory: str, name: str) -> Iterator[BinaryIO]:
+        with contextlib.suppress(FileExistsError):
+            (self.root / directory).mkdir()
+            fsync_directory(self.root)
+        with durable(self.root / directory / name) as file:
+            yield file
 
-    def open(self, step: int) -> LocalFiles:
-        return LocalFiles(self._path(step))
+    def put(self, directory: str, name: str, data: bytes) -> None:
+        unfinished = f"{_UNFINISHED}{name}"
+        (self.root / directory / unfinished).unlink(missing_ok=True)
+        with self.create(directory, unfinished) as file:
+            file.write(data)
+        os.rename(self.root / directory / unfinished, self.root / directory / name)
+        fsync_directory(self.root / directory)
 
-    def begin(self, step: int) -> LocalDraft:
-        draft = LocalDraft(self._path(step))
-        draft.begin()
-        return draft
+    def delete(self, directory: str, names: Iterable[str]) -> None:
+        path = self.root / directory
+        for name in names:
+            (path / name).unlink(missing_ok=True)
+        fsync_directory(path)
+        with contextlib.suppress(OSError):  # not empty
+            path.rmdir()
+            fsync_directory(self.root)
 
-    def join(self, step: int) -> LocalDraft:
-        return LocalDraft(self._path(step))
 
-    def delete(self, step: int) -> None:
-        remove_directory(self._path(step))
-        fsync_directory(self.root)
+class LocalDraft:
+    """A directory being written beside its final place ``path``, as ``.tmp-<name>``: for what is not in a ``Store``."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.directory = path.with_name(f"{_UNFINISHED}{path.name}")
+
+    def begin(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir()
+
+    def commit(self) -> None:
+        fsync_directory(self.directory)
+        os.rename(self.directory, self._path)
+        fsync_directory(self._path.parent)
+
+    def abort(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)

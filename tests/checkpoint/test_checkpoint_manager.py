@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from checkpoint import Level, Manager, find_checkpoint, open_checkpoint
 from checkpoint.snapshot import Snapshot
-from checkpoint.storage import LocalDraft
+from checkpoint.storage import LocalStore
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
 
@@ -44,7 +44,7 @@ def restore(manager, state, step=None):
 
 
 def damage(root, step):
-    file = root / f"step-{step:08d}" / "data-00000.bin"
+    (file,) = (root / f"step-{step:08d}").glob("data-*")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -55,14 +55,14 @@ class Gate:
 
     def __init__(self, monkeypatch):
         self.open, self.waiting = threading.Event(), threading.Event()
-        write = LocalDraft.write
+        create = LocalStore.create
 
-        def gated(draft, name):
+        def gated(store, directory, name):
             self.waiting.set()
             assert self.open.wait(30)
-            return write(draft, name)
+            return create(store, directory, name)
 
-        monkeypatch.setattr(LocalDraft, "write", gated)
+        monkeypatch.setattr(LocalStore, "create", gated)
 
 
 # -- the ordinary case
@@ -131,26 +131,26 @@ def test_disk_is_promoted_from_the_ram_level_not_from_the_snapshot(paths, state,
     h.assert_same({name: reader.read(name) for name in reader.manifest.arrays}, state.logical)
 
 
-def test_retention_keeps_the_newest_of_each_level(paths, state):
+def test_retention_keeps_the_newest_of_each_level(paths, h):
     with Manager(levels(paths, ram_keep=1, disk_keep=3)) as manager:
         for step in range(1, 6):
-            save(manager, step, state)
+            save(manager, step, h.make_state(seed=step))
         manager.wait()
         assert manager.steps() == [3, 4, 5]
     assert [p.name for p in paths[0].glob("step-*")] == ["step-00000005"]
 
 
-def test_a_step_waiting_for_promotion_is_not_deleted(paths, state, monkeypatch):
+def test_a_step_waiting_for_promotion_is_not_deleted(paths, h, monkeypatch):
     gate = Gate(monkeypatch)
     gate.open.set()
     promote = threading.Event()
-    original = LocalDraft.commit
+    original = LocalStore.put
     monkeypatch.setattr(
-        LocalDraft, "commit", lambda self: (("disk" in str(self._path)) and promote.wait(30), original(self))[1]
+        LocalStore, "put", lambda self, *what: ("disk" in self.where and promote.wait(30), original(self, *what))[1]
     )
     with Manager(levels(paths, ram_keep=1, disk_keep=None, disk_every=2)) as manager:
         for step in (2, 3, 4, 5):
-            handle = save(manager, step, state)
+            handle = save(manager, step, h.make_state(seed=step))
         handle.wait()
         assert [p.name[-1] for p in sorted(paths[0].glob("step-*"))] == ["2", "4", "5"]
         promote.set()
@@ -321,18 +321,18 @@ def test_a_closed_manager_says_so(paths, state):
 
 def full(monkeypatch, where):
     """Every write under ``where`` fails as on a full disk, until the context ends."""
-    write = LocalDraft.write
+    create = LocalStore.create
 
     @contextlib.contextmanager
-    def fails(draft, name):
-        with write(draft, name) as file:
-            if str(draft._path).startswith(str(where)):
+    def fails(store, directory, name):
+        with create(store, directory, name) as file:
+            if store.where.startswith(str(where)):
                 file.write(b"part")
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield file
 
     context = monkeypatch.context()
-    context.__enter__().setattr(LocalDraft, "write", fails)
+    context.__enter__().setattr(LocalStore, "create", fails)
     return context
 
 
@@ -440,9 +440,9 @@ def test_a_step_damaged_everywhere_falls_back_to_the_one_before(paths, state, h)
         assert restore(manager, state).step == 2
 
 
-def test_naming_a_damaged_step_does_not_give_another(paths, state):
+def test_naming_a_damaged_step_does_not_give_another(paths, state, h):
     with Manager([Level("disk", paths[1])]) as manager:
-        save(manager, 1, state)
+        save(manager, 1, h.make_state(seed=1))
         save(manager, 2, state).wait()
         damage(paths[1], 2)
         with pytest.raises(UserError, match="all are damaged"):
@@ -450,14 +450,14 @@ def test_naming_a_damaged_step_does_not_give_another(paths, state):
 
 
 def test_a_damaged_ram_step_is_not_promoted(paths, state, monkeypatch):
-    commit = LocalDraft.commit
+    put = LocalStore.put
 
-    def damaging(self):
-        commit(self)
-        if "ram" in str(self._path):
+    def damaging(self, *what):
+        put(self, *what)
+        if "ram" in self.where:
             damage(paths[0], 1)
 
-    monkeypatch.setattr(LocalDraft, "commit", damaging)
+    monkeypatch.setattr(LocalStore, "put", damaging)
     with Manager(levels(paths)) as manager:
         with pytest.raises(UserError, match="are damaged"):
             save(manager, 1, state).wait()
@@ -519,11 +519,12 @@ manager.close()
 print("finished", calls[0])
 """
 
-# Each level's save: sync data, manifest, directory; rename; sync root. Disk then deletes step 1: rename; sync root.
-LAST_CALL = 12
+# Each level's save: sync root, data, directory, manifest, directory; rename; sync directory. Disk then deletes step 1:
+# sync directory; again; root.
+RAM, DISK, LAST_CALL = 6, 13, 17
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 6, 8, 9, 11, LAST_CALL + 1])
+@pytest.mark.parametrize("at", range(1, LAST_CALL + 2))
 def test_a_kill_during_a_save_leaves_a_good_checkpoint_and_a_clean_start(tmp_path, at):
     run = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), str(at)],
@@ -538,10 +539,10 @@ def test_a_kill_during_a_save_leaves_a_good_checkpoint_and_a_clean_start(tmp_pat
         assert run.returncode == -signal.SIGKILL, run.stderr
     spec = Logical("x", (64,), np.dtype(np.float32), (None,))
     layout = Layout([Stored("x", spec.shape, spec.dtype, spec.axes, (spec,))])
-    disk = 1 if at < 10 else 2
+    disk = 1 if at <= DISK else 2
     assert open_checkpoint(find_checkpoint(tmp_path / "disk")).manifest.step == disk
     with Manager([Level("ram", tmp_path / "ram"), Level("disk", tmp_path / "disk")]) as manager:
         restored = manager.restore(layout=layout, shardings={"x": SingleDeviceSharding(jax.devices()[0])})
-        assert restored.step == (1 if at < 5 else 2)
+        assert restored.step == (1 if at <= RAM else 2)
         np.testing.assert_array_equal(np.asarray(restored.arrays["x"]), restored.step)
-        assert not [p for p in tmp_path.glob("*/.*") if p.name != ".lock"]
+        assert not [p for p in tmp_path.glob("*/.*") if p.name != ".lock"] + list(tmp_path.glob("*/*/.*"))

@@ -25,7 +25,7 @@ index, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize("127.0.0.1:" + port, 2, index)
 from checkpoint import Level, Manager
 from parallelism.coordinator import PeerError
-from checkpoint.storage import LocalDraft
+from checkpoint.storage import LocalStore
 from parallelism.layout import Layout, Logical, Stored
 
 spec = Logical("x", (8, 4), np.dtype(np.float32), ("a", "b"))
@@ -36,16 +36,18 @@ x = jax.make_array_from_callback((8, 4), sharding, lambda index: host[index])
 manager = Manager([Level("ram", root + "/ram"), Level("disk", root + "/disk")])
 manager.save(1, {"x": x}, layout, {}).wait()
 
-write = LocalDraft.write
-def fails(draft, name):
+create = LocalStore.create
+def fails(store, directory, name):
     raise OSError(28, "No space left on device")
 if index == 1:
-    LocalDraft.write = fails
+    LocalStore.create = fails
 try:
     manager.save(2, {"x": x}, layout, {}).wait()
 except Exception as e:
     print(index, type(e).__name__)
-LocalDraft.write = write
+LocalStore.create = create
+written = manager.save(3, {"x": x}, layout, {}).wait().levels
+print(index, *((name, each.nbytes, each.kept_bytes) for name, each in written.items()))
 restored = manager.restore(layout=layout, shardings={"x": sharding})
 for shard in restored.arrays["x"].addressable_shards:
     np.testing.assert_array_equal(np.asarray(shard.data), host[shard.index])
@@ -83,11 +85,8 @@ def run(tmp_path_factory):
 
 def test_processes_write_one_checkpoint_that_one_process_restores(run):
     _, root = run
-    assert sorted(p.name for p in (root / "disk" / "step-00000001").iterdir()) == [
-        "data-00000.bin",
-        "data-00001.bin",
-        "manifest.json",
-    ]
+    names = sorted(p.name for p in (root / "disk" / "step-00000001").iterdir())
+    assert [name[:10] for name in names] == ["data-00000", "data-00001", "manifest.j"]
     assert open_checkpoint(root / "disk" / "step-00000001").verify().ok
     with Manager([Level("disk", root / "disk")]) as manager:
         restored = manager.restore(layout=LAYOUT, shardings={"x": SingleDeviceSharding(jax.devices()[0])})
@@ -103,7 +102,13 @@ def test_a_failure_in_one_process_fails_the_save_in_all_and_commits_nothing(run)
 
 def test_each_process_reads_only_its_shards(run):
     (first, second), _ = run
-    assert (first[1], second[1]) == ("0 1 64", "1 1 64")
+    assert (first[2], second[2]) == ("0 3 64", "1 3 64")
+
+
+def test_each_process_writes_nothing_that_is_there(run):
+    (first, second), root = run
+    assert first[1] == "0 ('ram', 0, 64) ('disk', 0, 64)" and second[1] == "1 ('ram', 0, 64) ('disk', 0, 64)"
+    assert open_checkpoint(root / "disk" / "step-00000003").verify().ok
 
 
 class Second:

@@ -1,116 +1,75 @@
-"""Commit, deletion, cleaning and the writer's lock of a local directory."""
+"""A local store: what is there after a crash, and the writer's lock; and which files a level keeps."""
 
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from checkpoint import Level
+from checkpoint.levels import OpenLevel
 from checkpoint.manifest import CorruptError
-from checkpoint.storage import LocalStorage
+from checkpoint.storage import LocalStore, steps_in
+from checkpoint.writer import Piece
+from parallelism.coordinator import SingleProcess
 from parallelism.errors import UserError
+from parallelism.layout import Logical
 
 
-def put(storage, step, content=b"x"):
-    draft = storage.begin(step)
-    with draft.write("manifest.json") as file:
-        file.write(content)
-    draft.commit()
+def put(store, step, content=b"x"):
+    store.put(f"step-{step:08d}", "manifest.json", content)
 
 
-def test_a_draft_is_not_there_until_it_is_committed(tmp_path):
-    storage = LocalStorage(tmp_path)
-    draft = storage.begin(3)
-    with draft.write("manifest.json") as file:
-        file.write(b"abc")
-    assert storage.steps() == []
-    assert draft.files().read("manifest.json") == b"abc"
-    draft.commit()
-    assert storage.steps() == [3]
-    assert storage.open(3).read("manifest.json") == b"abc"
+def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    put(store, 1, b"old")
 
-
-def test_an_aborted_draft_leaves_nothing(tmp_path):
-    draft = LocalStorage(tmp_path).begin(3)
-    with draft.write("a") as file:
-        file.write(b"abc")
-    draft.abort()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_committing_a_step_again_replaces_it(tmp_path):
-    storage = LocalStorage(tmp_path)
-    put(storage, 1, b"old")
-    put(storage, 1, b"new")
-    assert storage.open(1).read("manifest.json") == b"new"
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-
-
-@pytest.mark.parametrize("at", range(1, 4))
-def test_a_replacement_that_stops_anywhere_leaves_the_old_or_the_new(tmp_path, monkeypatch, at):
-    storage = LocalStorage(tmp_path)
-    put(storage, 1, b"old")
-    calls, rename = [], os.rename
-
-    def dies(a, b):
-        calls.append(a)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        rename(a, b)
-
-    monkeypatch.setattr(os, "rename", dies)
-    with pytest.raises(KeyboardInterrupt):
-        put(storage, 1, b"new")
-    monkeypatch.setattr(os, "rename", rename)
-    storage.acquire()
-    assert storage.open(1).read("manifest.json") == (b"new" if at == 3 else b"old")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "step-00000001"]
-
-
-def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
-    storage = LocalStorage(tmp_path)
-    put(storage, 1, b"old")
-    rename = os.rename
-
-    def fails(a, b):
-        if ".tmp-" in str(a):
-            raise OSError(5, "Input/output error")
-        rename(a, b)
-
-    draft = storage.begin(1)
-    monkeypatch.setattr(os, "rename", fails)
-    with pytest.raises(OSError):
-        draft.commit()
-    draft.abort()
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-
-
-def test_a_deletion_that_stops_half_way_offers_no_torn_step(tmp_path, monkeypatch):
-    storage = LocalStorage(tmp_path)
-    put(storage, 1)
-
-    def dies(path, ignore_errors=False):
-        if not ignore_errors:
-            raise KeyboardInterrupt
+    def dies(*_):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr("checkpoint.storage.shutil.rmtree", dies)
+        m.setattr(os, "rename", dies)
         with pytest.raises(KeyboardInterrupt):
-            storage.delete(1)
-    assert storage.steps() == []
-    storage.acquire()
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+            put(store, 1, b"new")
+    assert store.open("step-00000001").read("manifest.json") == b"old"
+    put(store, 1, b"new")
+    assert store.open("step-00000001").read("manifest.json") == b"new"
+    assert store.names() == {"step-00000001": {"manifest.json"}}
+
+
+def test_what_has_no_manifest_is_no_step(tmp_path):
+    store = LocalStore(tmp_path)
+    with store.create("step-00000003", "data") as file:
+        file.write(b"abc")
+    assert steps_in(store.names()) == []
+    put(store, 3)
+    assert steps_in(store.names()) == [3]
+    assert store.open("step-00000003").read("data") == b"abc"
 
 
 def test_steps_are_in_numerical_order_past_eight_digits(tmp_path):
-    storage = LocalStorage(tmp_path)
+    store = LocalStore(tmp_path)
     for step in (123456789, 5, 99999999):
-        put(storage, step)
-    assert storage.steps() == [5, 99999999, 123456789]
+        put(store, step)
+    (tmp_path / "step-notes").mkdir()
+    (tmp_path / "step-00000007").write_text("a file")
+    assert steps_in(store.names()) == [5, 99999999, 123456789]
+
+
+def test_a_directory_goes_with_its_last_file(tmp_path):
+    store = LocalStore(tmp_path)
+    put(store, 1)
+    with store.create("step-00000001", "data") as file:
+        file.write(b"abc")
+    store.delete("step-00000001", ["manifest.json"])
+    assert store.names() == {"step-00000001": {"data"}}
+    store.delete("step-00000001", ["data", "is not there"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
-    first, second = LocalStorage(tmp_path), LocalStorage(tmp_path)
+    first, second = LocalStore(tmp_path), LocalStore(tmp_path)
     first.acquire()
     with pytest.raises(UserError, match=f"being written by process {os.getpid()} on host"):
         second.acquire()
@@ -120,22 +79,156 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
 
 def test_a_killed_writer_holds_no_lock(tmp_path):
     code = (
-        "import os, signal, sys; from checkpoint.storage import LocalStorage;"
-        "LocalStorage(sys.argv[1]).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys; from checkpoint.storage import LocalStore;"
+        "LocalStore(sys.argv[1]).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, env={**os.environ, "PYTHONPATH": "."})
     assert (tmp_path / ".lock").exists()
-    LocalStorage(tmp_path).acquire()
+    LocalStore(tmp_path).acquire()
 
 
 def test_a_root_that_is_a_file_is_a_user_error(tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(UserError, match="cannot make checkpoint directory"):
-        LocalStorage(tmp_path / "f")
+        LocalStore(tmp_path / "f")
 
 
 def test_reading_past_the_end_is_damage(tmp_path):
-    storage = LocalStorage(tmp_path)
-    put(storage, 1, b"abc")
+    store = LocalStore(tmp_path)
+    put(store, 1, b"abc")
     with pytest.raises(CorruptError, match="truncated: 3 bytes, expected at least 5"):
-        storage.open(1).read_into("manifest.json", 1, memoryview(bytearray(4)))
+        store.open("step-00000001").read_into("manifest.json", 1, memoryview(bytearray(4)))
+
+
+# -- chunks that stay the same
+
+
+SPEC = {name: Logical(name, (64,), np.dtype(np.float32), (None,)) for name in "abcd"}
+
+
+@pytest.fixture
+def level(tmp_path):
+    found = OpenLevel(Level("disk", tmp_path, keep=2), LocalStore(tmp_path), SingleProcess(), 1 << 20)
+    found.acquire("")
+    yield found
+    found.store.release()
+
+
+def save(level, step, **values):
+    """256 bytes each, all of one value."""
+    pieces = [Piece(SPEC[name], (0,), np.full(64, value, np.float32)) for name, value in values.items()]
+    return level.write(step, {}, [SPEC[name] for name in values], pieces)
+
+
+def check(level, step, **values):
+    reader = level.open(step)
+    assert reader.verify().ok
+    for name, value in values.items():
+        np.testing.assert_array_equal(reader.read(name), np.full(64, value, np.float32))
+
+
+def files(level):
+    return {f"{directory}/{name[:10]}" for directory, names in level.store.names().items() for name in names}
+
+
+def test_a_chunk_that_did_not_change_is_not_written_again(level):
+    first = save(level, 1, a=1, b=1, c=1)
+    second = save(level, 2, a=1, b=1, c=2)
+    assert (first.kept_bytes, second.kept_bytes) == (0, 512)
+    assert 3 * second.nbytes == first.nbytes
+    check(level, 1, a=1, b=1, c=1)
+    check(level, 2, a=1, b=1, c=2)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
+def test_a_chunk_that_is_damaged_is_written_again(level, tmp_path, damage):
+    save(level, 1, a=1, b=1, c=1)
+    (file,) = (tmp_path / "step-00000001").glob("data-*")
+    good = bytearray(file.read_bytes())
+    good[5] ^= 1
+    {"flip": lambda: file.write_bytes(good), "cut": lambda: file.write_bytes(good[:3]), "missing": file.unlink}[
+        damage
+    ]()
+    second = save(level, 2, a=1, b=1, c=1)
+    assert second.kept_bytes == {"flip": 512, "cut": 0, "missing": 0}[damage]
+    check(level, 2, a=1, b=1, c=1)
+
+
+def test_nothing_that_changed_writes_no_data(level):
+    save(level, 1, a=1)
+    assert save(level, 2, a=1).nbytes == 0
+    assert files(level) == {"step-00000001/data-00000", "step-00000001/manifest.j", "step-00000002/manifest.j"}
+    check(level, 2, a=1)
+
+
+def test_a_file_stays_while_a_kept_step_uses_it(level):
+    for step in (1, 2, 3, 4):
+        save(level, step, a=1, b=1, c=step)
+    assert level.steps() == [3, 4]
+    expected = {"step-00000001/data-00000"} | {
+        f"step-0000000{n}/{name}" for n in (3, 4) for name in ("data-00000", "manifest.j")
+    }
+    assert files(level) == expected
+    check(level, 4, a=1, b=1, c=4)
+    for step in (5, 6):
+        save(level, step, a=step, b=step, c=step)
+    assert not [name for name in files(level) if name < "step-00000005"]
+
+
+def test_a_file_of_which_little_is_used_is_left(level):
+    """Or what is used of many files would keep all of them."""
+    save(level, 1, a=1, b=1, c=1, d=1)
+    assert save(level, 2, a=1, b=1, c=2, d=2).kept_bytes == 512
+    assert save(level, 3, a=1, b=3, c=3, d=3).kept_bytes == 256
+    assert save(level, 4, a=1, b=4, c=4, d=4).kept_bytes == 0  # a quarter of the first file is in use
+    check(level, 4, a=1, b=4, c=4, d=4)
+    save(level, 5, a=1, b=5, c=5, d=5)
+    assert not [name for name in files(level) if name.startswith("step-00000001")]
+
+
+def test_a_step_may_be_written_again(level):
+    save(level, 1, a=1, b=1)
+    save(level, 2, a=1, b=2)
+    save(level, 2, a=1, b=3)
+    check(level, 2, a=1, b=3)
+    check(level, 1, a=1, b=1)
+    assert len(level.store.names()["step-00000002"]) == 2
+
+
+def test_a_save_that_fails_leaves_the_steps_before_as_they_were(level):
+    save(level, 1, a=1, b=1)
+    before = level.store.names()
+
+    def pieces():
+        yield Piece(SPEC["a"], (0,), np.zeros(64, np.float32))
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        level.write(2, {}, list(SPEC.values()), pieces())
+    assert level.store.names() == before
+    check(level, 1, a=1, b=1)
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(level, tmp_path):
+    save(level, 1, a=1, b=1)
+    save(level, 2, a=1, b=2)
+    (tmp_path / "step-00000002" / ".tmp-manifest.json").write_text("{")
+    (tmp_path / "step-00000001" / "manifest.json").unlink()  # killed while it deleted step 1
+    for name in ("step-00000003/data-00000-a.bin", "step-00000002/data-00000-b.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("torn")
+    level.store.release()
+    level.acquire("")
+    assert files(level) == {"step-00000001/data-00000", "step-00000002/data-00000", "step-00000002/manifest.j"}
+    check(level, 2, a=1, b=2)
+
+
+def test_nothing_beside_a_damaged_manifest_is_removed(level, tmp_path):
+    save(level, 1, a=1)
+    before = level.store.names()
+    path = tmp_path / "step-00000001" / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    fresh = OpenLevel(level.level, level.store, SingleProcess(), 1 << 20)
+    level.store.release()
+    fresh.acquire("")
+    assert level.store.names() == before

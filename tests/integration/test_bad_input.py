@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny_runs import make_config, quiet, write_model, write_recipe
 
-from checkpoint.storage import LocalStorage
+from checkpoint.storage import LocalStore
 from jaxsys.cli.main import main
 from jaxsys.train.trainer import Trainer
 
@@ -188,7 +188,7 @@ def test_resume_with_another_model(refused, recipe, capsys):
 
 def test_a_run_directory_that_another_is_writing(refused, recipe, tmp_path):
     (tmp_path / "run").mkdir()
-    other = LocalStorage(tmp_path / "run" / "checkpoints")
+    other = LocalStore(tmp_path / "run" / "checkpoints")
     other.acquire()
     try:
         line = refused("train", "--config", recipe)

@@ -10,7 +10,7 @@ from tiny_runs import make_config, quiet, state_bytes
 
 import jaxsys
 from checkpoint import open_checkpoint
-from checkpoint.storage import LocalDraft
+from checkpoint.storage import LocalStore
 from jaxsys.optim import Constant, OptimConfig
 from jaxsys.train.config import CheckpointConfig, SampleConfig
 from jaxsys.train.metrics import Metrics, read
@@ -184,14 +184,14 @@ def test_no_checkpoint_is_written_of_parameters_that_are_not_finite(tmp_path, ma
 
 def fill_disk(monkeypatch, steps):
     """Writing the checkpoints of these steps fails."""
-    write = LocalDraft.write
+    create = LocalStore.create
 
-    def failing(self, name):
-        if int(self._path.name.rpartition("-")[2]) in steps:
+    def failing(self, directory, name):
+        if int(directory.rpartition("-")[2]) in steps:
             raise OSError(28, "No space left on device")
-        return write(self, name)
+        return create(self, directory, name)
 
-    monkeypatch.setattr(LocalDraft, "write", failing)
+    monkeypatch.setattr(LocalStore, "create", failing)
 
 
 def test_a_save_that_fails_leaves_training_and_earlier_checkpoints_alone(tmp_path, material, monkeypatch, caplog):
@@ -214,14 +214,14 @@ def test_a_last_save_that_fails_is_in_the_summary(tmp_path, material, monkeypatc
 
 
 def test_a_disk_that_refuses_after_memory_took_the_last_save_is_in_the_summary(tmp_path, material, monkeypatch):
-    write = LocalDraft.write
+    create = LocalStore.create
 
-    def failing(self, name):
-        if "memory" not in str(self._path):
+    def failing(self, directory, name):
+        if "memory" not in self.where:
             raise OSError(28, "No space left on device")
-        return write(self, name)
+        return create(self, directory, name)
 
-    monkeypatch.setattr(LocalDraft, "write", failing)
+    monkeypatch.setattr(LocalStore, "create", failing)
     levels = CheckpointConfig(every=2, ram=str(tmp_path / "memory"), ram_every=1)
     summary = train(make_config(tmp_path / "run", material, checkpoint=levels, steps=2))
     assert "No space left" in summary.save_error
