@@ -11,10 +11,13 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
+from checkpoint.cells import digests, pack
 from checkpoint.manifest import MANIFEST, Chunk, CorruptError, chunk_from_json
 from checkpoint.reader import CheckpointReader
 from checkpoint.storage import Store, directory_of, steps_in
@@ -81,8 +84,9 @@ class OpenLevel:
         """Committed steps, ascending, without those found damaged."""
         return [step for step in steps_in(self.store.names()) if step not in self.bad]
 
-    def open(self, step: int) -> CheckpointReader:
-        reader = CheckpointReader(self.store.open(directory_of(step)))
+    def open(self, step: int, others: Sequence[CheckpointReader] = ()) -> CheckpointReader:
+        """A committed step; others: of the same step at other levels, for chunks that are damaged here."""
+        reader = CheckpointReader(self.store.open(directory_of(step)), others)
         if reader.manifest.step != step:
             raise CorruptError(f"{reader.where} holds step {reader.manifest.step}, expected {step}; use another step")
         return reader
@@ -181,6 +185,16 @@ class OpenLevel:
             for chunk in reader.manifest.arrays[spec.name].chunks:
                 if writer_of(chunk.file) % self._coordinator.count == self._coordinator.index:
                     yield Piece(spec, chunk.start, reader.read_chunk(spec.name, chunk))
+
+    def mend(self, step: int, reader: CheckpointReader) -> int:
+        """Write what a reader of a step found damaged as it should be; return how many chunks."""
+        for chunk, data in reader.mended:
+            raw, table = data.reshape(-1).view(np.uint8), b""
+            if chunk.grid is not None:
+                raw = pack(data, chunk.grid)
+                table = digests(raw, chunk.grid)
+            self.store.patch(directory_of(step), chunk.file, chunk.offset, raw.tobytes() + table)
+        return len(reader.mended)
 
     # -- what stays
 

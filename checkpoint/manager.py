@@ -17,7 +17,7 @@ import jax
 
 from checkpoint.levels import Level, OpenLevel
 from checkpoint.manifest import CHUNK_BYTES, CorruptError
-from checkpoint.reader import VerifyReport
+from checkpoint.reader import CheckpointReader, VerifyReport
 from checkpoint.reshard import LoadMetrics, load
 from checkpoint.snapshot import Snapshot
 from checkpoint.storage import LocalStore, directory_of, steps_in
@@ -55,12 +55,14 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """arrays: by stored key, in the shardings asked for. source: the name of the level they came from."""
+    """arrays: by stored key, in the shardings asked for. source: the name of the level that was read first; sources:
+    bytes of chunks that this process read, by place."""
 
     arrays: dict[str, jax.Array]
     meta: Mapping[str, Any]
     step: int
     source: str
+    sources: Mapping[str, int]
     metrics: LoadMetrics
     seconds: float
 
@@ -283,39 +285,60 @@ class Manager:
     ) -> Restored:
         """Restore a step (None: the newest that verifies) into any layout and shardings, after pending saves.
 
-        A damaged checkpoint is passed over with a warning: the same step is tried at the next level, then, if no
-        step was named, the step before. ``partial`` and ``cast`` as in ``reshard.load``.
+        A chunk that is damaged is read from the next level that has it, and mended, with a warning. A step with a chunk
+        that no level has is passed over, if no step was named, for the one before. ``partial`` and ``cast`` as in
+        ``reshard.load``.
         Raises UserError if nothing can be restored or checkpoint and layout do not match.
         """
         self.wait()
         began = time.perf_counter()
-        by_name = {level.name: level for level in self._levels}
         steps = [step] if step is not None else self.steps()[::-1]
-        found = [(s, level.name) for s in steps for level in self._levels if s in level.steps()]
         # A shared file system may show one process what another does not see yet.
-        candidates = [(s, by_name[name]) for s, name in self._coordinator.gather("candidates", found)[0]]
+        found = [(s, [level.name for level in self._levels if s in level.steps()]) for s in steps]
+        candidates = [(s, names) for s, names in self._coordinator.gather("candidates", found)[0] if names]
         where = ", ".join(level.where for level in self._levels)
         if not candidates:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step} (there are {self.steps()})"
             raise UserError(f"{what} in {where}; check the path")
-        for at, level in candidates:
+        for at, names in candidates:
             damage: CorruptError | None = None
+            readers: dict[OpenLevel, CheckpointReader] = {}
+            arrays = None
+            for level in reversed([level for level in self._levels if level.name in names]):
+                try:
+                    readers[level] = level.open(at, list(readers.values())[::-1])
+                except CorruptError as e:
+                    damage = e
+            ladder = list(readers.items())[::-1]
             try:
-                reader = level.open(at)
-                arrays, metrics = load(reader, layout, shardings, partial=partial, cast=cast)
+                if ladder:
+                    arrays, metrics = load(ladder[0][1], layout, shardings, partial=partial, cast=cast)
             except CorruptError as e:
                 damage = e
-            reports = self._coordinator.gather("restore", str(damage) if damage else None)
-            if not any(reports):
-                return Restored(arrays, reader.manifest.meta, at, level.name, metrics, time.perf_counter() - began)
-            level.bad.add(at)
+            reports = self._coordinator.gather("restore", None if arrays is not None else str(damage))
+            if arrays is not None and not any(reports):
+                level, reader = ladder[0]
+                self._mend(level, at, reader)
+                seconds = time.perf_counter() - began
+                return Restored(arrays, reader.manifest.meta, at, level.name, reader.read_by_place, metrics, seconds)
+            for level in self._levels:
+                if level.name in names:
+                    level.bad.add(at)
             logger.warning(
-                "step %d of level %s is damaged, trying the next: %s", at, level.name, next(r for r in reports if r)
+                "step %d is damaged at every level, trying the one before: %s", at, next(filter(None, reports))
             )
         raise UserError(
             f"none of {len(candidates)} checkpoints in {where} can be restored, all are damaged (see the log); "
             "start anew or restore them from elsewhere"
         )
+
+    @staticmethod
+    def _mend(level: OpenLevel, step: int, reader: CheckpointReader) -> None:
+        try:
+            if count := level.mend(step, reader):
+                logger.warning("%d damaged chunks of step %d in %s are mended", count, step, level.where)
+        except OSError as e:
+            logger.warning("step %d in %s stays damaged: %s", step, level.where, e.strerror)
 
     def meta(self) -> Mapping[str, Any] | None:
         """What ``restore`` is to return as ``meta``, from the newest manifest that can be read: no array is."""

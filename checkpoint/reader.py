@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -68,16 +70,28 @@ class VerifyReport:
 class CheckpointReader:
     """A committed checkpoint. Safe to use from several threads.
 
-    manifest: what it holds. bytes_read: bytes of chunks read so far.
+    others: of the same step elsewhere; a chunk that is damaged here is read there, if one has it with the same digest.
+    manifest: what it holds. bytes_read: bytes of chunks read so far, here. mended: the chunks that were damaged here,
+    with what they should be.
     Opening raises CorruptError if the manifest is missing or damaged, UserError if it is newer than this program.
     """
 
-    def __init__(self, files: Files):
+    def __init__(self, files: Files, others: Sequence[CheckpointReader] = ()):
         self.where = files.where
         self.bytes_read = 0
-        self._files = files
+        self.mended: list[tuple[Chunk, np.ndarray]] = []
+        self._files, self._others = files, others
         self._lock = threading.Lock()
         self.manifest = Manifest.decode(files.read(MANIFEST), f"{files.where}/{MANIFEST}")
+
+    @functools.cached_property
+    def _boxes(self) -> dict[tuple[str, tuple[int, ...], tuple[int, ...]], Chunk]:
+        return {(name, c.start, c.shape): c for name, array in self.manifest.arrays.items() for c in array.chunks}
+
+    @property
+    def read_by_place(self) -> dict[str, int]:
+        """Bytes of chunks read so far, here and elsewhere."""
+        return {reader.where: reader.bytes_read for reader in (self, *self._others) if reader.bytes_read}
 
     def array(self, name: str) -> Array:
         try:
@@ -89,8 +103,23 @@ class CheckpointReader:
     def read_chunk(self, name: str, chunk: Chunk, cells: np.ndarray | None = None) -> np.ndarray:
         """The box of one chunk, in an array of its own; given ``cells`` (sorted numbers), the rest is left undefined.
 
-        Raises CorruptError naming the array and the file.
+        Raises CorruptError naming the array and the file, if no other has the chunk either.
         """
+        try:
+            return self._chunk(name, chunk, cells)
+        except CorruptError as damage:
+            for other in self._others:
+                twin = other._boxes.get((name, chunk.start, chunk.shape))
+                if twin is not None and (twin.digest, twin.grid) == (chunk.digest, chunk.grid):
+                    with contextlib.suppress(CorruptError):
+                        data = other._chunk(name, twin)
+                        logger.warning("%s; read from %s", damage, other.where)
+                        with self._lock:
+                            self.mended.append((chunk, data))
+                        return data
+            raise
+
+    def _chunk(self, name: str, chunk: Chunk, cells: np.ndarray | None = None) -> np.ndarray:
         if chunk.grid is None:
             raw = self._read(name, chunk, 0, chunk.nbytes)
             self._check(name, chunk, 0, chunk.nbytes, digest(raw.data), chunk.digest)

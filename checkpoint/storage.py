@@ -76,6 +76,9 @@ class Store(Protocol):
     def put(self, directory: str, name: str, data: bytes) -> None:
         """Make or replace a file in one step, for good: after a crash it is the old or the new, whole."""
 
+    def patch(self, directory: str, name: str, offset: int, data: bytes) -> None:
+        """Put bytes into a file where it is damaged, or make it: of no use to a reader until then."""
+
     def delete(self, directory: str, names: Iterable[str]) -> None:
         """Remove files, for good, and a directory that has none left."""
 
@@ -254,6 +257,17 @@ class LocalStore:
             file.write(data)
         os.rename(self.root / directory / unfinished, self.root / directory / name)
         fsync_directory(self.root / directory)
+
+    def patch(self, directory: str, name: str, offset: int, data: bytes) -> None:
+        fd = os.open(self.root / directory / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            while data:
+                written = os.pwrite(fd, data, offset)
+                data, offset = data[written:], offset + written
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        fsync_directory((self.root / directory / name).parent)
 
     def delete(self, directory: str, names: Iterable[str]) -> None:
         path = self.root / directory

@@ -43,10 +43,11 @@ def restore(manager, state, step=None):
     return manager.restore(step, layout=state.layout, shardings=state.shardings)
 
 
-def damage(root, step):
+def damage(root, step, at=0.5):
+    """Flips a bit; at: which part of the data lies before."""
     (file,) = (root / f"step-{step:08d}").glob("data-*")
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[int(at * len(data))] ^= 1
     file.write_bytes(data)
 
 
@@ -417,14 +418,53 @@ def test_levels_must_differ(tmp_path):
 # -- damage
 
 
-def test_a_damaged_ram_step_is_restored_from_disk(paths, state, h, caplog):
+def test_a_damaged_chunk_is_read_from_the_next_level_and_mended(paths, state, h, caplog):
     with Manager(levels(paths)) as manager:
         save(manager, 1, state).wait()
         damage(paths[0], 1)
         restored = restore(manager, state)
-    assert (restored.step, restored.source) == (1, "disk")
-    h.check(restored, state)
-    assert any("step 1 of level ram is damaged" in r.getMessage() for r in caplog.records)
+        assert (restored.step, restored.source) == (1, "ram")
+        ram, disk = (restored.sources[str(path / "step-00000001")] for path in paths)
+        assert ram > disk > 0
+        h.check(restored, state)
+        assert any(
+            "are damaged" in r.getMessage() and f"read from {paths[1]}" in r.getMessage() for r in caplog.records
+        )
+        assert all(report.ok for report in manager.verify())
+        assert len(restore(manager, state).sources) == 1
+
+
+def test_a_step_is_put_together_from_levels_that_are_damaged_in_different_places(paths, state, h):
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state).wait()
+        damage(paths[0], 1, 0.1)
+        damage(paths[1], 1, 0.6)
+        h.check(restore(manager, state), state)
+        assert [report.ok for report in manager.verify()] == [True, False]
+
+
+@pytest.mark.parametrize("what", ["data-*", "manifest.json"])
+def test_a_file_that_is_lost_is_made_up_for_by_the_next_level(paths, state, h, what):
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state).wait()
+        (file,) = (paths[0] / "step-00000001").glob(what)
+        file.unlink()
+        restored = restore(manager, state)
+        h.check(restored, state)
+        if what == "data-*":
+            assert restored.source == "ram" and all(report.ok for report in manager.verify())
+        else:
+            assert restored.source == "disk"
+
+
+def test_a_damaged_manifest_leaves_the_step_to_the_next_level(paths, state, h):
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state).wait()
+        file = paths[0] / "step-00000001" / "manifest.json"
+        file.write_bytes(file.read_bytes()[:-1])
+        restored = restore(manager, state)
+        assert restored.source == "disk"
+        h.check(restored, state)
 
 
 def test_a_step_damaged_everywhere_falls_back_to_the_one_before(paths, state, h):
@@ -432,7 +472,8 @@ def test_a_step_damaged_everywhere_falls_back_to_the_one_before(paths, state, h)
         save(manager, 1, state)
         save(manager, 2, h.make_state(seed=1)).wait()
         for path in paths:
-            damage(path, 2)
+            (file,) = (path / "step-00000002").glob("data-*")
+            file.write_bytes(bytes(file.stat().st_size))
         restored = restore(manager, state)
         assert restored.step == 1
         h.check(restored, state)
