@@ -43,6 +43,13 @@ def pack(data: np.ndarray, grid: Grid) -> np.ndarray:
     return np.ascontiguousarray(data.reshape(parts).transpose(order)).reshape(-1).view(np.uint8)
 
 
+def pack_into(raw: np.ndarray, data: np.ndarray, grid: Grid) -> None:
+    """``pack`` into memory that is there: [nbytes] uint8, aligned to the dtype. ``data`` may have any strides."""
+    parts, order = _axes(data.shape, grid)
+    target = raw.view(data.dtype).reshape([parts[axis] for axis in order])
+    np.copyto(target, data.reshape(parts).transpose(order))
+
+
 def unpack(raw: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, grid: Grid) -> np.ndarray:
     """The chunk whose file has these bytes: a view of ``raw`` if cells are whole rows."""
     parts, order = _axes(shape, grid)

@@ -9,7 +9,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,14 +19,17 @@ from checkpoint.levels import Level, OpenLevel
 from checkpoint.manifest import CHUNK_BYTES, CorruptError
 from checkpoint.reader import CheckpointReader, VerifyReport
 from checkpoint.reshard import LoadMetrics, load
-from checkpoint.snapshot import Snapshot
+from checkpoint.shares import holders_of, shares_of, stored_specs
+from checkpoint.snapshot import Shares, Snapshot, Staging, check_arrays
 from checkpoint.storage import LocalStore, directory_of, steps_in
-from checkpoint.writer import WriteMetrics
+from checkpoint.writer import Block, WriteMetrics
 from parallelism.coordinator import Coordinator, default_coordinator, together
 from parallelism.errors import UserError
-from parallelism.layout import Layout
+from parallelism.layout import Layout, Logical
 
 logger = logging.getLogger(__name__)
+
+STAGING_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Manager:
         self,
         levels: Sequence[Level],
         *,
+        staging_bytes: int = STAGING_BYTES,
         chunk_bytes: int = CHUNK_BYTES,
         coordinator: Coordinator | None = None,
     ):
@@ -128,7 +132,9 @@ class Manager:
                 raise UserError(f"checkpoint levels have {what}s {values}, expected at least one and all different")
         self.failures: list[Failure] = []
         self._coordinator = coordinator or default_coordinator()
-        self._levels = [OpenLevel(level, LocalStore(level.path), self._coordinator, chunk_bytes) for level in levels]
+        self._levels = [OpenLevel(level, LocalStore(level.path), self._coordinator) for level in levels]
+        self._chunk_bytes, self._staging = chunk_bytes, Staging(staging_bytes)
+        self._plan: tuple[Any, Shares] | None = None
         self._handles: list[SaveHandle] = []
         self._closed = False
         try:
@@ -202,7 +208,7 @@ class Manager:
             level.slots.acquire()
         waited = time.perf_counter() - began
         try:
-            snapshot = Snapshot(arrays, layout)
+            snapshot = Snapshot(arrays, layout, self._shares(arrays, layout), self._staging)
         except BaseException:
             for level in due:
                 level.slots.release()
@@ -212,28 +218,40 @@ class Manager:
         for level in due:
             level.pin(step)
             earlier = dict(handle._futures)
-            handle._futures[level.name] = level.executor.submit(self._write, level, step, snapshot, meta, earlier, due)
+            work = level, step, snapshot, stored_specs(layout), meta, earlier, due
+            handle._futures[level.name] = level.executor.submit(self._write, *work)
         self._handles = [h for h in self._handles if not h.done] + [handle]
         handle._waiting_seconds = waited
         handle._entry_seconds = time.perf_counter() - began
         return handle
+
+    def _shares(self, arrays: Mapping[str, jax.Array], layout: Layout) -> Shares:
+        """What this process writes: the same from save to save."""
+        check_arrays(arrays, layout)
+        shardings = {key: array.sharding for key, array in arrays.items()}
+        if self._plan is None or self._plan[0] != (layout, shardings):
+            shares = shares_of(layout, holders_of(layout, shardings), self._coordinator.index, self._chunk_bytes)
+            self._plan = (layout, shardings), shares
+        return self._plan[1]
 
     def _write(
         self,
         level: OpenLevel,
         step: int,
         snapshot: Snapshot,
+        specs: Sequence[Logical],
         meta: Mapping[str, Any],
         earlier: Mapping[str, Future[WriteMetrics]],
         due: Sequence[OpenLevel],
     ) -> WriteMetrics:
         try:
-            # A level before this one that has the step, so that the snapshot can be let go; else the snapshot.
-            source = next((name for name, future in earlier.items() if future.exception() is None), None)
+            # A level before this one that has the step; else what those wrote before they failed, and then the rest.
+            before = [x for x in due if x.name in earlier]
+            source = next((x for x in before if earlier[x.name].exception() is None), None)
             if source is None:
-                metrics = level.write(step, meta, snapshot.specs, snapshot.pieces())
+                metrics = level.write(step, meta, specs, _rest(before, step, specs, snapshot))
             else:
-                metrics = level.promote(step, next(x for x in self._levels if x.name == source))
+                metrics = level.promote(step, source)
             snapshot.release()
             logger.info("saved step %d to %s: %d bytes in %.2f s", step, level.where, metrics.nbytes, metrics.seconds)
             return metrics
@@ -374,3 +392,14 @@ class Manager:
     def _release(self) -> None:
         for level in self._levels:
             level.store.release()
+
+
+def _rest(failed: Sequence[OpenLevel], step: int, specs: Sequence[Logical], snapshot: Snapshot) -> Iterator[Block]:
+    """Every chunk of a snapshot that these levels did not take whole."""
+    seen = set()
+    for level in failed:
+        for block in level.salvage(step, specs):
+            if (key := (block.logical.name, block.start)) not in seen:
+                seen.add(key)
+                yield block
+    yield from snapshot.blocks()

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ import numpy as np
 from checkpoint.cells import DIGEST_BYTES, digests, runs, touched, unpack
 from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, digest
 from checkpoint.storage import Files, LocalFiles, committed
+from checkpoint.writer import Block
 from parallelism.errors import UserError
+from parallelism.layout import Logical
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +73,19 @@ class CheckpointReader:
     """A committed checkpoint. Safe to use from several threads.
 
     others: of the same step elsewhere; a chunk that is damaged here is read there, if one has it with the same digest.
+    manifest: of chunks that are not committed; read from the files if not given.
     manifest: what it holds. bytes_read: bytes of chunks read so far, here. mended: the chunks that were damaged here,
     with what they should be.
     Opening raises CorruptError if the manifest is missing or damaged, UserError if it is newer than this program.
     """
 
-    def __init__(self, files: Files, others: Sequence[CheckpointReader] = ()):
+    def __init__(self, files: Files, others: Sequence[CheckpointReader] = (), manifest: Manifest | None = None):
         self.where = files.where
         self.bytes_read = 0
         self.mended: list[tuple[Chunk, np.ndarray]] = []
         self._files, self._others = files, others
         self._lock = threading.Lock()
-        self.manifest = Manifest.decode(files.read(MANIFEST), f"{files.where}/{MANIFEST}")
+        self.manifest = manifest or Manifest.decode(files.read(MANIFEST), f"{files.where}/{MANIFEST}")
 
     @functools.cached_property
     def _boxes(self) -> dict[tuple[str, tuple[int, ...], tuple[int, ...]], Chunk]:
@@ -100,54 +103,72 @@ class CheckpointReader:
             names = sorted(self.manifest.arrays)
             raise UserError(f"{self.where} holds no array {name!r}; it holds {len(names)}: {names[:3]}...") from None
 
-    def read_chunk(self, name: str, chunk: Chunk, cells: np.ndarray | None = None) -> np.ndarray:
-        """The box of one chunk, in an array of its own; given ``cells`` (sorted numbers), the rest is left undefined.
+    def read_chunk(
+        self, name: str, chunk: Chunk, cells: np.ndarray | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The box of one chunk; given ``cells`` (sorted numbers), the rest is left undefined.
 
+        memory: [at least ``stored_bytes``] uint8, aligned, of which the result may be a view; else it is of its own.
         Raises CorruptError naming the array and the file, if no other has the chunk either.
         """
+        raw = self._stored(name, chunk, cells, memory)[: chunk.nbytes]
+        return unpack(raw, chunk.shape, self.array(name).dtype, chunk.grid or (1,) * len(chunk.shape))
+
+    def block(self, logical: Logical, chunk: Chunk, memory: np.ndarray | None = None) -> Block:
+        """A chunk as another file is to have it. memory, and what is raised: as for ``read_chunk``."""
+        raw = self._stored(logical.name, chunk, None, memory)
+        grid = chunk.grid or (1,) * len(chunk.shape)
+        return Block(logical, chunk.start, chunk.shape, grid, raw[: chunk.nbytes], raw[chunk.nbytes :].tobytes())
+
+    def room(self, chunks: Iterable[Chunk]) -> np.ndarray:
+        """Memory for any of these chunks."""
+        return np.empty(max((chunk.stored_bytes for chunk in chunks), default=0), np.uint8)
+
+    def _stored(
+        self, name: str, chunk: Chunk, cells: np.ndarray | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
+        """A chunk as it is in its file, [stored_bytes] uint8, verified: here, or at another place of the step."""
+        raw = np.empty(chunk.stored_bytes, np.uint8) if memory is None else memory[: chunk.stored_bytes]
         try:
-            return self._chunk(name, chunk, cells)
+            return self._verified(name, chunk, cells, raw)
         except CorruptError as damage:
             for other in self._others:
                 twin = other._boxes.get((name, chunk.start, chunk.shape))
                 if twin is not None and (twin.digest, twin.grid) == (chunk.digest, chunk.grid):
                     with contextlib.suppress(CorruptError):
-                        data = other._chunk(name, twin)
+                        raw = other._verified(name, twin, None, np.empty(chunk.stored_bytes, np.uint8))
                         logger.warning("%s; read from %s", damage, other.where)
                         with self._lock:
-                            self.mended.append((chunk, data))
-                        return data
+                            self.mended.append((chunk, raw))
+                        return raw
             raise
 
-    def _chunk(self, name: str, chunk: Chunk, cells: np.ndarray | None = None) -> np.ndarray:
+    def _verified(self, name: str, chunk: Chunk, cells: np.ndarray | None, raw: np.ndarray) -> np.ndarray:
+        """``raw`` with the chunk's bytes in it, the table too; of cells these only. Raises CorruptError."""
         if chunk.grid is None:
-            raw = self._read(name, chunk, 0, chunk.nbytes)
+            self._read(name, chunk, 0, raw)
             self._check(name, chunk, 0, chunk.nbytes, digest(raw.data), chunk.digest)
-            return raw.view(self.array(name).dtype).reshape(chunk.shape)
+            return raw
         count = math.prod(chunk.grid)
-        cell, table_bytes = chunk.nbytes // count, count * DIGEST_BYTES
+        cell, table = chunk.nbytes // count, raw[chunk.nbytes :]
+        spans = [(0, count)] if cells is None else runs(cells)
         if cells is None:
-            raw = self._read(name, chunk, 0, chunk.nbytes + table_bytes)
-            raw, table = raw[: chunk.nbytes], raw[chunk.nbytes :]
-            spans = [(0, count)]
+            self._read(name, chunk, 0, raw)
         else:
-            raw = np.empty(chunk.nbytes, np.uint8)
-            table = self._read(name, chunk, chunk.nbytes, table_bytes)
-            spans = runs(cells)
+            self._read(name, chunk, chunk.nbytes, table)
             for first, last in spans:
-                raw[first * cell : last * cell] = self._read(name, chunk, first * cell, (last - first) * cell)
-        self._check(name, chunk, chunk.nbytes, chunk.nbytes + table_bytes, digest(table.data), chunk.digest)
+                self._read(name, chunk, first * cell, raw[first * cell : last * cell])
+        self._check(name, chunk, chunk.nbytes, chunk.stored_bytes, digest(table.data), chunk.digest)
         for first, last in spans:
             found = digests(raw[first * cell : last * cell], (last - first,))
             if found != (expected := table[first * DIGEST_BYTES : last * DIGEST_BYTES].tobytes()):
                 at = next(at for at in range(0, len(found), DIGEST_BYTES) if found[at:][:16] != expected[at:][:16])
                 bad = first + at // DIGEST_BYTES
                 self._check(name, chunk, bad * cell, (bad + 1) * cell, found[at:][:16].hex(), expected[at:][:16].hex())
-        return unpack(raw, chunk.shape, self.array(name).dtype, chunk.grid)
+        return raw
 
-    def _read(self, name: str, chunk: Chunk, offset: int, nbytes: int) -> np.ndarray:
-        """Bytes of a chunk from ``offset`` within it on."""
-        raw = np.empty(nbytes, np.uint8)
+    def _read(self, name: str, chunk: Chunk, offset: int, raw: np.ndarray) -> None:
+        """Fill ``raw`` with bytes of a chunk from ``offset`` within it on."""
         try:
             self._files.read_into(chunk.file, chunk.offset + offset, raw.data)
         except CorruptError as e:
@@ -155,8 +176,7 @@ class CheckpointReader:
         except OSError as e:
             raise CorruptError(f"array {name!r}: cannot read {self.where}/{chunk.file}: {e.strerror}") from e
         with self._lock:
-            self.bytes_read += nbytes
-        return raw
+            self.bytes_read += len(raw)
 
     def _check(self, name: str, chunk: Chunk, start: int, stop: int, found: str, expected: str) -> None:
         if found != expected:
@@ -193,10 +213,11 @@ class CheckpointReader:
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Read every chunk and compare digests; damage is reported, not raised."""
         total, done, errors, count = self.manifest.nbytes, 0, [], 0
+        memory = self.room(chunk for array in self.manifest.arrays.values() for chunk in array.chunks)
         for name, array in self.manifest.arrays.items():
             for chunk in array.chunks:
                 try:
-                    self.read_chunk(name, chunk)
+                    self._stored(name, chunk, None, memory)
                 except CorruptError as e:
                     errors.append(str(e))
                 count += 1

@@ -28,7 +28,7 @@ from checkpoint.reader import (
     worth_reading,
 )
 from checkpoint.storage import LocalDraft, LocalFiles, WriterLock, durable
-from checkpoint.writer import ChunkWriter, Piece, data_file, manifest_of
+from checkpoint.writer import ChunkWriter, Piece, blocks_of, data_file, manifest_of
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
 
@@ -58,10 +58,11 @@ class ChunkRead:
 
     @property
     def nbytes(self) -> int:
-        """What is read, tables of digests not counted."""
+        """What is read, with the table of digests."""
         if self.cells is None or self.chunk.grid is None:
-            return self.chunk.nbytes
-        return self.chunk.nbytes // math.prod(self.chunk.grid) * len(self.cells)
+            return self.chunk.stored_bytes
+        table = self.chunk.stored_bytes - self.chunk.nbytes
+        return self.chunk.nbytes // math.prod(self.chunk.grid) * len(self.cells) + table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +254,9 @@ def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
     """Carry out a plan: the host pieces, in the stored dtype, zero where padded."""
     shapes = [tuple(len(range(*s.indices(n))) for s, n in zip(i, plan.stored.shape, strict=True)) for i in plan.pieces]
     pieces = [np.zeros(shape, plan.stored.dtype) for shape in shapes]
+    memory = reader.room(read.chunk for read in plan.reads)
     for read in plan.reads:
-        data = reader.read_chunk(read.name, read.chunk, read.cells)
+        data = reader.read_chunk(read.name, read.chunk, read.cells, memory)
         for move in read.moves:
             pieces[move.piece][move.target] = narrow(data[move.source], plan.stored.dtype, read.name)
     return pieces
@@ -340,11 +342,9 @@ def write(
         _refuse_existing(dst)
         draft.begin()
         try:
-            name = data_file(0)
-            with durable(draft.directory / name) as file:
-                writer = ChunkWriter(file, name, chunk_bytes)
-                for piece in pieces:
-                    writer.add(piece)
+            with ChunkWriter(lambda name: durable(draft.directory / name), lambda number: data_file(0)) as writer:
+                for block in blocks_of(pieces, chunk_bytes):
+                    writer.add(block)
             with durable(draft.directory / MANIFEST) as file:
                 file.write(manifest_of(step, meta, specs, writer.chunks).encode())
             report = CheckpointReader(LocalFiles(draft.directory)).verify()
