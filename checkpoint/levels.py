@@ -14,9 +14,10 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, chunk_from_json
+from checkpoint.pace import Pace
 from checkpoint.reader import CheckpointReader
 from checkpoint.storage import Store, directory_of, steps_in
 from checkpoint.writer import Block, ChunkWriter, Key, WriteMetrics, data_file, manifest_of, writer_of
@@ -42,7 +43,7 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """A place for checkpoints: steps that ``every`` divides go there.
+    """A place for checkpoints: steps that ``every`` divides go there; "auto": as many as what a save takes allows.
 
     Of those stay: the newest ``keep`` (None: all), those that ``keep_every`` divides, and the ``best``. verify: read
     what was written, and compare digests, before it counts.
@@ -51,17 +52,17 @@ class Level:
     name: str
     path: str | os.PathLike[str]
     keep: int | None = 2
-    every: int = 1
+    every: int | Literal["auto"] = 1
     keep_every: int | None = None
     best: Best | None = None
     verify: bool = False
 
     def __post_init__(self) -> None:
-        numbers = {"keep": self.keep, "every": self.every, "keep_every": self.keep_every}
+        numbers: dict[str, Any] = {"keep": self.keep, "every": self.every, "keep_every": self.keep_every}
         if self.best is not None:
             numbers["best.keep"] = self.best.keep
         for what, number in numbers.items():
-            if number is not None and number < 1:
+            if number is not None and number != "auto" and number < 1:
                 none = " (None: all)" if what == "keep" else ""
                 raise UserError(f"checkpoint level {self.name!r}: {what}={number}, expected at least 1{none}")
 
@@ -72,12 +73,14 @@ class OpenLevel:
     def __init__(self, level: Level, store: Store, coordinator: Coordinator):
         self.level, self.store = level, store
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"checkpoint-{level.name}")
-        # One save being written and one waiting for its turn; the next caller blocks.
-        self.slots = threading.BoundedSemaphore(2)
+        self._slots, self._busy = threading.BoundedSemaphore(2), 0
+        self._pace, self._write_seconds = Pace(coordinator, f"due:{store.where}"), 0.0
+        self._asked: tuple[int, bool] | None = None
         self.bad: set[int] = set()
         self._coordinator = coordinator
         self._pins: Counter[int] = Counter()
         self._lock = threading.RLock()  # the thread of a later level comes here too, when it unpins
+        self._newest: int | None = None
         self._known_steps: dict[int, _Step] = {}
         self._attempts: dict[int, Mapping[str, Sequence[Chunk]]] = {}  # chunks of writes under way and of failed ones
 
@@ -90,12 +93,39 @@ class OpenLevel:
         return self.store.where
 
     def due(self, step: int) -> bool:
-        return step % self.level.every == 0
+        """Whether the level takes this step: asked for each, in order, and in all processes."""
+        if isinstance(self.level.every, int):
+            return step % self.level.every == 0
+        if self._asked is None or self._asked[0] != step:
+            self._asked = step, self._pace.due(step, None if self._busy else self._write_seconds)
+        return self._asked[1]
+
+    def wait_for_turn(self) -> None:
+        """Block until there is room for a save: one is being written and one waits, at most."""
+        self._slots.acquire()
+        self._busy += 1
+
+    def end_turn(self) -> None:
+        self._busy -= 1
+        self._slots.release()
 
     def acquire(self, mark: str) -> None:
         """Become the writer, and remove what a killed one left. Raises UserError naming the present holder."""
         self.store.acquire(mark)
+        self._newest = None
         self._sweep()
+
+    @property
+    def newest(self) -> int:
+        """The newest of ``steps``, -1 if there is none: without asking the store each time."""
+        if self._newest is None:
+            self._newest = max(self.steps(), default=-1)
+        return self._newest
+
+    def distrust(self, step: int) -> None:
+        """A restore found it damaged."""
+        self.bad.add(step)
+        self._newest = None
 
     def steps(self) -> list[int]:
         """Committed steps, ascending, without those found damaged."""
@@ -165,6 +195,7 @@ class OpenLevel:
             written = together(self._coordinator, channel, write)
             together(self._coordinator, channel, commit)
             self.bad.discard(step)
+            self._newest = max(step, self.newest)
             del self._attempts[step]
         finally:
             with self._lock:
@@ -172,7 +203,8 @@ class OpenLevel:
                 if base is not None:
                     self._pins[base] -= 1
             self._retain()
-        return dataclasses.replace(metrics[0], seconds=time.perf_counter() - began)
+        self._write_seconds = time.perf_counter() - began
+        return dataclasses.replace(metrics[0], seconds=self._write_seconds)
 
     def _read_back(self, step: int, specs: Iterable[Logical], writer: ChunkWriter) -> None:
         """Raises CorruptError if a chunk just written does not read as it should."""

@@ -171,7 +171,7 @@ class Manager:
 
     def due(self, step: int) -> bool:
         """Whether some level takes this step."""
-        return any(level.due(step) for level in self._levels)
+        return any([level.due(step) for level in self._levels])
 
     def save(
         self,
@@ -181,44 +181,46 @@ class Manager:
         meta: Mapping[str, Any],
         *,
         everywhere: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> SaveHandle:
         """Start saving and return before copies or writes are done.
 
         Before ``arrays`` are donated, call ``copied`` of the handle. ``meta`` is JSON and is copied now.
         everywhere: write to all levels, whatever their interval (the last save of a run).
+        check: called by the threads that write, before they do; what it raises fails the save (the arrays are not
+        finite). It may wait for devices, which ``save`` never does.
         Raises ValueError if no level is due, the arguments do not fit together, or after ``close``, UserError if a
         level already holds a later good step: another run's, or the future of a run that went back.
         """
         if self._closed:
             raise ValueError(f"cannot save step {step}: this manager is closed; make another")
         began = time.perf_counter()
-        due = [level for level in self._levels if everywhere or level.due(step)]
+        due = [level for level in self._levels if level.due(step) or everywhere]
         if not due:
             raise ValueError(f"no checkpoint level is due at step {step}")
         meta = json.loads(json.dumps(meta, allow_nan=False))  # the caller's may change while this is written
         for level in due:
-            later = [s for s in level.steps() if s > step]
-            if later:
+            if level.newest > step:
                 raise UserError(
-                    f"cannot save step {step}: {level.where} already holds step {later[-1]}; "
+                    f"cannot save step {step}: {level.where} already holds step {level.newest}; "
                     "resume from that, or continue in another directory"
                 )
         self._finish(lambda handle: handle.step == step)
         for level in due:
-            level.slots.acquire()
+            level.wait_for_turn()
         waited = time.perf_counter() - began
         try:
             snapshot = Snapshot(arrays, layout, self._shares(arrays, layout), self._staging)
         except BaseException:
             for level in due:
-                level.slots.release()
+                level.end_turn()
             raise
         handle = SaveHandle(step, snapshot)
         # Submitted here, in order, so that every process writes every level in the same order.
         for level in due:
             level.pin(step)
             earlier = dict(handle._futures)
-            work = level, step, snapshot, stored_specs(layout), meta, earlier, due
+            work = level, step, snapshot, stored_specs(layout), meta, earlier, due, check
             handle._futures[level.name] = level.executor.submit(self._write, *work)
         self._handles = [h for h in self._handles if not h.done] + [handle]
         handle._waiting_seconds = waited
@@ -243,8 +245,11 @@ class Manager:
         meta: Mapping[str, Any],
         earlier: Mapping[str, Future[WriteMetrics]],
         due: Sequence[OpenLevel],
+        check: Callable[[], None] | None,
     ) -> WriteMetrics:
         try:
+            if check is not None:
+                check()
             # A level before this one that has the step; else what those wrote before they failed, and then the rest.
             before = [x for x in due if x.name in earlier]
             source = next((x for x in before if earlier[x.name].exception() is None), None)
@@ -270,7 +275,7 @@ class Manager:
                 snapshot.release()
                 for each in due:
                     each.unpin(step)
-            level.slots.release()
+            level.end_turn()
 
     def wait(self) -> None:
         """Block until every save has committed or failed (see ``failures``)."""
@@ -341,7 +346,7 @@ class Manager:
                 return Restored(arrays, reader.manifest.meta, at, level.name, reader.read_by_place, metrics, seconds)
             for level in self._levels:
                 if level.name in names:
-                    level.bad.add(at)
+                    level.distrust(at)
             logger.warning(
                 "step %d is damaged at every level, trying the one before: %s", at, next(filter(None, reports))
             )

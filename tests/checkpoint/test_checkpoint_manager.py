@@ -460,6 +460,19 @@ def test_a_file_system_that_is_really_full(tmp_path, h, state):
         subprocess.run(["umount", str(mount)], check=False)
 
 
+def test_what_a_check_refuses_is_at_no_level_and_frees_the_arrays(paths, state):
+    def refuses():
+        raise UserError("not finite")
+
+    with Manager(levels(paths), staging_bytes=64) as manager:
+        handle = save(manager, 1, state, check=refuses)
+        handle.copied()
+        with pytest.raises(UserError, match="not finite"):
+            handle.wait()
+        assert manager.steps() == []
+        save(manager, 1, state).wait()
+
+
 def test_a_second_run_in_the_same_directory_is_refused(paths, state):
     with Manager(levels(paths)) as manager:
         with pytest.raises(UserError, match="being written by process"):
