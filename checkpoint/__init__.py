@@ -4,7 +4,7 @@ from checkpoint.levels import Best, Level
 from checkpoint.manager import Failure, Manager, Restored, SaveHandle, SaveMetrics
 from checkpoint.manifest import CorruptError, Manifest
 from checkpoint.reader import CheckpointReader, VerifyReport, find_checkpoint, open_checkpoint
-from checkpoint.reshard import copy, load, write
+from checkpoint.reshard import Origin, copy, load, write
 
 __all__ = [
     "Best",
@@ -14,6 +14,7 @@ __all__ = [
     "Level",
     "Manager",
     "Manifest",
+    "Origin",
     "Restored",
     "SaveHandle",
     "SaveMetrics",

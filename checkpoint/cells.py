@@ -16,9 +16,17 @@ import xxhash
 CELL_BYTES = 4 << 10
 PARTS = 16
 DIGEST_BYTES = 16
+ALIGNMENT = 64  # of memory that JAX takes on CPU as it is, without a copy
 
 Grid = tuple[int, ...]
 """Parts along each axis of a chunk."""
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Memory that begins at a multiple of ``ALIGNMENT``, [nbytes] uint8, zero."""
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + nbytes]
 
 
 def grid_of(shape: Sequence[int], whole: Sequence[int], itemsize: int) -> Grid:

@@ -18,7 +18,7 @@ import jax
 from checkpoint.levels import Level, OpenLevel
 from checkpoint.manifest import CHUNK_BYTES, CorruptError
 from checkpoint.reader import CheckpointReader, VerifyReport
-from checkpoint.reshard import LoadMetrics, load
+from checkpoint.reshard import LoadMetrics, Origins, load
 from checkpoint.shares import holders_of, shares_of, stored_specs
 from checkpoint.snapshot import Shares, Snapshot, Staging, check_arrays
 from checkpoint.storage import LocalStore, directory_of, steps_in
@@ -305,12 +305,13 @@ class Manager:
         shardings: Mapping[str, jax.sharding.Sharding],
         partial: bool = False,
         cast: bool = False,
+        origins: Origins | None = None,
     ) -> Restored:
         """Restore a step (None: the newest that verifies) into any layout and shardings, after pending saves.
 
         A chunk that is damaged is read from the next level that has it, and mended, with a warning. A step with a chunk
-        that no level has is passed over, if no step was named, for the one before. ``partial`` and ``cast`` as in
-        ``reshard.load``.
+        that no level has is passed over, if no step was named, for the one before. ``partial``, ``cast`` and
+        ``origins`` as in ``reshard.load``.
         Raises UserError if nothing can be restored or checkpoint and layout do not match.
         """
         self.wait()
@@ -335,7 +336,7 @@ class Manager:
             ladder = list(readers.items())[::-1]
             try:
                 if ladder:
-                    arrays, metrics = load(ladder[0][1], layout, shardings, partial=partial, cast=cast)
+                    arrays, metrics = load(ladder[0][1], layout, shardings, partial=partial, cast=cast, origins=origins)
             except CorruptError as e:
                 damage = e
             reports = self._coordinator.gather("restore", None if arrays is not None else str(damage))

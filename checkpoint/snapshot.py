@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from checkpoint.cells import grid_of, pack_into
+from checkpoint.cells import ALIGNMENT, aligned, grid_of, pack_into
 from checkpoint.shares import Bounds, Share, bounds_of
 from checkpoint.writer import Block
 from parallelism.layout import Layout
 
-ALIGNMENT = 64
 AHEAD = 2  # shards on their way from a device to the host
 
 Shares = Mapping[str, list[tuple[Bounds, list[Share]]]]
@@ -44,7 +43,7 @@ class Staging:
             while not given_up.is_set():
                 if (start := self._start(size)) is not None:
                     if self._memory is None or len(self._memory) < start + size:
-                        self._memory = _aligned(max(self.budget, size))
+                        self._memory = aligned(max(self.budget, size))
                     room = _Room(self, start, start + size, self._memory[start : start + nbytes])
                     self._taken.append(room)
                     self.peak = max(self.peak, start + size)
@@ -84,12 +83,6 @@ class _Room:
     stop: int
     data: np.ndarray
     free: bool = False
-
-
-def _aligned(nbytes: int) -> np.ndarray:
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-    first = -raw.ctypes.data % ALIGNMENT
-    return raw[first : first + nbytes]
 
 
 class Snapshot:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint.cells import ALIGNMENT
 from checkpoint.shares import holders_of, shares_of
-from checkpoint.snapshot import ALIGNMENT, Snapshot, Staging
+from checkpoint.snapshot import Snapshot, Staging
 from parallelism.layout import Layout, Logical, Stored
 
 GO_ON = threading.Event()
