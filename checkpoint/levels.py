@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, chunk_from_json
+from checkpoint.compression import compressed
+from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, chunk_from_json, digest
 from checkpoint.pace import Pace
 from checkpoint.reader import CheckpointReader
 from checkpoint.storage import Store, directory_of, steps_in
@@ -46,7 +47,8 @@ class Level:
     """A place for checkpoints: steps that ``every`` divides go there; "auto": as many as what a save takes allows.
 
     Of those stay: the newest ``keep`` (None: all), those that ``keep_every`` divides, and the ``best``. verify: read
-    what was written, and compare digests, before it counts.
+    what was written, and compare digests, before it counts. zstd: level of compression, of chunks that it makes
+    smaller; they are only read whole then, whatever a shard needs of them.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Level:
     keep_every: int | None = None
     best: Best | None = None
     verify: bool = False
+    zstd: int | None = None
 
     def __post_init__(self) -> None:
         numbers: dict[str, Any] = {"keep": self.keep, "every": self.every, "keep_every": self.keep_every}
@@ -171,6 +174,7 @@ class OpenLevel:
                 self.store.file_bytes,
                 known,
                 files,
+                self.level.zstd,
             )
             self._attempts[step] = writer.chunks
             with writer:
@@ -261,9 +265,16 @@ class OpenLevel:
 
     def mend(self, step: int, reader: CheckpointReader) -> int:
         """Write what a reader of a step found damaged as it should be; return how many chunks."""
+        count = 0
         for chunk, raw in reader.mended:
-            self.store.patch(directory_of(step), chunk.file, chunk.offset, raw.tobytes())
-        return len(reader.mended)
+            data: bytes | None = raw.tobytes()
+            if chunk.zstd is not None:
+                data = compressed(raw[: chunk.nbytes], raw[chunk.nbytes :].tobytes(), self.level.zstd or 0)
+            # Another zstd may make another frame: then the next save writes the chunk again.
+            if data is not None and (chunk.zstd is None or digest(data) == chunk.zstd[1]):
+                self.store.patch(directory_of(step), chunk.file, chunk.offset, data)
+                count += 1
+        return count
 
     # -- what stays
 

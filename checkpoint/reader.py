@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint.cells import DIGEST_BYTES, digests, runs, touched, unpack
+from checkpoint.compression import decompress
 from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, digest
 from checkpoint.storage import Files, LocalFiles, committed
 from checkpoint.writer import Block
@@ -46,8 +47,8 @@ def slices(start: tuple[int, ...], shape: tuple[int, ...], origin: tuple[int, ..
 
 
 def worth_reading(chunk: Chunk, boxes: Sequence[tuple[slice, ...]]) -> np.ndarray | None:
-    """The cells of a chunk that these boxes of it meet; None where reading it whole is as good."""
-    if chunk.grid is None:
+    """The cells of a chunk that these boxes of it meet; None where reading it whole is as good, or the only way."""
+    if chunk.grid is None or chunk.zstd is not None:
         return None
     met = [touched([s.start for s in b], [s.stop - s.start for s in b], chunk.shape, chunk.grid) for b in boxes]
     cells = np.unique(np.concatenate(met))
@@ -108,7 +109,7 @@ class CheckpointReader:
     ) -> np.ndarray:
         """The box of one chunk; given ``cells`` (sorted numbers), the rest is left undefined.
 
-        memory: [at least ``stored_bytes``] uint8, aligned, of which the result may be a view; else it is of its own.
+        memory: [at least ``whole_bytes``] uint8, aligned, of which the result may be a view; else it is of its own.
         Raises CorruptError naming the array and the file, if no other has the chunk either.
         """
         raw = self._stored(name, chunk, cells, memory)[: chunk.nbytes]
@@ -122,13 +123,13 @@ class CheckpointReader:
 
     def room(self, chunks: Iterable[Chunk]) -> np.ndarray:
         """Memory for any of these chunks."""
-        return np.empty(max((chunk.stored_bytes for chunk in chunks), default=0), np.uint8)
+        return np.empty(max((chunk.whole_bytes for chunk in chunks), default=0), np.uint8)
 
     def _stored(
         self, name: str, chunk: Chunk, cells: np.ndarray | None = None, memory: np.ndarray | None = None
     ) -> np.ndarray:
-        """A chunk as it is in its file, [stored_bytes] uint8, verified: here, or at another place of the step."""
-        raw = np.empty(chunk.stored_bytes, np.uint8) if memory is None else memory[: chunk.stored_bytes]
+        """A chunk and its table, [whole_bytes] uint8, verified: here, or at another place of the step."""
+        raw = np.empty(chunk.whole_bytes, np.uint8) if memory is None else memory[: chunk.whole_bytes]
         try:
             return self._verified(name, chunk, cells, raw)
         except CorruptError as damage:
@@ -136,7 +137,7 @@ class CheckpointReader:
                 twin = other._boxes.get((name, chunk.start, chunk.shape))
                 if twin is not None and (twin.digest, twin.grid) == (chunk.digest, chunk.grid):
                     with contextlib.suppress(CorruptError):
-                        raw = other._verified(name, twin, None, np.empty(chunk.stored_bytes, np.uint8))
+                        raw = other._verified(name, twin, None, np.empty(chunk.whole_bytes, np.uint8))
                         logger.warning("%s; read from %s", damage, other.where)
                         with self._lock:
                             self.mended.append((chunk, raw))
@@ -145,20 +146,27 @@ class CheckpointReader:
 
     def _verified(self, name: str, chunk: Chunk, cells: np.ndarray | None, raw: np.ndarray) -> np.ndarray:
         """``raw`` with the chunk's bytes in it, the table too; of cells these only. Raises CorruptError."""
-        if chunk.grid is None:
+        if chunk.zstd is not None:
+            frame, cells = np.empty(chunk.stored_bytes, np.uint8), None
+            self._read(name, chunk, 0, frame)
+            self._check(name, chunk, 0, chunk.stored_bytes, digest(frame.data), chunk.zstd[1])
+            if wrong := decompress(frame, raw):
+                raise CorruptError(f"array {name!r}: a chunk of {self.where} is no zstd frame of its size: {wrong}")
+        elif chunk.grid is None:
             self._read(name, chunk, 0, raw)
+        if chunk.grid is None:
             self._check(name, chunk, 0, chunk.nbytes, digest(raw.data), chunk.digest)
             return raw
         count = math.prod(chunk.grid)
         cell, table = chunk.nbytes // count, raw[chunk.nbytes :]
         spans = [(0, count)] if cells is None else runs(cells)
-        if cells is None:
+        if cells is None and chunk.zstd is None:
             self._read(name, chunk, 0, raw)
-        else:
+        elif cells is not None:
             self._read(name, chunk, chunk.nbytes, table)
             for first, last in spans:
                 self._read(name, chunk, first * cell, raw[first * cell : last * cell])
-        self._check(name, chunk, chunk.nbytes, chunk.stored_bytes, digest(table.data), chunk.digest)
+        self._check(name, chunk, chunk.nbytes, chunk.whole_bytes, digest(table.data), chunk.digest)
         for first, last in spans:
             found = digests(raw[first * cell : last * cell], (last - first,))
             if found != (expected := table[first * DIGEST_BYTES : last * DIGEST_BYTES].tobytes()):

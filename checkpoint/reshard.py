@@ -64,7 +64,7 @@ class ChunkRead:
         """What is read, with the table of digests."""
         if self.cells is None or self.chunk.grid is None:
             return self.chunk.stored_bytes
-        table = self.chunk.stored_bytes - self.chunk.nbytes
+        table = self.chunk.whole_bytes - self.chunk.nbytes
         return self.chunk.nbytes // math.prod(self.chunk.grid) * len(self.cells) + table
 
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from checkpoint.cells import Grid, digests, grid_of, pack
+from checkpoint.compression import compressed, decompress
 from checkpoint.manifest import CHUNK_BYTES, Array, Chunk, CorruptError, Manifest, check_coverage, digest, split
 from checkpoint.storage import Files
 from parallelism.layout import Logical
@@ -79,7 +80,7 @@ class ChunkWriter:
 
     create: opens a new file by name. name: of a file, by its number. file_bytes: a file gets no more chunks once it has
     that many bytes. known: chunks that are there already, in ``files``; one of the same box and bytes is taken in place
-    of a new one.
+    of a new one. zstd: level at which chunks are compressed.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class ChunkWriter:
         file_bytes: int | None = None,
         known: Mapping[Key, Chunk] | None = None,
         files: Files | None = None,
+        zstd: int | None = None,
     ):
+        self._zstd = zstd
         self._create, self._name_of, self._limit = create, name, file_bytes
         self._known, self._files = known or {}, files
         self._there = np.empty(0, np.uint8)
@@ -120,10 +123,13 @@ class ChunkWriter:
             self.chunks[name].append(old)
             return
         file, offset = self._file(), self._offset
-        for data in (block.raw.data, table):
+        frame = compressed(block.raw, table, self._zstd) if self._zstd is not None else None
+        for data in (block.raw.data, table) if frame is None else (frame,):
             done = file.write(data)
             self.nbytes, self._offset = self.nbytes + done, self._offset + done
-        self.chunks[name].append(Chunk(block.start, block.shape, self._name, offset, block.raw.nbytes, digest_, grid))
+        zstd = None if frame is None else (len(frame), digest(frame))
+        place = self._name, offset, block.raw.nbytes, digest_
+        self.chunks[name].append(Chunk(block.start, block.shape, *place, grid, zstd))
 
     def _file(self) -> BinaryIO:
         if self._open is not None and self._limit is not None and self._offset >= self._limit:
@@ -137,12 +143,14 @@ class ChunkWriter:
     def _is_there(self, old: Chunk, raw: np.ndarray, table: bytes) -> bool:
         """Whether the file has these bytes indeed: damage is not to spread to this step, but to be mended by it."""
         assert self._files is not None
-        if len(self._there) < old.stored_bytes:
-            self._there = np.empty(old.stored_bytes, np.uint8)
-        there = self._there[: old.stored_bytes]
+        if len(self._there) < old.whole_bytes + old.stored_bytes:
+            self._there = np.empty(old.whole_bytes + old.stored_bytes, np.uint8)
+        there, stored = self._there[: old.whole_bytes], self._there[old.whole_bytes :][: old.stored_bytes]
         try:
-            self._files.read_into(old.file, old.offset, there.data)
+            self._files.read_into(old.file, old.offset, (there if old.zstd is None else stored).data)
         except (CorruptError, OSError):
+            return False
+        if old.zstd is not None and (digest(stored.data) != old.zstd[1] or decompress(stored, there)):
             return False
         return np.array_equal(there[: raw.nbytes], raw) and there[raw.nbytes :].tobytes() == table
 
