@@ -20,7 +20,7 @@ from checkpoint.manifest import CHUNK_BYTES, CorruptError
 from checkpoint.reader import CheckpointReader, VerifyReport
 from checkpoint.reshard import LoadMetrics, Origins, load
 from checkpoint.shares import holders_of, shares_of, stored_specs
-from checkpoint.snapshot import Shares, Snapshot, Staging, check_arrays
+from checkpoint.snapshot import Shares, Snapshot, Staging, by_shard, check_arrays
 from checkpoint.storage import LocalStore, directory_of, steps_in
 from checkpoint.writer import Block, WriteMetrics
 from parallelism.coordinator import Coordinator, default_coordinator, together
@@ -134,7 +134,7 @@ class Manager:
         self._coordinator = coordinator or default_coordinator()
         self._levels = [OpenLevel(level, LocalStore(level.path), self._coordinator) for level in levels]
         self._chunk_bytes, self._staging = chunk_bytes, Staging(staging_bytes)
-        self._plan: tuple[Any, Shares] | None = None
+        self._planned: tuple[Any, tuple[Shares, Sequence[Logical]]] | None = None
         self._handles: list[SaveHandle] = []
         self._closed = False
         try:
@@ -210,7 +210,8 @@ class Manager:
             level.wait_for_turn()
         waited = time.perf_counter() - began
         try:
-            snapshot = Snapshot(arrays, layout, self._shares(arrays, layout), self._staging)
+            shares, specs = self._plan(arrays, layout)
+            snapshot = Snapshot(arrays, shares, self._staging)
         except BaseException:
             for level in due:
                 level.end_turn()
@@ -220,21 +221,21 @@ class Manager:
         for level in due:
             level.pin(step)
             earlier = dict(handle._futures)
-            work = level, step, snapshot, stored_specs(layout), meta, earlier, due, check
+            work = level, step, snapshot, specs, meta, earlier, due, check
             handle._futures[level.name] = level.executor.submit(self._write, *work)
         self._handles = [h for h in self._handles if not h.done] + [handle]
         handle._waiting_seconds = waited
         handle._entry_seconds = time.perf_counter() - began
         return handle
 
-    def _shares(self, arrays: Mapping[str, jax.Array], layout: Layout) -> Shares:
-        """What this process writes: the same from save to save."""
+    def _plan(self, arrays: Mapping[str, jax.Array], layout: Layout) -> tuple[Shares, Sequence[Logical]]:
+        """What this process writes, and all that the checkpoint holds: the same from save to save."""
         check_arrays(arrays, layout)
         shardings = {key: array.sharding for key, array in arrays.items()}
-        if self._plan is None or self._plan[0] != (layout, shardings):
+        if self._planned is None or self._planned[0] != (layout, shardings):
             shares = shares_of(layout, holders_of(layout, shardings), self._coordinator.index, self._chunk_bytes)
-            self._plan = (layout, shardings), shares
-        return self._plan[1]
+            self._planned = (layout, shardings), (by_shard(arrays, shares), stored_specs(layout))
+        return self._planned[1]
 
     def _write(
         self,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
+from checkpoint.cells import Grid, grid_of
 from checkpoint.manifest import split
 from checkpoint.reader import slices
 from parallelism.layout import Layout, Logical
@@ -24,13 +25,14 @@ Bounds = tuple[tuple[int, int], ...]
 class Share:
     """A chunk that a process writes: of logical array ``logical``, whose box of this shape begins at ``start``.
 
-    within: the index that selects it from the shard which holds it.
+    within: the index that selects it from the shard which holds it. grid: of its cells.
     """
 
     logical: Logical
     start: tuple[int, ...]
     shape: tuple[int, ...]
     within: tuple[slice | int, ...]
+    grid: Grid
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +110,10 @@ def _chunks(layout: Layout, key: str, box: Bounds, chunk_bytes: int) -> list[Sha
         for start, shape in split(region.size, stored.dtype.itemsize, chunk_bytes):
             inner = slices(start, shape, (0,) * len(start))
             within = (*region.within[:1], *inner) if stored.stacked else inner
-            found.append(Share(logical, tuple(a + b for a, b in zip(region.start, start, strict=True)), shape, within))
+            grid = grid_of(shape, logical.shape, logical.dtype.itemsize)
+            found.append(
+                Share(logical, tuple(a + b for a, b in zip(region.start, start, strict=True)), shape, within, grid)
+            )
     return found
 
 

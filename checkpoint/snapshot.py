@@ -13,14 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from checkpoint.cells import ALIGNMENT, aligned, grid_of, pack_into
+from checkpoint.cells import ALIGNMENT, aligned, pack_into
 from checkpoint.shares import Bounds, Share, bounds_of
 from checkpoint.writer import Block
 from parallelism.layout import Layout
 
 AHEAD = 2  # shards on their way from a device to the host
 
-Shares = Mapping[str, list[tuple[Bounds, list[Share]]]]
+Shares = Mapping[str, list[tuple[int, list[Share]]]]
+"""What a process writes: by key, which of its shards (``addressable_data``) and the chunks of that."""
 
 
 class Staging:
@@ -96,14 +97,12 @@ class Snapshot:
     a copy without a word: none is kept.
 
     shares: what this process writes (``checkpoint.shares``).
-    Raises ValueError unless ``arrays`` are jax arrays with the keys, shapes and dtypes of ``layout``.
     """
 
-    def __init__(self, arrays: Mapping[str, jax.Array], layout: Layout, shares: Shares, staging: Staging):
-        check_arrays(arrays, layout)
+    def __init__(self, arrays: Mapping[str, jax.Array], shares: Shares, staging: Staging):
         self._keys = frozenset(arrays)
         self._staging = staging
-        self._queue = deque((key, _shard(arrays[key], box), own) for key in arrays for box, own in shares[key])
+        self._queue = deque((key, arrays[key].addressable_data(at), own) for key in arrays for at, own in shares[key])
         self._changed = threading.Condition()
         self._copied = set(self._keys - {key for key, _, _ in self._queue})
         self._ready: deque[tuple[Block, _Room]] = deque()
@@ -193,15 +192,25 @@ class Snapshot:
         room = self._staging.take(share.nbytes, self._given_up)
         if room is None:
             return
-        grid = grid_of(share.shape, share.logical.shape, data.itemsize)
-        pack_into(room.data, np.asarray(data), grid)
-        block = Block(share.logical, share.start, share.shape, grid, room.data)
+        pack_into(room.data, np.asarray(data), share.grid)
+        block = Block(share.logical, share.start, share.shape, share.grid, room.data)
         with self._changed:
             if not self._given_up.is_set():
                 self._ready.append((block, room))
                 self._changed.notify_all()
                 return
         self._staging.free(room)
+
+
+def by_shard(arrays: Mapping[str, jax.Array], shares: Mapping[str, list[tuple[Bounds, list[Share]]]]) -> Shares:
+    """Shares with the place of a shard in place of its box."""
+    found = {}
+    for key, own in shares.items():
+        places: dict[Bounds, int] = {}
+        for at, shard in enumerate(arrays[key].addressable_shards if own else ()):
+            places.setdefault(bounds_of(shard.index, arrays[key].shape), at)
+        found[key] = [(places[box], chunks) for box, chunks in own]
+    return found
 
 
 def check_arrays(arrays: Mapping[str, jax.Array], layout: Layout) -> None:
@@ -216,11 +225,6 @@ def check_arrays(arrays: Mapping[str, jax.Array], layout: Layout) -> None:
                 f"{key}: array is {array.dtype}{list(array.shape)}, "
                 f"its layout says {layout[key].dtype}{list(layout[key].shape)}"
             )
-
-
-def _shard(array: jax.Array, box: Bounds) -> jax.Array:
-    """What one device of this process holds of that box."""
-    return next(s.data for s in array.addressable_shards if bounds_of(s.index, array.shape) == box)
 
 
 def _on_the_way(data: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from checkpoint import Best, Level, Manager, find_checkpoint, open_checkpoint
 from checkpoint.shares import holders_of, shares_of
-from checkpoint.snapshot import Snapshot, Staging
+from checkpoint.snapshot import Snapshot, Staging, by_shard
 from checkpoint.storage import LocalStore
 from checkpoint.writer import ChunkWriter
 from parallelism.errors import UserError
@@ -257,7 +257,7 @@ def test_copied_waits_only_for_the_keys_asked_for(state, monkeypatch):
 def take(state, budget=1 << 20):
     shardings = {key: array.sharding for key, array in state.arrays.items()}
     shares = shares_of(state.layout, holders_of(state.layout, shardings), 0, 1 << 20)
-    return Snapshot(state.arrays, state.layout, shares, Staging(budget))
+    return Snapshot(state.arrays, by_shard(state.arrays, shares), Staging(budget))
 
 
 def test_the_stall_of_waiting_for_a_copy_is_reported(paths, state, monkeypatch):

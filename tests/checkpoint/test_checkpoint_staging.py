@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from checkpoint.cells import ALIGNMENT
 from checkpoint.shares import holders_of, shares_of
-from checkpoint.snapshot import Snapshot, Staging
+from checkpoint.snapshot import Snapshot, Staging, by_shard
 from parallelism.layout import Layout, Logical, Stored
 
 GO_ON = threading.Event()
@@ -73,7 +73,8 @@ def snapshot_of(budget, count=8):
     arrays = {name: jax.device_put(value, jax.devices()[0]) for name, value in values.items()}
     shardings = {name: array.sharding for name, array in arrays.items()}
     ring = Staging(budget)
-    return Snapshot(arrays, layout, shares_of(layout, holders_of(layout, shardings), 0, 512), ring), ring, values
+    shares = by_shard(arrays, shares_of(layout, holders_of(layout, shardings), 0, 512))
+    return Snapshot(arrays, shares, ring), ring, values
 
 
 def test_a_snapshot_goes_through_a_ring_far_smaller_than_itself():
