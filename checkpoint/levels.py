@@ -35,12 +35,16 @@ of chunks in use takes at most twice that."""
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """A place for checkpoints: the newest ``keep`` stay (None: all), steps that ``every`` divides go there."""
+    """A place for checkpoints: the newest ``keep`` stay (None: all), steps that ``every`` divides go there.
+
+    survives_host: whether what lies there is left when the host is gone. It is for who chooses what a save goes to.
+    """
 
     name: str
     path: str | os.PathLike[str]
     keep: int | None = 2
     every: int = 1
+    survives_host: bool = True
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.keep < 1:

@@ -9,7 +9,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -175,11 +175,13 @@ class Manager:
         meta: Mapping[str, Any],
         *,
         everywhere: bool = False,
+        levels: Collection[str] | None = None,
     ) -> SaveHandle:
         """Start saving and return before copies or writes are done.
 
         Before ``arrays`` are donated, call ``copied`` of the handle. ``meta`` is JSON and is copied now.
-        everywhere: write to all levels, whatever their interval (the last save of a run).
+        everywhere: write to all levels, whatever their interval (the last save of a run); levels: to those of these
+        names instead.
         Raises ValueError if no level is due, the arguments do not fit together, or after ``close``, UserError if a
         level already holds a later good step: another run's, or the future of a run that went back.
         """
@@ -187,6 +189,10 @@ class Manager:
             raise ValueError(f"cannot save step {step}: this manager is closed; make another")
         began = time.perf_counter()
         due = [level for level in self._levels if everywhere or level.due(step)]
+        if levels is not None:
+            if unknown := set(levels) - {level.name for level in self._levels}:
+                raise ValueError(f"no checkpoint levels {sorted(unknown)}: there are {[x.name for x in self._levels]}")
+            due = [level for level in self._levels if level.name in levels]
         if not due:
             raise ValueError(f"no checkpoint level is due at step {step}")
         meta = json.loads(json.dumps(meta, allow_nan=False))  # the caller's may change while this is written
