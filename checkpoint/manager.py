@@ -9,7 +9,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -181,14 +181,15 @@ class Manager:
         meta: Mapping[str, Any],
         *,
         everywhere: bool = False,
+        levels: Collection[str] | None = None,
         check: Callable[[], None] | None = None,
     ) -> SaveHandle:
         """Start saving and return before copies or writes are done.
 
         Before ``arrays`` are donated, call ``copied`` of the handle. ``meta`` is JSON and is copied now.
-        everywhere: write to all levels, whatever their interval (the last save of a run).
-        check: called by the threads that write, before they do; what it raises fails the save (the arrays are not
-        finite). It may wait for devices, which ``save`` never does.
+        everywhere: write to all levels, whatever their interval (the last save of a run); levels: to those of these
+        names instead. check: called by the threads that write, before they do; what it raises fails the save (the
+        arrays are not finite). It may wait for devices, which ``save`` never does.
         Raises ValueError if no level is due, the arguments do not fit together, or after ``close``, UserError if a
         level already holds a later good step: another run's, or the future of a run that went back.
         """
@@ -196,6 +197,10 @@ class Manager:
             raise ValueError(f"cannot save step {step}: this manager is closed; make another")
         began = time.perf_counter()
         due = [level for level in self._levels if level.due(step) or everywhere]
+        if levels is not None:
+            if unknown := set(levels) - {level.name for level in self._levels}:
+                raise ValueError(f"no checkpoint levels {sorted(unknown)}: there are {[x.name for x in self._levels]}")
+            due = [level for level in self._levels if level.name in levels]
         if not due:
             raise ValueError(f"no checkpoint level is due at step {step}")
         meta = json.loads(json.dumps(meta, allow_nan=False))  # the caller's may change while this is written
