@@ -214,6 +214,7 @@ class OpenLevel:
                 if base is not None:
                     self._pins[base] -= 1
             self._retain()
+        self._coordinator.gather(channel, None)  # a process that ends serves its host's files no more
         self._write_seconds = time.perf_counter() - began
         return dataclasses.replace(metrics[0], seconds=self._write_seconds)
 

@@ -74,9 +74,8 @@ class CheckpointReader:
     """A committed checkpoint. Safe to use from several threads.
 
     others: of the same step elsewhere; a chunk that is damaged here is read there, if one has it with the same digest.
-    manifest: of chunks that are not committed; read from the files if not given.
-    manifest: what it holds. bytes_read: bytes of chunks read so far, here. mended: the chunks that were damaged here,
-    with what they should be.
+    manifest: of chunks that are not committed; read from the files if not given. bytes_read: bytes of chunks read so
+    far, here. mended: the chunks that were damaged here, with what they should be.
     Opening raises CorruptError if the manifest is missing or damaged, UserError if it is newer than this program.
     """
 
