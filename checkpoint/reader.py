@@ -72,17 +72,17 @@ class CheckpointReader:
 
     others: of the same step elsewhere; a chunk that is damaged here is read there, if one has it with the same digest.
     manifest: what it holds. bytes_read: bytes of chunks read so far, here. mended: the chunks that were damaged here,
-    with what they should be.
+    with what they should be. Given ``manifest``, what is to be there, none is read.
     Opening raises CorruptError if the manifest is missing or damaged, UserError if it is newer than this program.
     """
 
-    def __init__(self, files: Files, others: Sequence[CheckpointReader] = ()):
+    def __init__(self, files: Files, others: Sequence[CheckpointReader] = (), manifest: Manifest | None = None) -> None:
         self.where = files.where
         self.bytes_read = 0
         self.mended: list[tuple[Chunk, np.ndarray]] = []
         self._files, self._others = files, others
         self._lock = threading.Lock()
-        self.manifest = Manifest.decode(files.read(MANIFEST), f"{files.where}/{MANIFEST}")
+        self.manifest = manifest or Manifest.decode(files.read(MANIFEST), f"{files.where}/{MANIFEST}")
 
     @functools.cached_property
     def _boxes(self) -> dict[tuple[str, tuple[int, ...], tuple[int, ...]], Chunk]:
@@ -109,8 +109,8 @@ class CheckpointReader:
             return self._chunk(name, chunk, cells)
         except CorruptError as damage:
             for other in self._others:
-                twin = other._boxes.get((name, chunk.start, chunk.shape))
-                if twin is not None and (twin.digest, twin.grid) == (chunk.digest, chunk.grid):
+                twin = other.twin(name, chunk)
+                if twin is not None:
                     with contextlib.suppress(CorruptError):
                         data = other._chunk(name, twin)
                         logger.warning("%s; read from %s", damage, other.where)
@@ -119,31 +119,48 @@ class CheckpointReader:
                         return data
             raise
 
-    def _chunk(self, name: str, chunk: Chunk, cells: np.ndarray | None = None) -> np.ndarray:
+    def twin(self, name: str, chunk: Chunk) -> Chunk | None:
+        """The chunk here that has the bytes of ``chunk``, of the same box of array ``name`` elsewhere; None without."""
+        own = self._boxes.get((name, chunk.start, chunk.shape))
+        return own if own is not None and (own.digest, own.grid) == (chunk.digest, chunk.grid) else None
+
+    def stored(self, name: str, chunk: Chunk) -> np.ndarray:
+        """The bytes of a chunk as its file has them, with its table if it has one: [stored_bytes] uint8, verified."""
+        raw = self._read(name, chunk, 0, chunk.stored_bytes)
         if chunk.grid is None:
-            raw = self._read(name, chunk, 0, chunk.nbytes)
             self._check(name, chunk, 0, chunk.nbytes, digest(raw.data), chunk.digest)
-            return raw.view(self.array(name).dtype).reshape(chunk.shape)
-        count = math.prod(chunk.grid)
-        cell, table_bytes = chunk.nbytes // count, count * DIGEST_BYTES
-        if cells is None:
-            raw = self._read(name, chunk, 0, chunk.nbytes + table_bytes)
-            raw, table = raw[: chunk.nbytes], raw[chunk.nbytes :]
-            spans = [(0, count)]
         else:
-            raw = np.empty(chunk.nbytes, np.uint8)
-            table = self._read(name, chunk, chunk.nbytes, table_bytes)
-            spans = runs(cells)
-            for first, last in spans:
-                raw[first * cell : last * cell] = self._read(name, chunk, first * cell, (last - first) * cell)
-        self._check(name, chunk, chunk.nbytes, chunk.nbytes + table_bytes, digest(table.data), chunk.digest)
-        for first, last in spans:
-            found = digests(raw[first * cell : last * cell], (last - first,))
-            if found != (expected := table[first * DIGEST_BYTES : last * DIGEST_BYTES].tobytes()):
-                at = next(at for at in range(0, len(found), DIGEST_BYTES) if found[at:][:16] != expected[at:][:16])
-                bad = first + at // DIGEST_BYTES
-                self._check(name, chunk, bad * cell, (bad + 1) * cell, found[at:][:16].hex(), expected[at:][:16].hex())
-        return unpack(raw, chunk.shape, self.array(name).dtype, chunk.grid)
+            table = raw[chunk.nbytes :]
+            self._check(name, chunk, chunk.nbytes, chunk.stored_bytes, digest(table.data), chunk.digest)
+            self._check_cells(name, chunk, raw[: chunk.nbytes], table, 0)
+        return raw
+
+    def _chunk(self, name: str, chunk: Chunk, cells: np.ndarray | None = None) -> np.ndarray:
+        dtype = self.array(name).dtype
+        if chunk.grid is None:
+            return self.stored(name, chunk).view(dtype).reshape(chunk.shape)
+        if cells is None:
+            return unpack(self.stored(name, chunk)[: chunk.nbytes], chunk.shape, dtype, chunk.grid)
+        cell = chunk.nbytes // math.prod(chunk.grid)
+        raw = np.empty(chunk.nbytes, np.uint8)
+        table = self._read(name, chunk, chunk.nbytes, chunk.stored_bytes - chunk.nbytes)
+        self._check(name, chunk, chunk.nbytes, chunk.stored_bytes, digest(table.data), chunk.digest)
+        for first, last in runs(cells):
+            own = self._read(name, chunk, first * cell, (last - first) * cell)
+            self._check_cells(name, chunk, own, table, first)
+            raw[first * cell : last * cell] = own
+        return unpack(raw, chunk.shape, dtype, chunk.grid)
+
+    def _check_cells(self, name: str, chunk: Chunk, raw: np.ndarray, table: np.ndarray, first: int) -> None:
+        """Raises CorruptError unless ``raw``, whole cells from number ``first`` on, is what the table says."""
+        assert chunk.grid is not None
+        cell = chunk.nbytes // math.prod(chunk.grid)
+        count = len(raw) // cell
+        found = digests(raw, (count,))
+        if found != (expected := table[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES].tobytes()):
+            at = next(at for at in range(0, len(found), DIGEST_BYTES) if found[at:][:16] != expected[at:][:16])
+            bad = first + at // DIGEST_BYTES
+            self._check(name, chunk, bad * cell, (bad + 1) * cell, found[at:][:16].hex(), expected[at:][:16].hex())
 
     def _read(self, name: str, chunk: Chunk, offset: int, nbytes: int) -> np.ndarray:
         """Bytes of a chunk from ``offset`` within it on."""
