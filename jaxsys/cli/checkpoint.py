@@ -21,7 +21,7 @@ from parallelism.text import columns, decimal
 if TYPE_CHECKING:
     import numpy as np
 
-    from checkpoint.diff import ArrayDiff, Source
+    from checkpoint.compare import ArrayDiff, Source
     from checkpoint.inspect import StepInfo
     from checkpoint.places import Place
     from checkpoint.storage import Store
@@ -91,7 +91,7 @@ class ShowArgs:
     """Print it as JSON."""
 
     def run(self) -> int:
-        from checkpoint.diff import matching
+        from checkpoint.compare import matching
         from checkpoint.places import place_of
 
         reader = place_of(self.path).newest()
@@ -183,7 +183,7 @@ class DiffArgs:
     """Print what was found as JSON."""
 
     def run(self) -> int:
-        from checkpoint.diff import diff
+        from checkpoint.compare import diff
         from jaxsys.console import Console
 
         a, b = _source(self.a), _source(self.b)
@@ -204,7 +204,8 @@ class DiffArgs:
 class CopyArgs:
     """Copy the newest good step, or all, to another directory of checkpoints; what they share stays shared.
 
-    A tokenizer beside them is copied too. After an interruption the same command goes on. Exit code: 0; 1 if --all met damaged steps, which are left out.
+    A tokenizer beside them is copied too. After an interruption the same command goes on.
+    Exit code: 0; 1 if --all met damaged steps, which are left out; 2 if nothing could be copied.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -300,7 +301,7 @@ def _source(path: str) -> Source:
     """What ``diff`` is to read at a path, or by a model's name."""
     from pathlib import Path
 
-    from checkpoint.diff import CheckpointSource
+    from checkpoint.compare import CheckpointSource
     from checkpoint.places import place_of
     from jaxsys.hub import is_native, resolve
 
