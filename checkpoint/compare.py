@@ -276,6 +276,6 @@ def matching(patterns: Sequence[str], names: Iterable[str], where: str) -> list[
         if not own:
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
             raise UserError(
-                f"select {pattern!r} meets none of the {len(known)} arrays of {where}; near are {', '.join(near)}"
+                f"select {pattern!r} meets none of the {len(known)} arrays of {where}; near it are {', '.join(near)}"
             )
     return sorted({name for own in found.values() for name in own}) if patterns else known

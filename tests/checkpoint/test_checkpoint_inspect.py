@@ -200,12 +200,13 @@ def test_a_manifest_in_another_steps_place_is_damage(root):
 
 
 def test_verification_reads_each_chunk_once(root, monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        LocalFiles, "read_into", lambda self, name, offset, buffer, own=LocalFiles.read_into: (
-            read.append((os.path.normpath(f"{self.where}/{name}"), offset, len(buffer))), own(self, name, offset, buffer)
-        ),
-    )  # fmt: skip
+    read, own = [], LocalFiles.read_into
+
+    def read_into(self, name, offset, buffer):
+        read.append((os.path.normpath(f"{self.where}/{name}"), offset, len(buffer)))
+        own(self, name, offset, buffer)
+
+    monkeypatch.setattr(LocalFiles, "read_into", read_into)
     progress = []
     reports = verify(place_of(root), every=True, progress=lambda *at: progress.append(at))
     assert [(r.step, r.chunks, r.nbytes, r.ok) for r in reports] == [(n, 6, 768, True) for n in (1, 2, 3)]
@@ -349,7 +350,7 @@ def test_a_damaged_step_is_passed_over_loudly(root, tmp_path, caplog):
     assert steps_of(tmp_path / "named") == []
     for step in (1, 2):
         flip(root / STEP.format(step) / "manifest.json", 5)
-    with pytest.raises(UserError, match="none of the 3 steps in .* is good"):
+    with pytest.raises(UserError, match=r"none of the 3 steps in .* is good"):
         copy_steps(place_of(root), root_of(tmp_path / "none"), every=True)
 
 
@@ -423,7 +424,7 @@ def test_nothing_goes_beside_a_step_of_a_newer_program(root):
     edit_manifest(root / STEP.format(2) / "manifest.json", lambda body: body.update(version=99))
     (root / STEP.format(1) / "manifest.json").unlink()
     before = tree(root)
-    with pytest.raises(UserError, match="nothing is removed, .* version 99"):
+    with pytest.raises(UserError, match=r"nothing is removed, .* version 99"):
         collect(place_of(root), keep=1)
     assert tree(root) == before
 
