@@ -103,7 +103,8 @@ def place_of(path: str | os.PathLike[str]) -> Place:
     for root in (text, posixpath.join(text, OF_RUN)):
         if _is_url(root) or Path(root).is_dir():
             store = _store(root)
-            if store.names() or store.mark() is not None:
+            # A run makes its directory, and locks it, before it saves.
+            if store.names() or store.mark() is not None or (root != text and not _is_url(root)):
                 return Place(store)
     raise UserError(
         f"{path} is not a checkpoint: no {MANIFEST}, no step-* directories and no {OF_RUN} with such; check the path"

@@ -36,6 +36,9 @@ Command: Any = functools.reduce(
 )
 
 
+HELP = ("-h", "--help")
+
+
 def parse(argv: list[str]) -> Any:
     """The command of a command line. Raises UserError, in one line, for what tyro explains in a box of many."""
     _check_names(argv)
@@ -103,7 +106,7 @@ def _check_names(argv: list[str]) -> None:
     """Says what a command or an option that does not exist was meant to be."""
     words, args = _command(argv)
     if args is None:
-        if len(argv) > len(words) and not argv[len(words)].startswith("-"):
+        if len(argv) > len(words) and (not argv[len(words)].startswith("-") or (words and argv[1] not in HELP)):
             what = f"command of jaxsys {words[0]}" if words else "command"
             raise unknown_name(what, argv[len(words)], COMMANDS[words[0]].subcommands if words else COMMANDS)
         return
