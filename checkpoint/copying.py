@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoint.ahead import in_order
 from checkpoint.collect import collect_locked
-from checkpoint.inspect import FileName, list_steps, wrong
+from checkpoint.inspect import FileName, list_steps
 from checkpoint.levels import IN_USE
 from checkpoint.manifest import MANIFEST, Chunk, CorruptError, Manifest, digest
 from checkpoint.places import Place, called, resolved, same_place, used_bytes
@@ -155,7 +155,7 @@ class _Copier:
         """Whether the target has the bytes of a chunk where they are to be."""
         reader = CheckpointReader(self._target.open(part.file[0]), manifest=manifest)
         chunk = dataclasses.replace(part.chunk, file=part.file[1], offset=part.offset)
-        return wrong(reader, part.name, chunk) is None
+        return reader.damage(part.name, chunk) is None
 
     def _write(self, reader: CheckpointReader, parts: list[_Part]) -> Iterator[int]:
         """Writes one file, unless it is there and good; yields bytes done. Raises CorruptError for a bad source."""

@@ -196,22 +196,15 @@ def _damaged(readers: Mapping[str, CheckpointReader], progress: Progress | None)
         for name, chunk, key in _chunks(reader.manifest, directory):
             work.setdefault(key, (reader, name, chunk))
     total, done, found = sum(chunk.stored_bytes for _, _, chunk in work.values()), 0, {}
-    for (key, (_, _, chunk)), message in zip(work.items(), in_order(lambda at: wrong(*at), work.values()), strict=True):
+    for (key, (_, _, chunk)), message in zip(
+        work.items(), in_order(lambda at: at[0].damage(*at[1:]), work.values()), strict=True
+    ):
         if message is not None:
             found[key] = message
         done += chunk.stored_bytes
         if progress:
             progress(done, total)
     return found
-
-
-def wrong(reader: CheckpointReader, name: str, chunk: Chunk) -> str | None:
-    """What is wrong with the bytes of a chunk, if anything is."""
-    try:
-        reader.stored(name, chunk)
-    except CorruptError as e:
-        return str(e)
-    return None
 
 
 def _mend(
@@ -249,7 +242,7 @@ def _mend_chunk(
                 continue
             there, file = resolved(directory, chunk.file)
             store.patch(there, file, chunk.offset, raw.tobytes())
-            if (still := wrong(reader, name, chunk)) is None:
+            if (still := reader.damage(name, chunk)) is None:
                 return other.where
             logger.warning("not mended: %s", still)
     return None

@@ -45,15 +45,22 @@ class Place:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """As the only writer there. Raises UserError naming a run that is. What stands alone nobody writes any more."""
-        if self.only and not self.only.startswith("step-"):
-            yield
-            return
-        self.store.acquire()
+        """As the only writer there; what stands alone nobody else writes.
+
+        Raises UserError naming a run that does, and for what the disk refuses meanwhile.
+        """
+        alone = self.only is not None and not self.only.startswith("step-")
+        if not alone:
+            self.store.acquire()
         try:
             yield
+        except OSError as e:
+            if isinstance(e, UserError) or e.filename is not None:
+                raise
+            raise UserError(f"cannot write in {self.where}: {e.strerror or e}; make room, then do it again") from e
         finally:
-            self.store.release()
+            if not alone:
+                self.store.release()
 
     def newest(self) -> CheckpointReader:
         """Of the steps that are meant, the newest with a good manifest; those passed over are logged."""

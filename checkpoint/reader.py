@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint.ahead import in_order
 from checkpoint.cells import DIGEST_BYTES, digests, runs, touched, unpack
 from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, digest
 from checkpoint.storage import Files, LocalFiles, committed
@@ -135,6 +136,14 @@ class CheckpointReader:
             self._check_cells(name, chunk, raw[: chunk.nbytes], table, 0)
         return raw
 
+    def damage(self, name: str, chunk: Chunk) -> str | None:
+        """What is wrong with the bytes of a chunk here; None if they are good."""
+        try:
+            self.stored(name, chunk)
+        except CorruptError as e:
+            return str(e)
+        return None
+
     def _chunk(self, name: str, chunk: Chunk, cells: np.ndarray | None = None) -> np.ndarray:
         dtype = self.array(name).dtype
         if chunk.grid is None:
@@ -208,19 +217,16 @@ class CheckpointReader:
         return out
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
-        """Read every chunk and compare digests; damage is reported, not raised."""
-        total, done, errors, count = self.manifest.nbytes, 0, [], 0
-        for name, array in self.manifest.arrays.items():
-            for chunk in array.chunks:
-                try:
-                    self.read_chunk(name, chunk)
-                except CorruptError as e:
-                    errors.append(str(e))
-                count += 1
-                done += chunk.nbytes
-                if progress:
-                    progress(done, total)
-        return VerifyReport(self.where, self.manifest.step, count, total, tuple(errors))
+        """Read every chunk here and compare digests, in threads; damage is reported, not raised."""
+        chunks = [(name, chunk) for name, array in self.manifest.arrays.items() for chunk in array.chunks]
+        total, done, errors = self.manifest.nbytes, 0, []
+        for (_, chunk), wrong in zip(chunks, in_order(lambda at: self.damage(*at), chunks), strict=True):
+            if wrong is not None:
+                errors.append(wrong)
+            done += chunk.nbytes
+            if progress:
+                progress(done, total)
+        return VerifyReport(self.where, self.manifest.step, len(chunks), total, tuple(errors))
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:

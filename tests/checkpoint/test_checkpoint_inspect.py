@@ -1,5 +1,8 @@
 """What lies in a place, whether it is good, mending, copying and collecting; a kill at every step of both."""
 
+import contextlib
+import errno
+import io
 import json
 import os
 import shutil
@@ -10,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint import Level, collect, copy_steps, list_steps, place_of, root_of, verify
+from checkpoint import Level, Place, collect, copy_steps, list_steps, place_of, root_of, verify
 from checkpoint import copying as copying_module
 from checkpoint.levels import OpenLevel
 from checkpoint.manifest import CorruptError, digest
@@ -370,6 +373,117 @@ def test_files_of_a_copy_are_of_bounded_size(root, tmp_path, monkeypatch):
     sizes = [p.stat().st_size for p in (tmp_path / "to").rglob("data-*")]
     assert sizes == [2 * (128 + 8 * 16)] * 3
     check(tmp_path / "to" / STEP.format(3), "xzy")
+
+
+def test_a_full_disk_ends_a_copy_in_one_line_and_the_next_goes_on(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(copying_module, "FILE_BYTES", 600)
+    target, files = tmp_path / "to", []
+
+    @contextlib.contextmanager
+    def create(self, directory, name, own=LocalStore.create):
+        files.append(name)
+        with own(self, directory, name) as file:
+            if len(files) == 3:
+                file.write(b"some")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            yield file
+
+    with monkeypatch.context() as m:
+        m.setattr(LocalStore, "create", create)
+        with pytest.raises(UserError, match=f"cannot write in {target}: No space left on device; make room"):
+            copy_steps(place_of(root), root_of(target))
+    assert list_steps(Place(root_of(target))) == []
+    copied = copy_steps(place_of(root), root_of(target))
+    assert copied.nbytes == 2 * 256 and copied.kept_bytes == 4 * 256
+    check(target / STEP.format(3), "xzy")
+
+
+class MemoryStore:
+    """What ``Store`` asks for and nothing else."""
+
+    def __init__(self, where):
+        self.where, self.held, self.files = where, False, {}
+
+    def acquire(self, mark=""):
+        assert not self.held
+        self.held = True
+
+    def release(self):
+        self.held = False
+
+    def mark(self):
+        return None
+
+    def names(self):
+        found = {}
+        for directory, name in self.files:
+            found.setdefault(directory, set()).add(name)
+        return found
+
+    def open(self, directory):
+        return MemoryFiles(self, directory)
+
+    @contextlib.contextmanager
+    def create(self, directory, name):
+        assert self.held and (directory, name) not in self.files
+        file = io.BytesIO()
+        yield file
+        self.files[directory, name] = file.getvalue()
+
+    def put(self, directory, name, data):
+        assert self.held
+        self.files[directory, name] = data
+
+    def patch(self, directory, name, offset, data):
+        assert self.held
+        old = self.files[directory, name]
+        self.files[directory, name] = old[:offset] + data + old[offset + len(data) :]
+
+    def delete(self, directory, names):
+        assert self.held
+        for name in names:
+            self.files.pop((directory, name), None)
+
+
+class MemoryFiles:
+    def __init__(self, store, directory):
+        self.where, self._files, self._directory = f"{store.where}/{directory}", store.files, directory
+
+    def read(self, name):
+        key = tuple(os.path.normpath(f"{self._directory}/{name}").split("/"))
+        if key not in self._files:
+            raise CorruptError(f"{key} is missing")
+        return self._files[key]
+
+    def size(self, name):
+        return len(self.read(name))
+
+    def written(self, name):
+        return None
+
+    def read_into(self, name, offset, buffer):
+        data = self.read(name)[offset : offset + len(buffer)]
+        if len(data) < len(buffer):
+            raise CorruptError("too short")
+        buffer[:] = data
+
+
+def test_any_store_will_do(root, tmp_path):
+    store = MemoryStore("memory://x")
+    first = copy_steps(place_of(root), store, every=True)
+    place = Place(store)
+    infos = list_steps(place)
+    assert [info.step for info in infos] == [1, 2, 3] and infos[0].written is None
+    assert all(report.ok for report in verify(place, every=True))
+    key = max(store.files, key=lambda key: "data" in key[1])
+    good = store.files[key]
+    store.files[key] = bytes([good[0] ^ 1]) + good[1:]
+    assert not all(report.ok for report in verify(place, every=True))
+    assert all(report.ok for report in verify(place, every=True, repair=[place_of(root)])) and store.files[key] == good
+    assert copy_steps(place_of(root), store, every=True).nbytes == 0
+    assert copy_steps(place, root_of(tmp_path / "back"), every=True).nbytes == first.nbytes
+    check(tmp_path / "back" / STEP.format(3), "xzy")
+    assert collect(place, keep=1).steps == (1, 2) and verify(place)[0].ok
 
 
 # -- collecting
