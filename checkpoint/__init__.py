@@ -4,14 +4,15 @@ from checkpoint.collect import Collected, collect
 from checkpoint.compare import CheckpointSource, DiffReport, diff
 from checkpoint.copying import Copied, copy_steps
 from checkpoint.inspect import StepInfo, StepReport, list_steps, verify
-from checkpoint.levels import Level
+from checkpoint.levels import Best, Level
 from checkpoint.manager import Failure, Manager, Restored, SaveHandle, SaveMetrics
 from checkpoint.manifest import CorruptError, Manifest
-from checkpoint.places import Place, place_of, root_of
+from checkpoint.places import Place, find_place, root_of
 from checkpoint.reader import CheckpointReader, VerifyReport, find_checkpoint, open_checkpoint
-from checkpoint.reshard import copy, load, write
+from checkpoint.reshard import Origin, copy, load, write
 
 __all__ = [
+    "Best",
     "CheckpointReader",
     "CheckpointSource",
     "Collected",
@@ -22,6 +23,7 @@ __all__ = [
     "Level",
     "Manager",
     "Manifest",
+    "Origin",
     "Place",
     "Restored",
     "SaveHandle",
@@ -34,10 +36,10 @@ __all__ = [
     "copy_steps",
     "diff",
     "find_checkpoint",
+    "find_place",
     "list_steps",
     "load",
     "open_checkpoint",
-    "place_of",
     "root_of",
     "verify",
     "write",

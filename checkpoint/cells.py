@@ -16,9 +16,17 @@ import xxhash
 CELL_BYTES = 4 << 10
 PARTS = 16
 DIGEST_BYTES = 16
+ALIGNMENT = 64  # of memory that JAX takes on CPU as it is, without a copy
 
 Grid = tuple[int, ...]
 """Parts along each axis of a chunk."""
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Memory that begins at a multiple of ``ALIGNMENT``, [nbytes] uint8, zero."""
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + nbytes]
 
 
 def grid_of(shape: Sequence[int], whole: Sequence[int], itemsize: int) -> Grid:
@@ -41,6 +49,13 @@ def pack(data: np.ndarray, grid: Grid) -> np.ndarray:
     """The bytes of a chunk in the order of its file, [nbytes] uint8: a view of ``data`` if that order is its own."""
     parts, order = _axes(data.shape, grid)
     return np.ascontiguousarray(data.reshape(parts).transpose(order)).reshape(-1).view(np.uint8)
+
+
+def pack_into(raw: np.ndarray, data: np.ndarray, grid: Grid) -> None:
+    """``pack`` into memory that is there: [nbytes] uint8, aligned to the dtype. ``data`` may have any strides."""
+    parts, order = _axes(data.shape, grid)
+    target = raw.view(data.dtype).reshape([parts[axis] for axis in order])
+    np.copyto(target, data.reshape(parts).transpose(order))
 
 
 def unpack(raw: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, grid: Grid) -> np.ndarray:

@@ -79,12 +79,11 @@ def copy_steps(source: Place, target: Store, every: bool = False, progress: Prog
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A chunk of the source, and where in the target its bytes are, or are to be."""
+    """A chunk of the array ``name``, and the file in which the target has it, or is to have it."""
 
     name: str
     chunk: Chunk
     file: FileName
-    offset: int
 
 
 class _Copier:
@@ -94,7 +93,7 @@ class _Copier:
         self.nbytes = self.kept_bytes = 0
         self._target, self._progress, self._total, self._done = target, progress, total, 0
         self._manifests = {}
-        self._known: dict[Key, tuple[FileName, int]] = {}
+        self._known: dict[Key, _Part] = {}
         for directory in Place(target).directories():
             try:
                 manifest = Place(target).open(directory).manifest
@@ -105,7 +104,7 @@ class _Copier:
             used = used_bytes(manifest, directory)
             enough = {file for file, nbytes in used.items() if nbytes >= IN_USE * self._size(file)}
             places = _places(manifest, directory)
-            self._known.update((key, place) for key, place in places.items() if place[0] in enough)
+            self._known.update((key, part) for key, part in places.items() if part.file in enough)
 
     def _size(self, file: FileName) -> float:
         try:
@@ -129,22 +128,22 @@ class _Copier:
 
         def find(at: tuple[str, Chunk]) -> _Part | None:
             """Where the target has a chunk already, and good."""
-            places = {known[key]: None for known in (own, self._known) if (key := _key(*at)) in known}
-            return next((part for place in places if self._good(manifest, part := _Part(*at, *place))), None)
+            parts = [known[key] for known in (own, self._known) if (key := _key(*at)) in known]
+            return next((part for part in parts if self._good(manifest, part)), None)
 
-        places: dict[Key, tuple[FileName, int]] = {}
+        places: dict[Key, _Part] = {}
         missing: list[tuple[str, Chunk]] = []
         for (name, chunk), part in zip(chunks, in_order(find, chunks), strict=True):
             if part is None:
                 missing.append((name, chunk))
             else:
-                places[_key(name, chunk)] = part.file, part.offset
+                places[_key(name, chunk)] = part
                 self.kept_bytes += chunk.stored_bytes
                 tell(chunk.stored_bytes)
-        for file in _new_files(into, missing):
-            for nbytes in self._write(reader, file):
+        for sources, parts in _new_files(into, missing, min(FILE_BYTES, self._target.file_bytes or FILE_BYTES)):
+            for nbytes in self._write(reader, sources, parts):
                 tell(nbytes)
-            places.update((_key(part.name, part.chunk), (part.file, part.offset)) for part in file)
+            places.update((_key(part.name, part.chunk), part) for part in parts)
         copied = _moved(manifest, places, into)
         if there != copied:
             self._target.put(into, MANIFEST, copied.encode())
@@ -154,26 +153,29 @@ class _Copier:
     def _good(self, manifest: Manifest, part: _Part) -> bool:
         """Whether the target has the bytes of a chunk where they are to be."""
         reader = CheckpointReader(self._target.open(part.file[0]), manifest=manifest)
-        chunk = dataclasses.replace(part.chunk, file=part.file[1], offset=part.offset)
-        return reader.damage(part.name, chunk) is None
+        return reader.damage(part.name, dataclasses.replace(part.chunk, file=part.file[1])) is None
 
-    def _write(self, reader: CheckpointReader, parts: list[_Part]) -> Iterator[int]:
+    def _write(self, reader: CheckpointReader, sources: list[Chunk], parts: list[_Part]) -> Iterator[int]:
         """Writes one file, unless it is there and good; yields bytes done. Raises CorruptError for a bad source."""
-        (directory, name), manifest = parts[0].file, reader.manifest
-        nbytes = sum(part.chunk.stored_bytes for part in parts)
+        directory, name = parts[0].file
+        nbytes = sum(chunk.stored_bytes for chunk in sources)
         if name in self._target.names().get(directory, ()):
-            if all(in_order(lambda part: self._good(manifest, part), parts)):
+            if self._all_good(reader.manifest, parts):
                 self.kept_bytes += nbytes
                 yield nbytes
                 return
             self._target.delete(directory, [name])
+        named = [(part.name, chunk) for part, chunk in zip(parts, sources, strict=True)]
         with self._target.create(directory, name) as out:
-            for raw in in_order(lambda part: reader.stored(part.name, part.chunk), parts):
+            for raw in in_order(lambda at: reader.stored(*at), named):
                 out.write(raw.data)
                 yield len(raw)
         self.nbytes += nbytes
-        if not all(in_order(lambda part: self._good(manifest, part), parts)):
+        if not self._all_good(reader.manifest, parts):
             raise UserError(f"{self._target.where}/{directory}/{name} is not what was written; check the disk")
+
+    def _all_good(self, manifest: Manifest, parts: list[_Part]) -> bool:
+        return all(in_order(lambda part: self._good(manifest, part), parts))
 
 
 def _content(manifest: Manifest) -> Any:
@@ -185,41 +187,45 @@ def _content(manifest: Manifest) -> Any:
     return manifest.step, manifest.meta, arrays
 
 
-def _places(manifest: Manifest, directory: str) -> dict[Key, tuple[FileName, int]]:
+def _places(manifest: Manifest, directory: str) -> dict[Key, _Part]:
     return {
-        _key(name, chunk): (resolved(directory, chunk.file), chunk.offset)
+        _key(name, chunk): _Part(name, chunk, resolved(directory, chunk.file))
         for name, array in manifest.arrays.items()
         for chunk in array.chunks
     }
 
 
-def _new_files(directory: str, chunks: list[tuple[str, Chunk]]) -> Iterator[list[_Part]]:
-    """Chunks in files of about ``FILE_BYTES``, named after what is in them: so a copy that was interrupted finds those
-    that it had written."""
+def _new_files(
+    directory: str, chunks: list[tuple[str, Chunk]], nbytes: int
+) -> Iterator[tuple[list[Chunk], list[_Part]]]:
+    """Chunks of the source in files of about ``nbytes``, and what they are there.
+
+    A file is named after what is in it: so a copy that was interrupted finds those that it had written.
+    """
     groups: list[list[tuple[str, Chunk]]] = []
     room = 0
     for name, chunk in chunks:
         if not groups or chunk.stored_bytes > room:
             groups.append([])
-            room = FILE_BYTES
+            room = nbytes
         groups[-1].append((name, chunk))
         room -= chunk.stored_bytes
     for number, group in enumerate(groups):
-        mark = digest("".join(chunk.digest for _, chunk in group).encode())[:16]
+        file = data_file(number, digest("".join(chunk.digest for _, chunk in group).encode())[:16])
         parts: list[_Part] = []
         offset = 0
         for name, chunk in group:
-            parts.append(_Part(name, chunk, (directory, data_file(number, mark)), offset))
+            parts.append(_Part(name, dataclasses.replace(chunk, offset=offset), (directory, file)))
             offset += chunk.stored_bytes
-        yield parts
+        yield [chunk for _, chunk in group], parts
 
 
-def _moved(manifest: Manifest, places: Mapping[Key, tuple[FileName, int]], directory: str) -> Manifest:
+def _moved(manifest: Manifest, places: Mapping[Key, _Part], directory: str) -> Manifest:
     """The manifest of a step in ``directory`` whose chunks lie elsewhere."""
 
     def moved(name: str, chunk: Chunk) -> Chunk:
-        file, offset = places[_key(name, chunk)]
-        return dataclasses.replace(chunk, file=called(directory, *file), offset=offset)
+        part = places[_key(name, chunk)]
+        return dataclasses.replace(part.chunk, file=called(directory, *part.file))
 
     arrays = {
         name: dataclasses.replace(array, chunks=tuple(moved(name, chunk) for chunk in array.chunks))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from checkpoint.ahead import in_order
 from checkpoint.manifest import MANIFEST, Chunk, CorruptError, Manifest
@@ -195,10 +198,16 @@ def _damaged(readers: Mapping[str, CheckpointReader], progress: Progress | None)
     for directory, reader in readers.items():
         for name, chunk, key in _chunks(reader.manifest, directory):
             work.setdefault(key, (reader, name, chunk))
+    own = threading.local()  # of each thread, memory to read into
+
+    def look(at: tuple[CheckpointReader, str, Chunk]) -> str | None:
+        reader, name, chunk = at
+        if len(getattr(own, "memory", ())) < chunk.whole_bytes:
+            own.memory = np.empty(chunk.whole_bytes, np.uint8)
+        return reader.damage(name, chunk, own.memory)
+
     total, done, found = sum(chunk.stored_bytes for _, _, chunk in work.values()), 0, {}
-    for (key, (_, _, chunk)), message in zip(
-        work.items(), in_order(lambda at: at[0].damage(*at[1:]), work.values()), strict=True
-    ):
+    for (key, (_, _, chunk)), message in zip(work.items(), in_order(look, work.values()), strict=True):
         if message is not None:
             found[key] = message
         done += chunk.stored_bytes
@@ -234,9 +243,11 @@ def _mend_chunk(
     others: Sequence[CheckpointReader],
 ) -> str | None:
     for other in others:
-        if (twin := other.twin(name, chunk)) is not None:
+        # A frame is not made again: another zstd may make another.
+        twin = other.twin(name, chunk)
+        if twin is not None and (chunk.zstd is None or twin.zstd == chunk.zstd):
             try:
-                raw = other.stored(name, twin)
+                raw = other.stored(name, twin) if twin.zstd == chunk.zstd else other.whole(name, twin)
             except CorruptError as e:
                 logger.warning("%s", e)
                 continue

@@ -96,7 +96,7 @@ def committed_directories(store: Store) -> list[str]:
     return [directory_of(step) for step in steps_in(store.names())]
 
 
-def place_of(path: str | os.PathLike[str]) -> Place:
+def find_place(path: str | os.PathLike[str]) -> Place:
     """The steps that a path means: a run's directory, that of its checkpoints, or one step's.
 
     A run that has saved nothing yet is a place without steps. Raises UserError where there is neither.

@@ -55,10 +55,11 @@ class Files(Protocol):
 class Store(Protocol):
     """A place for the files of checkpoints by ``<directory>/<name>``, and one writer at a time.
 
-    where: names the place in messages.
+    where: names the place in messages. file_bytes: how large a file should be at most; None: as large as it gets.
     """
 
     where: str
+    file_bytes: int | None
 
     def acquire(self, mark: str = "") -> None:
         """Become the writer and leave ``mark``. Raises UserError naming the present holder."""
@@ -172,28 +173,32 @@ class LocalFiles:
 
     def read(self, name: str) -> bytes:
         try:
-            return (self._path / name).read_bytes()
+            return self._at(name).read_bytes()
         except FileNotFoundError:
             raise self._missing(name) from None
 
     def size(self, name: str) -> int:
         try:
-            return (self._path / name).stat().st_size
+            return self._at(name).stat().st_size
         except FileNotFoundError:
             raise self._missing(name) from None
 
     def written(self, name: str) -> float | None:
         with contextlib.suppress(OSError):
-            return (self._path / name).stat().st_mtime
+            return self._at(name).stat().st_mtime
         return None
+
+    def _at(self, name: str) -> Path:
+        """Where it lies; a directory that is not there yet does not hide those beside it."""
+        return Path(os.path.normpath(self._path / name))
 
     def _missing(self, name: str) -> CorruptError:
         shared = ", which this step shares with one before it (jaxsys reshard copies a step whole)"
-        where = os.path.normpath(self._path / name)
-        return CorruptError(f"file {where} is missing{shared * name.startswith('../')}; use another checkpoint")
+        where = f"{self._at(name)} is missing{shared * name.startswith('../')}"
+        return CorruptError(f"file {where}; use another checkpoint")
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        path = self._path / name
+        path = self._at(name)
         try:
             with open(path, "rb", buffering=0) as file:
                 file.seek(offset)
@@ -222,6 +227,8 @@ def durable(path: Path) -> Iterator[BinaryIO]:
 
 class LocalStore:
     """Checkpoints as directories under ``root``, which is made if it is missing."""
+
+    file_bytes: int | None = None
 
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)

@@ -47,11 +47,11 @@ class ListArgs:
 
     def run(self) -> int:
         from checkpoint.inspect import list_steps
-        from checkpoint.places import place_of
+        from checkpoint.places import find_place
 
         if not self.paths:
             raise UserError("checkpoint ls: found no PATH, expected at least one; see jaxsys checkpoint ls --help")
-        found = {path: list_steps(place_of(path)) for path in self.paths}
+        found = {path: list_steps(find_place(path)) for path in self.paths}
         if self.json:
             _print_json([{"path": path, **info.to_json()} for path, steps in found.items() for info in steps])
             return 0
@@ -92,9 +92,9 @@ class ShowArgs:
 
     def run(self) -> int:
         from checkpoint.compare import matching
-        from checkpoint.places import place_of
+        from checkpoint.places import find_place
 
-        reader = place_of(self.path).newest()
+        reader = find_place(self.path).newest()
         manifest = reader.manifest
         chosen = {name: manifest.arrays[name] for name in matching(self.select, manifest.arrays, reader.where)}
         if self.json:
@@ -141,10 +141,10 @@ class VerifyArgs:
 
     def run(self) -> int:
         from checkpoint.inspect import verify
-        from checkpoint.places import place_of
+        from checkpoint.places import find_place
         from jaxsys.console import Console
 
-        place, others = place_of(self.path), [place_of(other) for other in self.repair]
+        place, others = find_place(self.path), [find_place(other) for other in self.repair]
         console = Console()
         with console.stage(f"verify {self.path}"), console.megabytes("verify") as progress:
             reports = verify(place, self.all, others, progress)
@@ -217,10 +217,10 @@ class CopyArgs:
 
     def run(self) -> int:
         from checkpoint.copying import copy_steps
-        from checkpoint.places import place_of, root_of
+        from checkpoint.places import find_place, root_of
         from jaxsys.console import Console
 
-        source = place_of(self.source)
+        source = find_place(self.source)
         source.some_directories()  # before anything is made
         target, console = root_of(self.destination), Console()
         with console.stage(f"copy {self.source}") as said, console.megabytes("copy") as progress:
@@ -247,9 +247,9 @@ class CollectArgs:
 
     def run(self) -> int:
         from checkpoint.collect import collect
-        from checkpoint.places import place_of
+        from checkpoint.places import find_place
 
-        found = collect(place_of(self.path), self.keep, self.every, self.dry_run)
+        found = collect(find_place(self.path), self.keep, self.every, self.dry_run)
         for step in found.steps:
             print(f"step {step}")
         word = "would be" if self.dry_run else "were"
@@ -302,11 +302,11 @@ def _source(path: str) -> Source:
     from pathlib import Path
 
     from checkpoint.compare import CheckpointSource
-    from checkpoint.places import place_of
+    from checkpoint.places import find_place
     from jaxsys.hub import is_native, resolve
 
     native = "://" in path or any(is_native(Path(path, part)) for part in ("", "checkpoints"))
-    return CheckpointSource(place_of(path).newest()) if native else _Model(resolve(path))
+    return CheckpointSource(find_place(path).newest()) if native else _Model(resolve(path))
 
 
 def _copy_tokenizer(source: Place, target: Store) -> None:

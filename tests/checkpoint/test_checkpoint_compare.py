@@ -1,5 +1,6 @@
 """What ``diff`` finds, against Python's own arithmetic, an element at a time."""
 
+import contextlib
 import io
 import math
 from collections import defaultdict
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from checkpoint import CheckpointSource, cells, compare, diff
 from checkpoint.manifest import DTYPES, CorruptError
 from checkpoint.reader import CheckpointReader
-from checkpoint.writer import ChunkWriter, Piece, manifest_of
+from checkpoint.writer import ChunkWriter, Piece, blocks_of, manifest_of
 from parallelism.errors import UserError
 from parallelism.layout import Logical
 
@@ -35,9 +36,10 @@ def source(arrays, chunk_bytes=64, where="a"):
     """A checkpoint of numpy arrays."""
     specs = {n: Logical(n, x.shape, x.dtype, (None,) * x.ndim) for n, x in arrays.items()}
     file = io.BytesIO()
-    writer = ChunkWriter(file, "data", chunk_bytes)
-    for name, x in arrays.items():
-        writer.add(Piece(specs[name], (0,) * x.ndim, np.ascontiguousarray(x).reshape(x.shape)))
+    pieces = [Piece(specs[n], (0,) * x.ndim, np.ascontiguousarray(x).reshape(x.shape)) for n, x in arrays.items()]
+    writer = ChunkWriter(lambda name: contextlib.nullcontext(file), lambda number: "data")
+    for block in blocks_of(pieces, chunk_bytes):
+        writer.add(block)
     manifest = manifest_of(1, {}, specs.values(), writer.chunks)
     return CheckpointSource(
         CheckpointReader(Memory(where, {"manifest.json": manifest.encode(), "data": file.getvalue()}))
@@ -92,6 +94,7 @@ def pairs(draw, names=tuple(DTYPES)):
     seed, changed = draw(st.integers(0, 999)), draw(st.sampled_from([0.0, 0.1, 1.0]))
     rng = np.random.default_rng(seed)
 
+    @np.errstate(all="ignore")
     def values():
         if dtype.kind == "b":
             return rng.integers(0, 2, shape).astype(bool)
@@ -103,14 +106,13 @@ def pairs(draw, names=tuple(DTYPES)):
                 .astype(dtype)
                 .reshape(shape)
             )
-        with np.errstate(all="ignore"):
-            out = np.where(rng.random(shape) < 0.5, rng.choice(SPECIAL, shape), rng.standard_normal(shape))
-            if "complex" in dtype.name:
-                out = np.where(np.isfinite(out), out, 2.0) + 1j * rng.choice([0.0, 1.0, 2.5], shape)
-            return np.asarray(out).astype(dtype)
+        out = np.where(rng.random(shape) < 0.5, rng.choice(SPECIAL, shape), rng.standard_normal(shape))
+        if "complex" in dtype.name:
+            out = np.where(np.isfinite(out), out, 2.0) + 1j * rng.choice([0.0, 1.0, 2.5], shape)
+        return np.asarray(out).astype(dtype)
 
     x = np.asarray(values())
-    y = np.asarray(np.where(rng.random(shape) < changed, values().view(x.dtype), x)).astype(dtype)
+    y = np.asarray(np.where(rng.random(shape) < changed, values(), x), dtype)
     return x, y
 
 
