@@ -252,8 +252,7 @@ class CollectArgs:
         found = collect(find_place(self.path), self.keep, self.every, self.dry_run)
         for step in found.steps:
             print(f"step {step}")
-        word = "would be" if self.dry_run else "were"
-        print(f"{len(found.steps)} steps and {len(found.files)} files {word} removed, {decimal(found.nbytes)}")
+        print(f"{'would free' if self.dry_run else 'freed'} {decimal(found.nbytes)}, files: {len(found.files)}")
         return 0
 
 

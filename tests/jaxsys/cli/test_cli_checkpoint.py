@@ -225,11 +225,11 @@ def test_copy_of_all_says_that_some_are_left_out(call, run, tmp_path, caplog):
 def test_gc_says_what_goes_and_what_went(call, run):
     size = sum(p.stat().st_size for p in step(run, 5).iterdir())
     code, out, _ = call("gc", run, "--keep", "1", "--dry-run")
-    assert (code, out) == (0, f"step 5\n1 steps and 2 files would be removed, {size} B\n")
+    assert (code, out) == (0, f"step 5\nwould free {size} B, files: 2\n")
     assert step(run, 5).exists()
-    assert call("gc", run, "--keep", "1")[1] == out.replace("would be", "were")
+    assert call("gc", run, "--keep", "1")[1] == out.replace("would free", "freed")
     assert not step(run, 5).exists() and call("verify", run, "--all")[0] == 0
-    assert call("gc", run)[1] == "0 steps and 0 files were removed, 0 B\n"
+    assert call("gc", run)[1] == "freed 0 B, files: 0\n"
 
 
 # -- what it refuses
