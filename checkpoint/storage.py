@@ -45,6 +45,9 @@ class Files(Protocol):
     def size(self, name: str) -> int:
         """Of a file, in bytes. Raises CorruptError if it is missing."""
 
+    def written(self, name: str) -> float | None:
+        """When a file was written, in seconds since the epoch; None where the store does not say, or it is missing."""
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on. Raises CorruptError if the file is missing or too short."""
 
@@ -184,6 +187,11 @@ class LocalFiles:
         except FileNotFoundError:
             raise self._missing(name) from None
 
+    def written(self, name: str) -> float | None:
+        with contextlib.suppress(OSError):
+            return self._at(name).stat().st_mtime
+        return None
+
     def _at(self, name: str) -> Path:
         """Where it lies; a directory that is not there yet does not hide those beside it."""
         return Path(os.path.normpath(self._path / name))
@@ -273,6 +281,9 @@ class LocalStore:
         fsync_directory(self.root / directory)
 
     def patch(self, directory: str, name: str, offset: int, data: bytes) -> None:
+        with contextlib.suppress(FileExistsError):
+            (self.root / directory).mkdir()
+            fsync_directory(self.root)
         fd = os.open(self.root / directory / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             while data:
