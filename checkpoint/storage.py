@@ -297,3 +297,34 @@ class LocalDraft:
 
     def abort(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into that becomes ``path`` when the context ends: whole, or after an error not at all.
+
+    Files in it are synced by who writes them. Raises UserError if ``path`` exists, if another process writes it at
+    this moment, and when the disk refuses.
+    """
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock, draft = WriterLock(lock_path, path), LocalDraft(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        try:
+            refuse_existing(path)
+            draft.begin()
+            yield draft.directory
+            refuse_existing(path)  # somebody else may have made it meanwhile, and a commit replaces
+            draft.commit()
+        finally:
+            draft.abort()  # finds nothing to remove after a commit
+            lock_path.unlink(missing_ok=True)
+            lock.release()
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}; choose another place") from e
+
+
+def refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already; choose a new directory or remove it")
