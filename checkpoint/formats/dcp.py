@@ -80,7 +80,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The one in Python: the one in C takes as much memory as a damaged file says."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no list of tensors needs")
@@ -217,6 +219,6 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            "DCP directories need torch, which is not installed; install it with: pip install torch"
+            "DCP directories need torch, which is not installed; install it with: pip install 'jaxsys[dcp]'"
         ) from error
     return torch

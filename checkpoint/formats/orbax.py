@@ -31,8 +31,8 @@ _STEP = re.compile(r"(?:.+_)?(\d+)")
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 _DICT_KEY = 2  # of the kinds of keys in _METADATA: an entry of a dictionary
-_CACHE_BYTES = 32 << 20
-_BATCH_BYTES = 64 << 20
+_CACHE_BYTES = 32 << 20  # of chunks read, for boxes that share one
+_BATCH_BYTES = 16 << 20  # of writes in memory; TensorStore needs several times that
 
 
 def find_item(path: Path) -> Path | None:
@@ -154,8 +154,8 @@ def write_orbax(
     nested dictionaries. The first box's shape decides what is one chunk of the file, of at most 16 MiB.
     meta: JSON; Orbax's ``custom_metadata``, ``OrbaxDir.meta``.
 
-    Holds about 64 MiB besides the boxes that it is given one by one. All is read back and compared before it gets its
-    name; after an error nothing is left. Returns the item's directory.
+    Takes boxes one by one, and some 300 MiB of memory whatever there is to write. All is read back and compared before
+    it gets its name; after an error nothing is left. Returns the item's directory.
     Raises UserError if the directory exists, for names that make no tree, a dtype that TensorStore does not have, and
     when the disk refuses; CorruptError if the boxes do not cover an array; ValueError if ``meta`` is not JSON.
     """
@@ -225,7 +225,7 @@ class _Pending:
 
     def __init__(self, ts: Any, final: Path):
         self._ts, self._final, self._name = ts, final, ""
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+        self._context = ts.Context()
         self._transaction = ts.Transaction(atomic=False)
         self._nbytes = 0
         self._store: Any = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import logging
 import os
@@ -380,7 +381,7 @@ def cut(draw):
     dtype = draw(st.sampled_from([np.dtype(np.float32), BF16, INT4, np.dtype(np.bool_)]))
     array = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 2, shape).astype(dtype)
     edges = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=2))}) for n in shape]
-    starts = [list(zip(e, e[1:], strict=False)) for e in edges]
+    starts = [list(itertools.pairwise(e)) for e in edges]
     grid = [tuple(pairs[i] for pairs, i in zip(starts, at, strict=True)) for at in np.ndindex(*map(len, starts))]
     order = draw(st.permutations(grid))
     return array, [(tuple(a for a, _ in box), array[tuple(slice(a, b) for a, b in box)]) for box in order]
@@ -409,7 +410,7 @@ def test_boxes_are_asked_for_one_by_one_and_written_as_small_chunks(tmp_path, mo
             yield box
 
     write_orbax(tmp_path / "out", [("x", array.shape, array.dtype, boxes())], {})
-    assert all(later > earlier for earlier, later in zip(files, files[1:], strict=False))  # the one before is there
+    assert all(later > earlier for earlier, later in itertools.pairwise(files))  # the one before is there
     kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path}/out/"}, "path": "x/"}
     store = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
     assert store.chunk_layout.read_chunk.shape == (4, 16)
