@@ -52,10 +52,11 @@ class Files(Protocol):
 class Store(Protocol):
     """A place for the files of checkpoints by ``<directory>/<name>``, and one writer at a time.
 
-    where: names the place in messages.
+    where: names the place in messages. file_bytes: how large a file should be at most; None: as large as it gets.
     """
 
     where: str
+    file_bytes: int | None
 
     def acquire(self, mark: str = "") -> None:
         """Become the writer and leave ``mark``. Raises UserError naming the present holder."""
@@ -169,23 +170,27 @@ class LocalFiles:
 
     def read(self, name: str) -> bytes:
         try:
-            return (self._path / name).read_bytes()
+            return self._at(name).read_bytes()
         except FileNotFoundError:
             raise self._missing(name) from None
 
     def size(self, name: str) -> int:
         try:
-            return (self._path / name).stat().st_size
+            return self._at(name).stat().st_size
         except FileNotFoundError:
             raise self._missing(name) from None
 
+    def _at(self, name: str) -> Path:
+        """Where it lies; a directory that is not there yet does not hide those beside it."""
+        return Path(os.path.normpath(self._path / name))
+
     def _missing(self, name: str) -> CorruptError:
         shared = ", which this step shares with one before it (jaxsys reshard copies a step whole)"
-        where = os.path.normpath(self._path / name)
-        return CorruptError(f"file {where} is missing{shared * name.startswith('../')}; use another checkpoint")
+        where = f"{self._at(name)} is missing{shared * name.startswith('../')}"
+        return CorruptError(f"file {where}; use another checkpoint")
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        path = self._path / name
+        path = self._at(name)
         try:
             with open(path, "rb", buffering=0) as file:
                 file.seek(offset)
@@ -214,6 +219,8 @@ def durable(path: Path) -> Iterator[BinaryIO]:
 
 class LocalStore:
     """Checkpoints as directories under ``root``, which is made if it is missing."""
+
+    file_bytes: int | None = None
 
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)
@@ -297,34 +304,3 @@ class LocalDraft:
 
     def abort(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into that becomes ``path`` when the context ends: whole, or after an error not at all.
-
-    Files in it are synced by who writes them. Raises UserError if ``path`` exists, if another process writes it at
-    this moment, and when the disk refuses.
-    """
-    lock_path = path.with_name(f".{path.name}.lock")
-    lock, draft = WriterLock(lock_path, path), LocalDraft(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        try:
-            refuse_existing(path)
-            draft.begin()
-            yield draft.directory
-            refuse_existing(path)  # somebody else may have made it meanwhile, and a commit replaces
-            draft.commit()
-        finally:
-            draft.abort()  # finds nothing to remove after a commit
-            lock_path.unlink(missing_ok=True)
-            lock.release()
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; choose another place") from e
-
-
-def refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise UserError(f"{path} exists already; choose a new directory or remove it")

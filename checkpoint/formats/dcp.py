@@ -144,8 +144,8 @@ class DCPDir(Mapping[str, ArrayHeader]):
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> np.ndarray:
         """A new array in its own dtype: all of ``name``, or what ``box`` (one slice a dimension) selects.
 
-        Reads the chunks that the box meets, whole, one at a time; the last one is kept for the next box. Not for
-        several threads at once. Raises CorruptError if one is missing or damaged.
+        Reads the chunks that the box meets, whole, one at a time; the last one is kept for the next box. Raises
+        CorruptError if one is missing or damaged.
         """
         info = self._arrays.get(name)
         if info is None:
@@ -160,9 +160,10 @@ class DCPDir(Mapping[str, ArrayHeader]):
 
     def _read_chunk(self, name: str, chunk: Box) -> np.ndarray:
         start, shape = chunk
-        if self._last is not None and self._last[0] == (name, start):
-            return self._last[1]
-        self._last = None  # freed before the next one is read
+        last = self._last  # which another thread may replace
+        if last is not None and last[0] == (name, start):
+            return last[1]
+        self._last = last = None  # freed before the next one is read
         place = self._places[name, start]
         where, dtype = self.path / place.relative_path, self._arrays[name].dtype
         try:

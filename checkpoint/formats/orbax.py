@@ -7,6 +7,7 @@ A checkpoint of ``CheckpointManager`` is ``<root>/<step>/<item>``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ import numpy as np
 
 from checkpoint.header import ArrayHeader, bounded, check_shape, is_file_name, unique
 from checkpoint.manifest import CHUNK_BYTES, Array, Chunk, CorruptError, check_coverage, digest, split
-from checkpoint.storage import durable, new_directory
+from checkpoint.storage import LocalDraft, WriterLock, durable
 from parallelism.errors import UserError
 
 METADATA = "_METADATA"
@@ -162,7 +163,7 @@ def write_orbax(
     ts = _tensorstore()
     final = Path(directory) if step is None else Path(directory) / str(step)
     json.dumps(meta, allow_nan=False)  # fails before anything is written
-    with new_directory(final) as draft:
+    with _new_directory(final) as draft:
         item = draft if step is None else draft / ITEM
         item.mkdir(exist_ok=True)
         written = _write_arrays(ts, item, final, arrays)
@@ -180,6 +181,36 @@ def write_orbax(
                 file.write(json.dumps({"item_handlers": {ITEM: _HANDLER}}).encode())
         _verify(OrbaxDir(item), final, written)
     return final if step is None else final / ITEM
+
+
+@contextlib.contextmanager
+def _new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into that becomes ``path`` when the context ends, and after an error is not there.
+
+    Raises UserError if ``path`` exists, if another process writes it at this moment, and when the disk refuses.
+    """
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock, draft = WriterLock(lock_path, path), LocalDraft(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        try:
+            _refuse_existing(path)
+            draft.begin()
+            yield draft.directory
+            _refuse_existing(path)  # somebody else may have made it meanwhile, and a commit replaces
+            draft.commit()
+        finally:
+            draft.abort()  # finds nothing to remove after a commit
+            lock_path.unlink(missing_ok=True)
+            lock.release()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already; choose a new directory or remove it")
 
 
 def _write_arrays(

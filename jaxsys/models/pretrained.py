@@ -112,30 +112,34 @@ class Tensors(Protocol):
 
 
 def _open_native(source: ModelSource) -> Pretrained:
-    checkpoint = open_checkpoint(find_checkpoint(source.path))
-    where, manifest = f"{checkpoint.where}: meta", checkpoint.manifest
-    if not isinstance(manifest.meta.get("model"), dict):
+    path = source.path
+    checkpoint = open_checkpoint(find_checkpoint(path))
+    config = config_of_meta(checkpoint.manifest.meta, checkpoint.where)
+    _check_logical(path, config, {name: array.shape for name, array in checkpoint.manifest.arrays.items()})
+    return Pretrained(path, config, _Whole(lambda logical: checkpoint.read(logical.name)))
+
+
+def config_of_meta(meta: Mapping[str, Any], where: str) -> ModelConfig:
+    """The model that the ``meta`` of a checkpoint says. Raises UserError naming the checkpoint ``where``."""
+    where = f"{where}: meta"
+    if not isinstance(meta.get("model"), dict):
         raise UserError(f"{where} has no 'model': not a checkpoint of a model; give a run's or an exported one")
-    config = _logical_model(source.path, where, manifest.meta, {n: a.shape for n, a in manifest.arrays.items()})
-    return Pretrained(source.path, config, _Whole(lambda logical: checkpoint.read(logical.name)))
+    values = dict(meta["model"])
+    return _config(lambda: configuration.from_dict(ModelConfig, values, "model."), where)
 
 
-def _logical_model(
-    path: Path, where: str, meta: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> ModelConfig:
-    """The model in the metadata of a checkpoint of logical arrays, which are checked to be its."""
-    config = _config(lambda: configuration.from_dict(ModelConfig, dict(meta["model"]), "model."), where)
+def _check_logical(path: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError unless a checkpoint holds the model's logical arrays and, at most, an optimizer's state."""
     found = {name: shape for name, shape in shapes.items() if not name.startswith(OPTIMIZER)}
-    _check(str(path), {name: logical.shape for name, logical in expected_weights(config).items()}, found)
-    return config
+    _check(path, {name: logical.shape for name, logical in expected_weights(config).items()}, found)
 
 
 def _open_orbax(source: ModelSource) -> Pretrained:
     arrays = OrbaxDir(source.path)
     if not isinstance(arrays.meta.get("model"), dict):
         return _open_beside(source, arrays, "'model' in its custom_metadata, or ")
-    where = f"{arrays.path}: custom_metadata"
-    config = _logical_model(source.path, where, arrays.meta, {name: info.shape for name, info in arrays.items()})
+    config = config_of_meta(arrays.meta, str(arrays.path))
+    _check_logical(source.path, config, {name: info.shape for name, info in arrays.items()})
 
     def read(logical: Logical, box: Box) -> np.ndarray:
         return arrays.read(logical.name, box).astype(logical.dtype, copy=False)
@@ -254,8 +258,8 @@ def _open_gguf(source: ModelSource) -> Pretrained:
     config = _config(lambda: kind.config_from_gguf(file), str(path))
     names = kind.gguf_names(config)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    extras = _check(str(path), _file_shapes(config, names), shapes, functools.partial(kind.redundant_gguf, config))
-    _check_extras(str(path), extras, file.read, names)
+    extras = _check(path, _file_shapes(config, names), shapes, functools.partial(kind.redundant_gguf, config))
+    _check_extras(path, extras, file.read, names)
 
     def whole(logical: Logical) -> np.ndarray:
         return kind.undo_gguf(config, logical.name, file.read(names[logical.name])).reshape(logical.shape)
@@ -342,7 +346,7 @@ def _file_shapes(config: ModelConfig, names: Mapping[str, str | tuple[str, ...]]
 
 
 def _check(
-    path: str,
+    path: Path | str,
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
     redundant: Callable[[], Mapping[str, str | np.ndarray]] = dict,
@@ -363,7 +367,7 @@ def _check(
 
 
 def _check_extras(
-    path: str,
+    path: Path | str,
     extras: Mapping[str, str | np.ndarray],
     read: Callable[[str], np.ndarray],
     names: Mapping[str, str | tuple[str, ...]],

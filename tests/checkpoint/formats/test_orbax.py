@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -132,6 +133,37 @@ def assert_same(found, expected):
 def test_what_orbax_writes_is_read(tmp_path, kind):
     KINDS[kind](tmp_path / "saved")
     assert_same(OrbaxDir(tmp_path / "saved"), VALUES)
+
+
+WORKER = """
+import sys
+import jax, numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+index, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize("127.0.0.1:" + port, 2, index)
+mesh, host = Mesh(np.array(jax.devices()), ("x",)), np.arange(48, dtype=np.float32).reshape(8, 6)
+def put(spec):
+    return jax.make_array_from_callback(host.shape, NamedSharding(mesh, spec), lambda index: host[index])
+tree = {"rows": put(PartitionSpec("x")), "replicated": put(PartitionSpec())}
+for name, ocdbt in (("ocdbt", True), ("zarr", False)):
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)
+    ocp.Checkpointer(handler).save(root + "/" + name, args=ocp.args.PyTreeSave(tree))
+"""
+
+
+def test_what_two_processes_write_is_read(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    commands = [[sys.executable, "-c", WORKER, str(index), port, tmp_path] for index in range(2)]
+    run = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for command in commands]
+    assert [process.wait(timeout=120) for process in run] == [0, 0]
+    whole = np.arange(48, dtype=np.float32).reshape(8, 6)
+    for name in ("ocdbt", "zarr"):
+        assert_same(OrbaxDir(tmp_path / name), {"rows": whole, "replicated": whole})
 
 
 @pytest.fixture(scope="module")
