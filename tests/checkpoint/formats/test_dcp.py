@@ -127,6 +127,29 @@ def test_only_the_chunks_of_a_box_are_read(sharded, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_flipped_bit_is_found(tmp_path):
+    dcp.save({"x": torch.arange(1000.0)}, checkpoint_id=tmp_path)
+    raw = (tmp_path / "__0_0.distcp").read_bytes()
+    begin = raw.index(np.arange(1000, dtype=np.float32).tobytes())
+    for at in np.random.default_rng(0).integers(begin, begin + 4000, 20):
+        changed = bytearray(raw)
+        changed[at] ^= 4
+        (tmp_path / "__0_0.distcp").write_bytes(changed)
+        with pytest.raises(CorruptError, match="Bad CRC-32"):
+            DCPDir(tmp_path).read("x")
+
+
+def test_chunks_saved_without_checksums_are_read(tmp_path):
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this torch always saves them")
+    torch.serialization.set_crc32_options(False)
+    try:
+        dcp.save({"x": torch.arange(9.0)}, checkpoint_id=tmp_path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    np.testing.assert_array_equal(DCPDir(tmp_path).read("x"), np.arange(9, dtype=np.float32))
+
+
 def test_torch_that_is_missing_is_named(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"torch.*pip install 'jaxsys\[dcp\]'"):
