@@ -156,8 +156,8 @@ def write_orbax(
     nested dictionaries. The first box's shape decides what is one chunk of the file, of at most 16 MiB.
     meta: JSON; Orbax's ``custom_metadata``, ``OrbaxDir.meta``.
 
-    Takes boxes one by one, and some 300 MiB of memory whatever there is to write. All is read back and compared before
-    it gets its name; after an error nothing is left. Returns the item's directory.
+    Takes boxes one by one, and besides them some 100 MiB of memory (300 where each thread has an arena of malloc's).
+    All is read back and compared before it gets its name; after an error nothing is left. Returns the item's directory.
     Raises UserError if the directory exists, for names that make no tree, a dtype that TensorStore does not have, and
     when the disk refuses; CorruptError if the boxes do not cover an array; ValueError or TypeError if ``meta`` is no
     JSON.
