@@ -16,9 +16,17 @@ import xxhash
 CELL_BYTES = 4 << 10
 PARTS = 16
 DIGEST_BYTES = 16
+ALIGNMENT = 64  # of memory that JAX takes on CPU as it is, without a copy
 
 Grid = tuple[int, ...]
 """Parts along each axis of a chunk."""
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Memory that begins at a multiple of ``ALIGNMENT``, [nbytes] uint8, zero."""
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + nbytes]
 
 
 def grid_of(shape: Sequence[int], whole: Sequence[int], itemsize: int) -> Grid:
@@ -43,11 +51,38 @@ def pack(data: np.ndarray, grid: Grid) -> np.ndarray:
     return np.ascontiguousarray(data.reshape(parts).transpose(order)).reshape(-1).view(np.uint8)
 
 
+def pack_into(raw: np.ndarray, data: np.ndarray, grid: Grid) -> None:
+    """``pack`` into memory that is there: [nbytes] uint8, aligned to the dtype. ``data`` may have any strides."""
+    parts, order = _axes(data.shape, grid)
+    target = raw.view(data.dtype).reshape([parts[axis] for axis in order])
+    np.copyto(target, data.reshape(parts).transpose(order))
+
+
 def unpack(raw: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, grid: Grid) -> np.ndarray:
     """The chunk whose file has these bytes: a view of ``raw`` if cells are whole rows."""
     parts, order = _axes(shape, grid)
     packed = raw.view(dtype).reshape([parts[axis] for axis in order])
     return packed.transpose(np.argsort(order)).reshape(shape)
+
+
+def unpack_into(out: np.ndarray, raw: np.ndarray, shape: tuple[int, ...], grid: Grid, box: tuple[slice, ...]) -> bool:
+    """``out[...] = unpack(raw, ...)[box]`` in one copy; False, and nothing done, where ``box`` cuts several cells."""
+    parts, order = _axes(shape, grid)
+    index, split = [], []
+    for size, g, s in zip(shape, grid, box, strict=True):
+        cell = size // g
+        first, last = s.start // cell, (s.stop - 1) // cell + 1
+        if s.start % cell == 0 and s.stop % cell == 0:
+            index += [slice(first, last), slice(None)]
+            split += [last - first, cell]
+        elif last - first == 1:
+            index += [slice(first, last), slice(s.start - first * cell, s.stop - first * cell)]
+            split += [1, s.stop - s.start]
+        else:
+            return False
+    packed = raw.view(out.dtype).reshape([parts[axis] for axis in order])
+    np.copyto(out.reshape(split).transpose(order), packed[tuple(index[axis] for axis in order)])
+    return True
 
 
 def _axes(shape: Sequence[int], grid: Grid) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import posixpath
 import threading
@@ -13,15 +14,14 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-
-from checkpoint.cells import digests, pack
-from checkpoint.manifest import MANIFEST, Chunk, CorruptError, chunk_from_json
+from checkpoint.compression import compressed
+from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, chunk_from_json, digest
+from checkpoint.pace import Pace
 from checkpoint.reader import CheckpointReader
 from checkpoint.storage import Store, directory_of, steps_in
-from checkpoint.writer import ChunkWriter, Key, Piece, WriteMetrics, data_file, manifest_of, writer_of
+from checkpoint.writer import Block, ChunkWriter, Key, WriteMetrics, data_file, manifest_of, writer_of
 from parallelism.coordinator import Coordinator, together
 from parallelism.errors import UserError
 from parallelism.layout import Logical
@@ -34,35 +34,65 @@ of chunks in use takes at most twice that."""
 
 
 @dataclasses.dataclass(frozen=True)
+class Best:
+    """The ``keep`` steps of which ``meta["metrics"][metric]`` is smallest, or ``largest``."""
+
+    metric: str
+    keep: int = 1
+    largest: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Level:
-    """A place for checkpoints: the newest ``keep`` stay (None: all), steps that ``every`` divides go there."""
+    """A place for checkpoints: steps that ``every`` divides go there; "auto": as many as what a save takes allows.
+
+    on: "shared", a path that all processes see; "host", the memory of each host, or "peer", of another (see
+    ``checkpoint.hosts``), where the path is the same on all. Of the steps stay: the newest ``keep`` (None: all), those
+    that ``keep_every`` divides, and the ``best``. verify: read what was written, and compare digests, before it counts.
+    zstd: level of compression, of chunks that it makes smaller; they are only read whole then, whatever a shard needs.
+    """
 
     name: str
     path: str | os.PathLike[str]
     keep: int | None = 2
-    every: int = 1
+    every: int | Literal["auto"] = 1
+    on: Literal["shared", "host", "peer"] = "shared"
+    keep_every: int | None = None
+    best: Best | None = None
+    verify: bool = False
+    zstd: int | None = None
+
+    @property
+    def survives_host(self) -> bool:
+        """Whether what lies there is left when the host that wrote it is gone."""
+        return self.on != "host"
 
     def __post_init__(self) -> None:
-        if self.keep is not None and self.keep < 1:
-            raise UserError(f"checkpoint level {self.name!r}: keep={self.keep}, expected at least 1, or None for all")
-        if self.every < 1:
-            raise UserError(f"checkpoint level {self.name!r}: every={self.every}, expected at least 1")
+        numbers: dict[str, Any] = {"keep": self.keep, "every": self.every, "keep_every": self.keep_every}
+        if self.best is not None:
+            numbers["best.keep"] = self.best.keep
+        for what, number in numbers.items():
+            if number is not None and number != "auto" and number < 1:
+                none = " (None: all)" if what == "keep" else ""
+                raise UserError(f"checkpoint level {self.name!r}: {what}={number}, expected at least 1{none}")
 
 
 class OpenLevel:
     """A level in use: its store, the one thread that writes there, and what must not be deleted."""
 
-    def __init__(self, level: Level, store: Store, coordinator: Coordinator, chunk_bytes: int):
+    def __init__(self, level: Level, store: Store, coordinator: Coordinator):
         self.level, self.store = level, store
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"checkpoint-{level.name}")
-        # One save being written and one waiting for its turn; the next caller blocks.
-        self.slots = threading.BoundedSemaphore(2)
+        self._slots, self._busy = threading.BoundedSemaphore(2), 0
+        self._pace, self._write_seconds = Pace(coordinator, f"due:{store.where}"), 0.0
+        self._asked: tuple[int, bool] | None = None
         self.bad: set[int] = set()
-        self._coordinator, self._chunk_bytes = coordinator, chunk_bytes
+        self._coordinator = coordinator
         self._pins: Counter[int] = Counter()
         self._lock = threading.RLock()  # the thread of a later level comes here too, when it unpins
-        self._files: dict[int, frozenset[str] | None] = {}  # by step, as far as they are known
-        self._drafting: int | None = None
+        self._newest: int | None = None
+        self._known_steps: dict[int, _Step] = {}
+        self._attempts: dict[int, Mapping[str, Sequence[Chunk]]] = {}  # chunks of writes under way and of failed ones
 
     @property
     def name(self) -> str:
@@ -73,12 +103,39 @@ class OpenLevel:
         return self.store.where
 
     def due(self, step: int) -> bool:
-        return step % self.level.every == 0
+        """Whether the level takes this step: asked for each, in order, and in all processes."""
+        if isinstance(self.level.every, int):
+            return step % self.level.every == 0
+        if self._asked is None or self._asked[0] != step:
+            self._asked = step, self._pace.due(step, None if self._busy else self._write_seconds)
+        return self._asked[1]
+
+    def wait_for_turn(self) -> None:
+        """Block until there is room for a save: one is being written and one waits, at most."""
+        self._slots.acquire()
+        self._busy += 1
+
+    def end_turn(self) -> None:
+        self._busy -= 1
+        self._slots.release()
 
     def acquire(self, mark: str) -> None:
         """Become the writer, and remove what a killed one left. Raises UserError naming the present holder."""
         self.store.acquire(mark)
+        self._newest = None
         self._sweep()
+
+    @property
+    def newest(self) -> int:
+        """The newest of ``steps``, -1 if there is none: without asking the store each time."""
+        if self._newest is None:
+            self._newest = max(self.steps(), default=-1)
+        return self._newest
+
+    def distrust(self, step: int) -> None:
+        """A restore found it damaged."""
+        self.bad.add(step)
+        self._newest = None
 
     def steps(self) -> list[int]:
         """Committed steps, ascending, without those found damaged."""
@@ -94,38 +151,45 @@ class OpenLevel:
     # -- writing, in the thread of ``executor``
 
     def write(
-        self, step: int, meta: Mapping[str, Any], specs: Iterable[Logical], pieces: Iterable[Piece]
+        self, step: int, meta: Mapping[str, Any], specs: Iterable[Logical], blocks: Iterable[Block]
     ) -> WriteMetrics:
         """Write and commit a step, all processes together, then delete what retention does not keep.
 
-        pieces: those this process owns. specs: every array of the checkpoint, the same in all processes. Chunks that
-        the newest good step has already are not written again. If one process fails, nothing is committed.
+        blocks: those this process writes. specs: every array of the checkpoint, the same in all processes. Chunks that
+        the newest good step has already are not written again. If one process fails, nothing is committed, and what was
+        written stays for ``salvage`` until ``unpin``.
         """
         began = time.perf_counter()
         index, channel, directory = self._coordinator.index, f"write:{self.where}", directory_of(step)
         base: int | None = None
-        metrics = WriteMetrics(0.0, 0)
+        self._attempts[step] = {}
 
         def begin() -> tuple[int | None, str]:
             nonlocal base
             if index == 0:
                 with self._lock:
-                    base, self._drafting = max(self.steps(), default=None), step
+                    base = max(self.steps(), default=None)
                     if base is not None:
                         self._pins[base] += 1
             return base, uuid.uuid4().hex[:8]
 
         def write() -> dict[str, list[dict[str, Any]]]:
-            nonlocal metrics
-            name = data_file(index, mark)
-            with self.store.create(directory, name) as file:
-                known, files = self._known(shared, step), self.store.open(directory)
-                writer = ChunkWriter(file, name, self._chunk_bytes, known, files)
-                for piece in pieces:
-                    writer.add(piece)
-            if not writer.nbytes:
-                self.store.delete(directory, [name])
-            metrics = WriteMetrics(0.0, writer.nbytes, writer.kept_bytes)
+            known, files = self._known(shared, step), self.store.open(directory)
+            writer = ChunkWriter(
+                lambda name: self.store.create(directory, name),
+                lambda number: data_file(index, mark, number),
+                self.store.file_bytes,
+                known,
+                files,
+                self.level.zstd,
+            )
+            self._attempts[step] = writer.chunks
+            with writer:
+                for block in blocks:
+                    writer.add(block)
+            if self.level.verify:
+                self._read_back(step, specs, writer)
+            metrics.append(WriteMetrics(0.0, writer.nbytes, writer.kept_bytes))
             return {name: [c.to_json() for c in chunks] for name, chunks in writer.chunks.items()}
 
         def commit() -> None:
@@ -136,19 +200,39 @@ class OpenLevel:
                         merged[name] += [chunk_from_json(c) for c in chunks]
                 self.store.put(directory, MANIFEST, manifest_of(step, meta, specs, merged).encode())
 
+        metrics: list[WriteMetrics] = []
         try:
             shared, mark = together(self._coordinator, channel, begin)[0]
             written = together(self._coordinator, channel, write)
             together(self._coordinator, channel, commit)
             self.bad.discard(step)
+            self._newest = max(step, self.newest)
+            del self._attempts[step]
         finally:
             with self._lock:
-                self._drafting = None
-                self._files.pop(step, None)
+                self._known_steps.pop(step, None)
                 if base is not None:
                     self._pins[base] -= 1
             self._retain()
-        return dataclasses.replace(metrics, seconds=time.perf_counter() - began)
+        self._coordinator.gather(channel, None)  # a process that ends serves its host's files no more
+        self._write_seconds = time.perf_counter() - began
+        return dataclasses.replace(metrics[0], seconds=self._write_seconds)
+
+    def _read_back(self, step: int, specs: Iterable[Logical], writer: ChunkWriter) -> None:
+        """Raises CorruptError if a chunk just written does not read as it should."""
+        arrays = {s.name: Array(s.dtype, s.shape, s.axes, tuple(writer.chunks.get(s.name, ()))) for s in specs}
+        report = CheckpointReader(self.store.open(directory_of(step)), manifest=Manifest(step, {}, arrays)).verify()
+        if not report.ok:
+            raise CorruptError(f"step {step} does not read as it was written: {report.errors[0]}")
+
+    def salvage(self, step: int, specs: Iterable[Logical]) -> Iterator[Block]:
+        """The chunks that this process wrote before the write of ``step`` here failed."""
+        arrays = {s.name: Array(s.dtype, s.shape, s.axes, tuple(self._attempts[step].get(s.name, ()))) for s in specs}
+        reader = CheckpointReader(self.store.open(directory_of(step)), manifest=Manifest(step, {}, arrays))
+        memory = reader.room(chunk for array in arrays.values() for chunk in array.chunks)
+        for spec in specs:
+            for chunk in arrays[spec.name].chunks:
+                yield reader.block(spec, chunk, memory)
 
     def _known(self, base: int | None, step: int) -> dict[Key, Chunk]:
         """The chunks of a committed step as one of ``step`` names them, of files that are used enough."""
@@ -178,23 +262,27 @@ class OpenLevel:
         reader = source.open(step)
         arrays = reader.manifest.arrays
         specs = [Logical(name, a.shape, a.dtype, a.axes) for name, a in arrays.items()]
-        return self.write(step, reader.manifest.meta, specs, self._own_pieces(reader, specs))
+        return self.write(step, reader.manifest.meta, specs, self._own_blocks(reader, specs))
 
-    def _own_pieces(self, reader: CheckpointReader, specs: Iterable[Logical]) -> Iterator[Piece]:
-        for spec in specs:
-            for chunk in reader.manifest.arrays[spec.name].chunks:
-                if writer_of(chunk.file) % self._coordinator.count == self._coordinator.index:
-                    yield Piece(spec, chunk.start, reader.read_chunk(spec.name, chunk))
+    def _own_blocks(self, reader: CheckpointReader, specs: Iterable[Logical]) -> Iterator[Block]:
+        index, count = self._coordinator.index, self._coordinator.count
+        own = [(s, c) for s in specs for c in reader.array(s.name).chunks if writer_of(c.file) % count == index]
+        memory = reader.room(chunk for _, chunk in own)
+        for spec, chunk in own:
+            yield reader.block(spec, chunk, memory)
 
     def mend(self, step: int, reader: CheckpointReader) -> int:
         """Write what a reader of a step found damaged as it should be; return how many chunks."""
-        for chunk, data in reader.mended:
-            raw, table = data.reshape(-1).view(np.uint8), b""
-            if chunk.grid is not None:
-                raw = pack(data, chunk.grid)
-                table = digests(raw, chunk.grid)
-            self.store.patch(directory_of(step), chunk.file, chunk.offset, raw.tobytes() + table)
-        return len(reader.mended)
+        count = 0
+        for chunk, raw in reader.mended:
+            data: bytes | None = raw.tobytes()
+            if chunk.zstd is not None:
+                data = compressed(raw[: chunk.nbytes], raw[chunk.nbytes :].tobytes(), self.level.zstd or 0)
+            # Another zstd may make another frame: then the next save writes the chunk again.
+            if data is not None and (chunk.zstd is None or digest(data) == chunk.zstd[1]):
+                self.store.patch(directory_of(step), chunk.file, chunk.offset, data)
+                count += 1
+        return count
 
     # -- what stays
 
@@ -206,48 +294,74 @@ class OpenLevel:
     def unpin(self, step: int) -> None:
         with self._lock:
             self._pins[step] -= 1
+            self._attempts.pop(step, None)
         self._retain()
 
     def _retain(self) -> None:
-        """Delete what is older than the newest ``keep`` good steps. Damaged ones do not count as kept."""
+        """Delete what the level's rules do not keep. Damaged steps do not count as kept."""
         if self._coordinator.index > 0:
             return
         try:
             with self._lock:
-                kept = self.steps()[-self.level.keep :] if self.level.keep else []
+                steps = self.steps()
+                newest = steps[-self.level.keep :] if self.level.keep else []
+                lasting = self._lasting(steps)
                 for step in steps_in(self.store.names()):
-                    if step < min(kept, default=0) and not self._pins[step]:
+                    if step < min(newest, default=0) and step not in lasting and not self._pins[step]:
                         self.store.delete(directory_of(step), [MANIFEST])
-                        self._files.pop(step, None)
+                        self._known_steps.pop(step, None)
                 self._sweep()
         except OSError as e:
             logger.warning("cannot delete old checkpoints in %s: %s", self.where, e)
 
+    def _lasting(self, steps: Sequence[int]) -> set[int]:
+        """Those of these steps that stay however old they are."""
+        every, best = self.level.keep_every, self.level.best
+        found = {step for step in steps if every and step % every == 0}
+        if best is not None:
+            sign = -1 if best.largest else 1
+            values = {step: _number(self._step(step).metrics.get(best.metric)) for step in steps}
+            ranked = sorted((sign * v, step) for step, v in values.items() if v is not None)
+            found |= {step for _, step in ranked[: best.keep]}
+        return found
+
     def _sweep(self) -> None:
         """Delete files that no manifest names, but for those of a step that is being written."""
-        names = self.store.names()
+        names, drafts = self.store.names(), {directory_of(step) for step in self._attempts}
         used: set[str] = set()
         for step in steps_in(names):
-            directory, of_step = directory_of(step), self._files_of(step)
+            directory, of_step = directory_of(step), self._step(step).files
             # Of a damaged manifest nobody knows: all beside it stays until the step is deleted or written again.
             used |= {f"{directory}/{name}" for name in names[directory]} if of_step is None else of_step
         for directory, files in names.items():
-            if self._drafting is None or directory != directory_of(self._drafting):
+            if directory not in drafts:
                 unused = [name for name in files if f"{directory}/{name}" not in used]
                 if unused or not files:
                     self.store.delete(directory, unused)
 
-    def _files_of(self, step: int) -> frozenset[str] | None:
-        """The files of a committed step, as ``<directory>/<name>``; None if its manifest is damaged."""
+    def _step(self, step: int) -> _Step:
         with self._lock:
-            if step not in self._files:
-                directory, found = directory_of(step), None
+            if step not in self._known_steps:
+                directory, found = directory_of(step), _Step(None, {})
                 with contextlib.suppress(UserError):
-                    arrays = self.open(step).manifest.arrays.values()
-                    chunks = {_resolved(directory, chunk.file) for array in arrays for chunk in array.chunks}
-                    found = frozenset({f"{directory}/{MANIFEST}"} | chunks)
-                self._files[step] = found
-            return self._files[step]
+                    manifest = self.open(step).manifest
+                    chunks = {_resolved(directory, c.file) for a in manifest.arrays.values() for c in a.chunks}
+                    metrics = manifest.meta.get("metrics") or {}
+                    found = _Step(frozenset({f"{directory}/{MANIFEST}"} | chunks), metrics)
+                self._known_steps[step] = found
+            return self._known_steps[step]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What its manifest says: the files of a committed step, as ``<directory>/<name>`` (None if it is damaged)."""
+
+    files: frozenset[str] | None
+    metrics: Mapping[str, Any]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _resolved(directory: str, file: str) -> str:

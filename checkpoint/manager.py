@@ -9,24 +9,28 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import jax
 
+from checkpoint.hosts import HostsStore
 from checkpoint.levels import Level, OpenLevel
 from checkpoint.manifest import CHUNK_BYTES, CorruptError
 from checkpoint.reader import CheckpointReader, VerifyReport
-from checkpoint.reshard import LoadMetrics, load
-from checkpoint.snapshot import Snapshot
-from checkpoint.storage import LocalStore, directory_of, steps_in
-from checkpoint.writer import WriteMetrics
+from checkpoint.reshard import LoadMetrics, Origins, load
+from checkpoint.shares import holders_of, shares_of, stored_specs
+from checkpoint.snapshot import Shares, Snapshot, Staging, by_shard, check_arrays
+from checkpoint.storage import LocalStore, Store, directory_of, steps_in
+from checkpoint.writer import Block, WriteMetrics
 from parallelism.coordinator import Coordinator, default_coordinator, together
 from parallelism.errors import UserError
-from parallelism.layout import Layout
+from parallelism.layout import Layout, Logical
 
 logger = logging.getLogger(__name__)
+
+STAGING_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Manager:
     fails is passed over. Each level has one writing thread; at most one save is being written and one waits there,
     the next caller of ``save`` blocks. Failures are logged and kept in ``failures``: they never raise in ``save``.
 
-    Processes of one job make the same calls in the same order. All of them must see every level's path.
+    Processes of one job make the same calls in the same order. All of them must see the path of a shared level.
     Raises UserError if a level cannot be written or another run is writing it.
     """
 
@@ -119,6 +123,7 @@ class Manager:
         self,
         levels: Sequence[Level],
         *,
+        staging_bytes: int = STAGING_BYTES,
         chunk_bytes: int = CHUNK_BYTES,
         coordinator: Coordinator | None = None,
     ):
@@ -128,10 +133,14 @@ class Manager:
                 raise UserError(f"checkpoint levels have {what}s {values}, expected at least one and all different")
         self.failures: list[Failure] = []
         self._coordinator = coordinator or default_coordinator()
-        self._levels = [OpenLevel(level, LocalStore(level.path), self._coordinator, chunk_bytes) for level in levels]
+        self._levels: list[OpenLevel] = []
+        self._chunk_bytes, self._staging = chunk_bytes, Staging(staging_bytes)
+        self._planned: tuple[Any, tuple[Shares, Sequence[Logical]]] | None = None
         self._handles: list[SaveHandle] = []
         self._closed = False
         try:
+            for level in levels:
+                self._levels.append(OpenLevel(level, _store(level, self._coordinator), self._coordinator))
             owners = together(self._coordinator, "open", self._acquire)
             together(self._coordinator, "see", lambda: self._see(owners[0]))
         except BaseException:
@@ -151,8 +160,8 @@ class Manager:
         for level in self._levels:
             if level.store.mark() != mark:
                 raise UserError(
-                    f"{level.where} on host {socket.gethostname()} is not the directory that process 0 writes: "
-                    f"level {level.name!r} needs a file system that all processes share"
+                    f"{level.where} on host {socket.gethostname()} is not the directory that process 0 writes: level "
+                    f'{level.name!r} needs a file system that all processes share, or on="host"'
                 )
 
     def __enter__(self) -> Manager:
@@ -165,7 +174,7 @@ class Manager:
 
     def due(self, step: int) -> bool:
         """Whether some level takes this step."""
-        return any(level.due(step) for level in self._levels)
+        return any([level.due(step) for level in self._levels])
 
     def save(
         self,
@@ -175,65 +184,88 @@ class Manager:
         meta: Mapping[str, Any],
         *,
         everywhere: bool = False,
+        levels: Collection[str] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> SaveHandle:
         """Start saving and return before copies or writes are done.
 
         Before ``arrays`` are donated, call ``copied`` of the handle. ``meta`` is JSON and is copied now.
-        everywhere: write to all levels, whatever their interval (the last save of a run).
+        everywhere: write to all levels, whatever their interval (the last save of a run); levels: to those of these
+        names instead. check: called by the threads that write, before they do; what it raises fails the save (the
+        arrays are not finite). It may wait for devices, which ``save`` never does.
         Raises ValueError if no level is due, the arguments do not fit together, or after ``close``, UserError if a
         level already holds a later good step: another run's, or the future of a run that went back.
         """
         if self._closed:
             raise ValueError(f"cannot save step {step}: this manager is closed; make another")
         began = time.perf_counter()
-        due = [level for level in self._levels if everywhere or level.due(step)]
+        due = [level for level in self._levels if level.due(step) or everywhere]
+        if levels is not None:
+            if unknown := set(levels) - {level.name for level in self._levels}:
+                raise ValueError(f"no checkpoint levels {sorted(unknown)}: there are {[x.name for x in self._levels]}")
+            due = [level for level in self._levels if level.name in levels]
         if not due:
             raise ValueError(f"no checkpoint level is due at step {step}")
         meta = json.loads(json.dumps(meta, allow_nan=False))  # the caller's may change while this is written
         for level in due:
-            later = [s for s in level.steps() if s > step]
-            if later:
+            if level.newest > step:
                 raise UserError(
-                    f"cannot save step {step}: {level.where} already holds step {later[-1]}; "
+                    f"cannot save step {step}: {level.where} already holds step {level.newest}; "
                     "resume from that, or continue in another directory"
                 )
         self._finish(lambda handle: handle.step == step)
         for level in due:
-            level.slots.acquire()
+            level.wait_for_turn()
         waited = time.perf_counter() - began
         try:
-            snapshot = Snapshot(arrays, layout)
+            shares, specs = self._plan(arrays, layout)
+            snapshot = Snapshot(arrays, shares, self._staging)
         except BaseException:
             for level in due:
-                level.slots.release()
+                level.end_turn()
             raise
         handle = SaveHandle(step, snapshot)
         # Submitted here, in order, so that every process writes every level in the same order.
         for level in due:
             level.pin(step)
             earlier = dict(handle._futures)
-            handle._futures[level.name] = level.executor.submit(self._write, level, step, snapshot, meta, earlier, due)
+            work = level, step, snapshot, specs, meta, earlier, due, check
+            handle._futures[level.name] = level.executor.submit(self._write, *work)
         self._handles = [h for h in self._handles if not h.done] + [handle]
         handle._waiting_seconds = waited
         handle._entry_seconds = time.perf_counter() - began
         return handle
+
+    def _plan(self, arrays: Mapping[str, jax.Array], layout: Layout) -> tuple[Shares, Sequence[Logical]]:
+        """What this process writes, and all that the checkpoint holds: the same from save to save."""
+        check_arrays(arrays, layout)
+        shardings = {key: array.sharding for key, array in arrays.items()}
+        if self._planned is None or self._planned[0] != (layout, shardings):
+            shares = shares_of(layout, holders_of(layout, shardings), self._coordinator.index, self._chunk_bytes)
+            self._planned = (layout, shardings), (by_shard(arrays, shares), stored_specs(layout))
+        return self._planned[1]
 
     def _write(
         self,
         level: OpenLevel,
         step: int,
         snapshot: Snapshot,
+        specs: Sequence[Logical],
         meta: Mapping[str, Any],
         earlier: Mapping[str, Future[WriteMetrics]],
         due: Sequence[OpenLevel],
+        check: Callable[[], None] | None,
     ) -> WriteMetrics:
         try:
-            # A level before this one that has the step, so that the snapshot can be let go; else the snapshot.
-            source = next((name for name, future in earlier.items() if future.exception() is None), None)
+            if check is not None:
+                check()
+            # A level before this one that has the step; else what those wrote before they failed, and then the rest.
+            before = [x for x in due if x.name in earlier]
+            source = next((x for x in before if earlier[x.name].exception() is None), None)
             if source is None:
-                metrics = level.write(step, meta, snapshot.specs, snapshot.pieces())
+                metrics = level.write(step, meta, specs, _rest(before, step, specs, snapshot))
             else:
-                metrics = level.promote(step, next(x for x in self._levels if x.name == source))
+                metrics = level.promote(step, source)
             snapshot.release()
             logger.info("saved step %d to %s: %d bytes in %.2f s", step, level.where, metrics.nbytes, metrics.seconds)
             return metrics
@@ -252,7 +284,7 @@ class Manager:
                 snapshot.release()
                 for each in due:
                     each.unpin(step)
-            level.slots.release()
+            level.end_turn()
 
     def wait(self) -> None:
         """Block until every save has committed or failed (see ``failures``)."""
@@ -282,12 +314,13 @@ class Manager:
         shardings: Mapping[str, jax.sharding.Sharding],
         partial: bool = False,
         cast: bool = False,
+        origins: Origins | None = None,
     ) -> Restored:
         """Restore a step (None: the newest that verifies) into any layout and shardings, after pending saves.
 
         A chunk that is damaged is read from the next level that has it, and mended, with a warning. A step with a chunk
-        that no level has is passed over, if no step was named, for the one before. ``partial`` and ``cast`` as in
-        ``reshard.load``.
+        that no level has is passed over, if no step was named, for the one before. ``partial``, ``cast`` and
+        ``origins`` as in ``reshard.load``.
         Raises UserError if nothing can be restored or checkpoint and layout do not match.
         """
         self.wait()
@@ -312,7 +345,7 @@ class Manager:
             ladder = list(readers.items())[::-1]
             try:
                 if ladder:
-                    arrays, metrics = load(ladder[0][1], layout, shardings, partial=partial, cast=cast)
+                    arrays, metrics = load(ladder[0][1], layout, shardings, partial=partial, cast=cast, origins=origins)
             except CorruptError as e:
                 damage = e
             reports = self._coordinator.gather("restore", None if arrays is not None else str(damage))
@@ -323,7 +356,7 @@ class Manager:
                 return Restored(arrays, reader.manifest.meta, at, level.name, reader.read_by_place, metrics, seconds)
             for level in self._levels:
                 if level.name in names:
-                    level.bad.add(at)
+                    level.distrust(at)
             logger.warning(
                 "step %d is damaged at every level, trying the one before: %s", at, next(filter(None, reports))
             )
@@ -373,4 +406,21 @@ class Manager:
 
     def _release(self) -> None:
         for level in self._levels:
-            level.store.release()
+            level.store.close()
+
+
+def _store(level: Level, coordinator: Coordinator) -> Store:
+    if level.on == "shared":
+        return LocalStore(level.path)
+    return HostsStore(level.path, peers=level.on == "peer", coordinator=coordinator)
+
+
+def _rest(failed: Sequence[OpenLevel], step: int, specs: Sequence[Logical], snapshot: Snapshot) -> Iterator[Block]:
+    """Every chunk of a snapshot that these levels did not take whole."""
+    seen = set()
+    for level in failed:
+        for block in level.salvage(step, specs):
+            if (key := (block.logical.name, block.start)) not in seen:
+                seen.add(key)
+                yield block
+    yield from snapshot.blocks()

@@ -55,6 +55,7 @@ class Chunk:
 
     grid: parts along each axis. Where there is one, the file has the elements cell by cell and after them a table of
     the cells' digests (``checkpoint.cells``), and ``digest`` is the table's; else it is that of the bytes.
+    zstd: bytes and digest of the frame that the file has in place of all that, if it is compressed.
     """
 
     start: tuple[int, ...]
@@ -64,11 +65,17 @@ class Chunk:
     nbytes: int
     digest: str
     grid: Grid | None = None
+    zstd: tuple[int, str] | None = None
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of it and its table, if it has one."""
+        return self.nbytes + (DIGEST_BYTES * math.prod(self.grid) if self.grid else 0)
 
     @property
     def stored_bytes(self) -> int:
-        """What it takes in its file: with a table, if it has one."""
-        return self.nbytes + (DIGEST_BYTES * math.prod(self.grid) if self.grid else 0)
+        """What it takes in its file."""
+        return self.whole_bytes if self.zstd is None else self.zstd[0]
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
@@ -126,15 +133,7 @@ class Manifest:
 
         Raises CorruptError if the bytes are not what was written, UserError if this program cannot read them.
         """
-        head, tail = data[:-_TAIL_BYTES], _TAIL.fullmatch(data[-_TAIL_BYTES:])
-        if tail is None:
-            raise CorruptError(
-                f"{where} is truncated or not a {FORMAT} manifest: it does not end in a digest; use another checkpoint"
-            )
-        if digest(head) != tail[1].decode():
-            raise CorruptError(
-                f"{where} is damaged: digest {digest(head)}, expected {tail[1].decode()}; use another checkpoint"
-            )
+        check_digest(data, where)
         try:
             return cls._from_body(json.loads(data), where)
         except UserError:
@@ -155,10 +154,27 @@ class Manifest:
         return cls(body["step"], body["meta"], arrays)
 
 
+def check_digest(data: bytes, where: str) -> None:
+    """Raise CorruptError unless the bytes of a manifest are what was written."""
+    head, tail = data[:-_TAIL_BYTES], _TAIL.fullmatch(data[-_TAIL_BYTES:])
+    if tail is None:
+        raise CorruptError(
+            f"{where} is truncated or not a {FORMAT} manifest: it does not end in a digest; use another checkpoint"
+        )
+    if digest(head) != tail[1].decode():
+        raise CorruptError(
+            f"{where} is damaged: digest {digest(head)}, expected {tail[1].decode()}; use another checkpoint"
+        )
+
+
 def chunk_from_json(c: Mapping[str, Any]) -> Chunk:
     grid = tuple(c["grid"]) if "grid" in c else None
-    chunk = Chunk(tuple(c["start"]), tuple(c["shape"]), c["file"], c["offset"], c["nbytes"], c["digest"], grid)
-    if any(type(n) is not int for n in (*chunk.start, *chunk.shape, chunk.offset, chunk.nbytes, *(grid or ()))):
+    place = c["file"], c["offset"], c["nbytes"]
+    frame, frame_digest = c.get("zstd") or (0, "")
+    zstd = (frame, frame_digest) if "zstd" in c else None
+    chunk = Chunk(tuple(c["start"]), tuple(c["shape"]), *place, c["digest"], grid, zstd)
+    numbers = (*chunk.start, *chunk.shape, chunk.offset, chunk.nbytes, *(grid or ()), frame)
+    if any(type(n) is not int for n in numbers) or frame < 0:
         raise TypeError(f"a chunk has numbers that are not integers: {c}")
     return chunk
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from checkpoint.cells import aligned, unpack, unpack_into
 from checkpoint.manifest import CHUNK_BYTES, DTYPES, MANIFEST, Chunk, Manifest
 from checkpoint.reader import (
     Box,
@@ -28,7 +30,7 @@ from checkpoint.reader import (
     worth_reading,
 )
 from checkpoint.storage import LocalDraft, LocalFiles, WriterLock, durable
-from checkpoint.writer import ChunkWriter, Piece, data_file, manifest_of
+from checkpoint.writer import ChunkWriter, Piece, blocks_of, data_file, manifest_of
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
 
@@ -40,11 +42,12 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """Elements ``source`` of a chunk go to ``target`` of host piece number ``piece``."""
+    """Elements ``source`` of a chunk, their axes in this order, go to ``target`` of host piece number ``piece``."""
 
     piece: int
     source: tuple[slice, ...]
     target: tuple[slice | int, ...]
+    order: tuple[int, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +61,11 @@ class ChunkRead:
 
     @property
     def nbytes(self) -> int:
-        """What is read, tables of digests not counted."""
+        """What is read, with the table of digests."""
         if self.cells is None or self.chunk.grid is None:
-            return self.chunk.nbytes
-        return self.chunk.nbytes // math.prod(self.chunk.grid) * len(self.cells)
+            return self.chunk.stored_bytes
+        table = self.chunk.whole_bytes - self.chunk.nbytes
+        return self.chunk.nbytes // math.prod(self.chunk.grid) * len(self.cells) + table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,37 @@ class ArrayPlan:
         return sum(read.nbytes for read in self.reads)
 
 
-def plan_array(manifest: Manifest, stored: Stored, pieces: tuple[Index, ...]) -> ArrayPlan:
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where values of a logical array come from, when the checkpoint has them otherwise: renamed, fused, transposed.
+
+    name: of an array of the checkpoint. order: its axes in the order of the logical array's (None: the same). start:
+    where its first element then is in the logical array; None is the first. One that holds three fused arrays begins
+    before the second of them: there the start is negative.
+    """
+
+    name: str
+    start: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+
+    def box(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Box:
+        """A box of the checkpoint's array as one of the logical array, of which parts may lie outside."""
+        order = self.order if self.order is not None else range(len(start))
+        begin = self.start if self.start is not None else (0,) * len(start)
+        return tuple(start[d] + b for d, b in zip(order, begin, strict=True)), tuple(shape[d] for d in order)
+
+    def back(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """An index of a logical array's axes as one of the checkpoint's."""
+        return index if self.order is None else tuple(index[d] for d in np.argsort(self.order))
+
+
+Origins = Mapping[str, Sequence[Origin]]
+"""By logical name. An array that is not named comes from the one of its own name."""
+
+
+def plan_array(
+    manifest: Manifest, stored: Stored, pieces: tuple[Index, ...], origins: Origins | None = None
+) -> ArrayPlan:
     """Which chunks fill these pieces of a stored array. Pure: no file is read.
 
     The manifest must hold every part with its shape (``check_match``).
@@ -90,22 +124,28 @@ def plan_array(manifest: Manifest, stored: Stored, pieces: tuple[Index, ...]) ->
     needed = 0
     for number, index in enumerate(pieces):
         for region in stored.regions(index):
-            array = manifest.arrays[region.logical.name]
             wanted: Box = region.start, region.size
-            needed += math.prod(region.size) * array.dtype.itemsize
-            for at, chunk in enumerate(array.chunks):
-                shared = intersect(wanted, (chunk.start, chunk.shape))
-                if shared is None:
-                    continue
-                inner = slices(*shared, region.start)
-                target = (*region.within[:1], *inner) if stored.stacked else inner
-                move = Move(number, slices(*shared, chunk.start), target)
-                moves.setdefault((region.logical.name, at), []).append(move)
+            for origin in _origins(region.logical.name, origins):
+                array = manifest.arrays[origin.name]
+                for at, chunk in enumerate(array.chunks):
+                    there = origin.box(chunk.start, chunk.shape)
+                    shared = intersect(wanted, there)
+                    if shared is None:
+                        continue
+                    needed += math.prod(shared[1]) * array.dtype.itemsize
+                    inner = slices(*shared, region.start)
+                    target = (*region.within[:1], *inner) if stored.stacked else inner
+                    move = Move(number, origin.back(slices(*shared, there[0])), target, origin.order)
+                    moves.setdefault((origin.name, at), []).append(move)
     reads = []
     for (name, at), own in moves.items():
         chunk = manifest.arrays[name].chunks[at]
         reads.append(ChunkRead(name, chunk, tuple(own), worth_reading(chunk, [move.source for move in own])))
     return ArrayPlan(stored, pieces, tuple(reads), needed)
+
+
+def _origins(name: str, origins: Origins | None) -> Sequence[Origin]:
+    return origins[name] if origins is not None and name in origins else (Origin(name),)
 
 
 def distinct_boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> list[tuple[Index, list[jax.Device]]]:
@@ -118,16 +158,28 @@ def distinct_boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> l
     return [(tuple(slice(lo, hi) for lo, hi in key), devices) for key, devices in boxes.items()]
 
 
-def check_match(manifest: Manifest, layout: Layout, where: str, *, partial: bool = False, cast: bool = False) -> None:
+def check_match(
+    manifest: Manifest,
+    layout: Layout,
+    where: str,
+    *,
+    partial: bool = False,
+    cast: bool = False,
+    origins: Origins | None = None,
+) -> None:
     """Raise UserError unless the checkpoint holds the arrays of the layout, in shapes and dtypes that fit.
 
-    partial: the checkpoint may hold more. cast: allow casts that lose bits (see ``castable``).
+    partial: the checkpoint may hold more. cast: allow casts that lose bits (see ``castable``). origins: of arrays that
+    the checkpoint has otherwise.
     """
-    missing = sorted(layout.logical.keys() - manifest.arrays.keys())
-    unused = sorted(manifest.arrays.keys() - layout.logical.keys())
+    if strange := sorted((origins or {}).keys() - layout.logical.keys()):
+        raise UserError(f"origins are given of arrays that the model does not have: {_listed(strange)}; mend the names")
+    sources = {origin.name for name in layout.logical for origin in _origins(name, origins)}
+    missing = sorted(sources - manifest.arrays.keys())
+    unused = sorted(manifest.arrays.keys() - sources)
     if missing or (unused and not partial):
         wrong = [
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            f"{len(names)} {what} ({_listed(names)})"
             for names, what in ((missing, "missing from it"), ([] if partial else unused, "not in the model"))
             if names
         ]
@@ -137,18 +189,49 @@ def check_match(manifest: Manifest, layout: Layout, where: str, *, partial: bool
         )
     for stored in layout.values():
         for part in stored.parts:
-            array = manifest.arrays[part.name]
-            if array.shape != part.shape:
+            found = _origins(part.name, origins)
+            if origins is not None and part.name in origins:
+                _check_origins(manifest, part, found, where)
+            elif (shape := manifest.arrays[part.name].shape) != part.shape:
                 raise UserError(
-                    f"{where}: array {part.name!r} has shape {array.shape}, the model expects {part.shape}; "
+                    f"{where}: array {part.name!r} has shape {shape}, the model expects {part.shape}; "
                     "restore with the model that wrote it"
                 )
-            if not (castable(array.dtype, stored.dtype) if cast else exact(array.dtype, stored.dtype)):
-                advice = "use a float or integer dtype as it was" if cast else "ask for the cast or use that dtype"
-                raise UserError(
-                    f"{where}: array {part.name!r} has dtype {array.dtype.name}, which does not go into "
-                    f"{stored.dtype.name} without loss; {advice}"
-                )
+            for dtype in {manifest.arrays[origin.name].dtype for origin in found}:
+                if not (castable(dtype, stored.dtype) if cast else exact(dtype, stored.dtype)):
+                    to = "use a float or integer dtype as it was" if cast else "ask for the cast or use that dtype"
+                    raise UserError(
+                        f"{where}: array {part.name!r} has dtype {dtype.name}, which does not go into "
+                        f"{stored.dtype.name} without loss; {to}"
+                    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def _check_origins(manifest: Manifest, part: Logical, origins: Sequence[Origin], where: str) -> None:
+    """Raise UserError unless the origins fill the logical array, each element once."""
+    boxes = []
+    for origin in origins:
+        shape = manifest.arrays[origin.name].shape
+        order = tuple(range(len(shape))) if origin.order is None else origin.order
+        start = (0,) * len(order) if origin.start is None else origin.start
+        if sorted(order) != list(range(len(shape))) or len(start) != len(shape) or len(shape) != len(part.shape):
+            raise UserError(
+                f"{where}: array {origin.name!r} of shape {shape} cannot be an origin of {part.name!r} of shape "
+                f"{part.shape} with order {origin.order} and start {origin.start}; give one number a dimension"
+            )
+        box = intersect(origin.box((0,) * len(shape), shape), ((0,) * len(part.shape), part.shape))
+        boxes += [box] if box is not None else []
+    filled = sum(math.prod(shape) for _, shape in boxes)
+    twice = any(intersect(a, b) is not None for a, b in itertools.combinations(boxes, 2))
+    if filled != math.prod(part.shape) or twice:
+        what = "some twice" if twice else "and no more"
+        raise UserError(
+            f"{where}: the origins of array {part.name!r} ({_listed([o.name for o in origins])}) fill {filled} of its "
+            f"{math.prod(part.shape)} elements, {what}; mend their starts and orders"
+        )
 
 
 def exact(source: np.dtype, target: np.dtype) -> bool:
@@ -205,18 +288,21 @@ def load(
     *,
     partial: bool = False,
     cast: bool = False,
+    origins: Origins | None = None,
 ) -> tuple[dict[str, jax.Array], LoadMetrics]:
     """Restore the arrays of ``layout`` into ``shardings`` (by stored key), whatever mesh and storage wrote them.
 
     Padding is filled with zeros. Each chunk that a shard of this process touches is read once and verified.
     partial: leave arrays that the layout does not name unread. cast: round to the layout's dtypes where they are
-    narrower; otherwise only exact casts are made.
+    narrower; otherwise only exact casts are made. origins: of arrays that the checkpoint has under another name, fused
+    with others, in several, or transposed.
     Raises UserError if checkpoint and layout do not match, CorruptError if a chunk is damaged.
     """
-    check_match(reader.manifest, layout, reader.where, partial=partial, cast=cast)
+    check_match(reader.manifest, layout, reader.where, partial=partial, cast=cast, origins=origins)
     boxes = {key: distinct_boxes(stored.shape, shardings[key]) for key, stored in layout.items()}
     plans = [
-        plan_array(reader.manifest, stored, tuple(index for index, _ in boxes[key])) for key, stored in layout.items()
+        plan_array(reader.manifest, stored, tuple(index for index, _ in boxes[key]), origins)
+        for key, stored in layout.items()
     ]
     arrays: dict[str, jax.Array] = {}
     for plan, pieces in zip(plans, _read_ahead(reader, plans), strict=True):
@@ -252,11 +338,22 @@ def _read_ahead(reader: CheckpointReader, plans: list[ArrayPlan]) -> Iterator[li
 def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
     """Carry out a plan: the host pieces, in the stored dtype, zero where padded."""
     shapes = [tuple(len(range(*s.indices(n))) for s, n in zip(i, plan.stored.shape, strict=True)) for i in plan.pieces]
-    pieces = [np.zeros(shape, plan.stored.dtype) for shape in shapes]
+    dtype = plan.stored.dtype
+    # Aligned, JAX on CPU takes them as they are: the first program that is to donate one makes the copy instead.
+    pieces = [aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape) for shape in shapes]
+    memory = reader.room(read.chunk for read in plan.reads)
     for read in plan.reads:
-        data = reader.read_chunk(read.name, read.chunk, read.cells)
+        chunk, source = read.chunk, reader.manifest.arrays[read.name].dtype
+        grid = chunk.grid or (1,) * len(chunk.shape)
+        raw = reader.read_packed(read.name, chunk, read.cells, memory)
+        data: np.ndarray | None = None
         for move in read.moves:
-            pieces[move.piece][move.target] = narrow(data[move.source], plan.stored.dtype, read.name)
+            target = pieces[move.piece][(*move.target, ...)]  # a view, of a scalar too
+            if source == dtype and move.order is None and unpack_into(target, raw, chunk.shape, grid, move.source):
+                continue
+            data = unpack(raw, chunk.shape, source, grid) if data is None else data
+            part = data[move.source] if move.order is None else data[move.source].transpose(move.order)
+            pieces[move.piece][move.target] = narrow(part, dtype, read.name)
     return pieces
 
 
@@ -340,11 +437,9 @@ def write(
         _refuse_existing(dst)
         draft.begin()
         try:
-            name = data_file(0)
-            with durable(draft.directory / name) as file:
-                writer = ChunkWriter(file, name, chunk_bytes)
-                for piece in pieces:
-                    writer.add(piece)
+            with ChunkWriter(lambda name: durable(draft.directory / name), lambda number: data_file(0)) as writer:
+                for block in blocks_of(pieces, chunk_bytes):
+                    writer.add(block)
             with durable(draft.directory / MANIFEST) as file:
                 file.write(manifest_of(step, meta, specs, writer.chunks).encode())
             report = CheckpointReader(LocalFiles(draft.directory)).verify()

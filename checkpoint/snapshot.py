@@ -3,96 +3,154 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from checkpoint.writer import Piece
-from parallelism.layout import Layout, Logical
+from checkpoint.cells import ALIGNMENT, aligned, pack_into
+from checkpoint.shares import Bounds, Share, bounds_of
+from checkpoint.writer import Block
+from parallelism.layout import Layout
+
+AHEAD = 2  # shards on their way from a device to the host
+
+Shares = Mapping[str, list[tuple[int, list[Share]]]]
+"""What a process writes: by key, which of its shards (``addressable_data``) and the chunks of that."""
+
+
+class Staging:
+    """A ring of at most ``budget`` bytes of host memory between devices and writers, given back when it is empty.
+
+    Room is taken and let go in the same order. What is larger than the budget gets it all to itself, and no more.
+    peak: the most bytes there were so far.
+    """
+
+    def __init__(self, budget: int):
+        self.budget, self.peak = budget, 0
+        self._changed = threading.Condition()
+        self._taken: deque[_Room] = deque()  # in the order of the ring
+        self._memory: np.ndarray | None = None
+
+    def take(self, nbytes: int, given_up: threading.Event) -> _Room | None:
+        """Room for ``nbytes``; waits for it. None once ``given_up`` is set (see ``wake``)."""
+        size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        with self._changed:
+            while not given_up.is_set():
+                if (start := self._start(size)) is not None:
+                    if self._memory is None or len(self._memory) < start + size:
+                        self._memory = aligned(max(self.budget, size))
+                    room = _Room(self, start, start + size, self._memory[start : start + nbytes])
+                    self._taken.append(room)
+                    self.peak = max(self.peak, start + size)
+                    return room
+                self._changed.wait()
+        return None
+
+    def _start(self, size: int) -> int | None:
+        if not self._taken:
+            return 0
+        length = len(self._memory) if self._memory is not None else self.budget
+        first, last = self._taken[0].start, self._taken[-1].stop
+        if last > first:  # in use is one run: room after it, or before it
+            return last if last + size <= length else 0 if size <= first else None
+        return last if last + size <= first else None
+
+    def wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def free(self, room: _Room) -> None:
+        with self._changed:
+            room.free = True
+            while self._taken and self._taken[0].free:
+                self._taken.popleft()
+            if not self._taken:
+                self._memory = None
+            self._changed.notify_all()
+
+
+@dataclasses.dataclass(eq=False)
+class _Room:
+    """A piece of the ring: from start to stop, of which ``data`` was asked for."""
+
+    ring: Staging
+    start: int
+    stop: int
+    data: np.ndarray
+    free: bool = False
 
 
 class Snapshot:
-    """Host copies of the shards that this process writes (``replica_id == 0``), without padding.
+    """The chunks that this process writes of a state, copied off the devices in a thread, through a ring.
 
-    The constructor returns at once; a thread copies in the order of ``arrays``, so put the group
-    that is updated first first. Do not donate an array before ``wait`` has returned for its key: the
-    copy of an array that was deleted fails, and ``wait`` and ``pieces`` raise that failure.
+    The constructor returns at once. Copies are made in the order of ``arrays``, so put the group that is updated first
+    first, as far as the ring has room; ``blocks`` makes room. Do not donate an array before ``wait`` has returned for
+    its key: the copy of an array that was deleted fails, and ``wait`` and ``blocks`` raise that failure.
 
-    The copies own their bytes. On CPU a numpy view of a jax.Array shares its buffer, and a view that
-    is alive turns the donation of that array into a copy without a word.
+    On CPU a numpy view of a jax.Array shares its buffer, and a view that is alive turns the donation of that array into
+    a copy without a word: none is kept.
 
-    Raises ValueError unless ``arrays`` are jax arrays with the keys, shapes and dtypes of ``layout``.
+    shares: what this process writes (``checkpoint.shares``).
     """
 
-    def __init__(self, arrays: Mapping[str, jax.Array], layout: Layout):
-        if arrays.keys() != layout.keys():
-            raise ValueError(f"arrays and layout differ in keys: {sorted(arrays.keys() ^ layout.keys())[:3]}")
-        for key, array in arrays.items():
-            if not isinstance(array, jax.Array):
-                raise ValueError(f"{key}: found {type(array).__name__}, expected a jax array (see jax.device_put)")
-            if (array.shape, array.dtype) != (layout[key].shape, layout[key].dtype):
-                raise ValueError(
-                    f"{key}: array is {array.dtype}{list(array.shape)}, "
-                    f"its layout says {layout[key].dtype}{list(layout[key].shape)}"
-                )
-        self._layout = layout
-        self._queue = {
-            key: [(shard.index, shard.data) for shard in array.addressable_shards if shard.replica_id == 0]
-            for key, array in arrays.items()
-        }
-        for shards in self._queue.values():
-            for _, data in shards:
-                data.copy_to_host_async()
+    def __init__(self, arrays: Mapping[str, jax.Array], shares: Shares, staging: Staging):
+        self._keys = frozenset(arrays)
+        self._staging = staging
+        self._queue = deque((key, arrays[key].addressable_data(at), own) for key in arrays for at, own in shares[key])
         self._changed = threading.Condition()
-        self._copied: set[str] = set()
-        self._pieces: list[Piece] = []
+        self._copied = set(self._keys - {key for key, _, _ in self._queue})
+        self._ready: deque[tuple[Block, _Room]] = deque()
         self._error: Exception | None = None
-        self._finished = False
+        self._finished, self._given_up = False, threading.Event()
         self.copy_seconds = 0.0
         self.stalled_seconds = 0.0
         threading.Thread(target=self._copy, name="checkpoint-snapshot", daemon=True).start()
 
-    @property
-    def specs(self) -> list[Logical]:
-        """Every logical array of the state, with the dtype in which it is stored."""
-        return stored_specs(self._layout)
-
     def wait(self, keys: Iterable[str] | None = None) -> float:
-        """Block until the arrays of ``keys`` (None: all) are copied; return the seconds that took."""
+        """Block until the arrays of ``keys`` (None: all) are copied, or given up; return the seconds that took."""
         began = time.perf_counter()
-        wanted = set(self._layout if keys is None else keys)
-        if unknown := wanted - self._layout.keys():
+        wanted = self._keys if keys is None else frozenset(keys)
+        if unknown := wanted - self._keys:
             raise ValueError(f"no such keys in the snapshot: {sorted(unknown)[:3]}")
         with self._changed:
-            self._changed.wait_for(lambda: wanted <= self._copied or self._error)
+            self._changed.wait_for(lambda: wanted <= self._copied or self._finished)
             seconds = time.perf_counter() - began
             self.stalled_seconds += seconds
             if not wanted <= self._copied:
                 self._raise()
         return seconds
 
-    def pieces(self) -> Iterator[Piece]:
-        """The pieces in the order of copying, each as soon as it is there."""
-        at = 0
-        while (piece := self._piece(at)) is not None:
-            yield piece
-            at += 1
+    def blocks(self) -> Iterator[Block]:
+        """The chunks in the order of copying, each as soon as it is there; its memory is used again after the next.
 
-    def _piece(self, at: int) -> Piece | None:
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._pieces) > at or self._finished)
-            if at < len(self._pieces):
-                return self._pieces[at]
-            self._raise()
-            return None
+        One that was not taken whole, because the loop over them ended in an error, is the first of the next loop.
+        """
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ready or self._finished)
+                if not self._ready:
+                    self._raise()
+                    return
+                block, room = self._ready[0]
+            yield block
+            with self._changed:
+                self._ready.popleft()
+            self._staging.free(room)
 
     def release(self) -> None:
-        """Let go of the host copies."""
+        """Copy no more, and let go of what was copied."""
+        self._given_up.set()
+        self._staging.wake()
         with self._changed:
-            self._pieces = []
+            rooms, self._ready = [room for _, room in self._ready], deque()
+        for room in rooms:
+            self._staging.free(room)
 
     def _raise(self) -> None:
         if self._error:
@@ -101,31 +159,80 @@ class Snapshot:
     def _copy(self) -> None:
         # Only host memory and device-to-host copies here: no jnp operation, no indexing of a jax.Array.
         began = time.perf_counter()
+        coming: deque[tuple[str, Any, list[Share]]] = deque()
         try:
-            for key in list(self._queue):
-                pieces = []
-                for index, data in self._queue.pop(key):
-                    view = np.asarray(data)
-                    for region in self._layout[key].regions(index):
-                        own = np.array(view[region.within], order="C", copy=True)
-                        logical = dataclasses.replace(region.logical, dtype=own.dtype)
-                        pieces.append(Piece(logical, region.start, own))
-                    # The trainer may donate as soon as it hears of the copy: drop what refers to the buffer first.
-                    del view, data
-                with self._changed:
-                    self._pieces += pieces
-                    self._copied.add(key)
-                    self._changed.notify_all()
+            while (self._queue or coming) and not self._given_up.is_set():
+                while self._queue and len(coming) < AHEAD:
+                    key, data, shares = self._queue.popleft()
+                    coming.append((key, _on_the_way(data), shares))
+                key, data, shares = coming.popleft()
+                view = np.asarray(data)
+                for share in shares:
+                    self._stage(view[share.within], share)
+                # The trainer may donate as soon as it hears of the copy: drop what refers to the buffer first.
+                del view, data
+                if not any(key == later for later, *_ in (*coming, *itertools.islice(self._queue, 1))):
+                    with self._changed:
+                        self._copied.add(key)
+                        self._changed.notify_all()
         except Exception as e:
             self._error = e
         finally:
             self._queue.clear()
+            coming.clear()
             with self._changed:
+                if self._given_up.is_set() and self._error is None:
+                    self._copied = set(self._keys)  # nobody wants them any more
                 self.copy_seconds = time.perf_counter() - began
                 self._finished = True
                 self._changed.notify_all()
 
+    def _stage(self, data: np.ndarray, share: Share) -> None:
+        """Put one chunk into the ring, in the order of its file."""
+        room = self._staging.take(share.nbytes, self._given_up)
+        if room is None:
+            return
+        pack_into(room.data, np.asarray(data), share.grid)
+        block = Block(share.logical, share.start, share.shape, share.grid, room.data)
+        with self._changed:
+            if not self._given_up.is_set():
+                self._ready.append((block, room))
+                self._changed.notify_all()
+                return
+        self._staging.free(room)
 
-def stored_specs(layout: Layout) -> list[Logical]:
-    """The logical arrays of a layout with the dtype of the stored array: what a checkpoint of it holds."""
-    return [dataclasses.replace(part, dtype=stored.dtype) for stored in layout.values() for part in stored.parts]
+
+def by_shard(arrays: Mapping[str, jax.Array], shares: Mapping[str, list[tuple[Bounds, list[Share]]]]) -> Shares:
+    """Shares with the place of a shard in place of its box."""
+    found = {}
+    for key, own in shares.items():
+        places: dict[Bounds, int] = {}
+        for at, shard in enumerate(arrays[key].addressable_shards if own else ()):
+            places.setdefault(bounds_of(shard.index, arrays[key].shape), at)
+        found[key] = [(places[box], chunks) for box, chunks in own]
+    return found
+
+
+def check_arrays(arrays: Mapping[str, jax.Array], layout: Layout) -> None:
+    """Raises ValueError unless ``arrays`` are jax arrays with the keys, shapes and dtypes of ``layout``."""
+    if arrays.keys() != layout.keys():
+        raise ValueError(f"arrays and layout differ in keys: {sorted(arrays.keys() ^ layout.keys())[:3]}")
+    for key, array in arrays.items():
+        if not isinstance(array, jax.Array):
+            raise ValueError(f"{key}: found {type(array).__name__}, expected a jax array (see jax.device_put)")
+        if (array.shape, array.dtype) != (layout[key].shape, layout[key].dtype):
+            raise ValueError(
+                f"{key}: array is {array.dtype}{list(array.shape)}, "
+                f"its layout says {layout[key].dtype}{list(layout[key].shape)}"
+            )
+
+
+def _on_the_way(data: jax.Array) -> jax.Array:
+    """The same array, its copy to the host begun; the host keeps that only as long as what is returned.
+
+    An array keeps its copy to the host, and a shard lives as long as the array that it is of.
+    """
+    if next(iter(data.devices())).platform != "cpu":
+        data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+        data.copy_to_host_async()
+    return data

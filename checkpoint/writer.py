@@ -6,12 +6,14 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from checkpoint.cells import digests, grid_of, pack
+from checkpoint.cells import Grid, digests, grid_of, pack
+from checkpoint.compression import compressed, decompress
 from checkpoint.manifest import CHUNK_BYTES, Array, Chunk, CorruptError, Manifest, check_coverage, digest, split
 from checkpoint.storage import Files
 from parallelism.layout import Logical
@@ -24,6 +26,34 @@ class Piece:
     logical: Logical
     start: tuple[int, ...]
     data: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The bytes of one chunk as its file has them: ``raw`` [nbytes] uint8, cell by cell, and the table of its cells.
+
+    table: None until it is computed (where ``grid`` has one cell there is none: b"").
+    """
+
+    logical: Logical
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    grid: Grid
+    raw: np.ndarray
+    table: bytes | None = None
+
+
+def blocks_of(pieces: Iterable[Piece], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Block]:
+    """Pieces as chunks of at most ``chunk_bytes``."""
+    for piece in pieces:
+        raw, position = piece.data.reshape(-1).view(np.uint8), 0
+        for start, shape in split(piece.data.shape, piece.data.itemsize, chunk_bytes):
+            nbytes = math.prod(shape) * piece.data.itemsize
+            part = raw[position : position + nbytes].view(piece.data.dtype).reshape(shape)
+            grid = grid_of(shape, piece.logical.shape, piece.data.itemsize)
+            at = tuple(a + b for a, b in zip(piece.start, start, strict=True))
+            yield Block(piece.logical, at, shape, grid, pack(part, grid))
+            position += nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,67 +76,88 @@ Key = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 class ChunkWriter:
-    """Appends pieces to one file as digested chunks of at most ``chunk_bytes``, those in ``known`` excepted.
+    """Appends chunks with their digests to one file after the other, those in ``known`` excepted.
 
-    known: chunks that are there already, in ``files``; one of the same box and bytes is taken in place of a new one.
+    create: opens a new file by name. name: of a file, by its number. file_bytes: a file gets no more chunks once it has
+    that many bytes. known: chunks that are there already, in ``files``; one of the same box and bytes is taken in place
+    of a new one. zstd: level at which chunks are compressed.
     """
 
     def __init__(
         self,
-        file: BinaryIO,
-        name: str,
-        chunk_bytes: int = CHUNK_BYTES,
+        create: Callable[[str], AbstractContextManager[BinaryIO]],
+        name: Callable[[int], str],
+        file_bytes: int | None = None,
         known: Mapping[Key, Chunk] | None = None,
         files: Files | None = None,
+        zstd: int | None = None,
     ):
-        self._file, self._name, self._limit, self._known, self._files = file, name, chunk_bytes, known or {}, files
+        self._zstd = zstd
+        self._create, self._name_of, self._limit = create, name, file_bytes
+        self._known, self._files = known or {}, files
         self._there = np.empty(0, np.uint8)
+        self._open: AbstractContextManager[BinaryIO] | None = None
+        self._count = self._offset = 0
         self.chunks: dict[str, list[Chunk]] = defaultdict(list)
         self.nbytes = self.kept_bytes = 0
 
-    def add(self, piece: Piece) -> None:
-        raw = piece.data.reshape(-1).view(np.uint8)
-        position = 0
-        for start, shape in split(piece.data.shape, piece.data.itemsize, self._limit):
-            nbytes = int(np.prod(shape, dtype=np.int64)) * piece.data.itemsize
-            part = raw[position : position + nbytes]
-            at = tuple(a + b for a, b in zip(piece.start, start, strict=True))
-            self.chunks[piece.logical.name].append(self._chunk(part, at, shape, piece.logical))
-            position += nbytes
+    def __enter__(self) -> ChunkWriter:
+        return self
 
-    def _chunk(self, raw: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...], array: Logical) -> Chunk:
-        """The chunk at ``start`` whose row-major bytes are ``raw``, written if it is not known."""
-        grid, table = grid_of(shape, array.shape, array.dtype.itemsize), b""
-        if math.prod(grid) > 1:
-            raw = pack(raw.view(array.dtype).reshape(shape), grid)
-            table = digests(raw, grid)
-        digest_ = digest(table or raw.data)
-        old = self._known.get((array.name, start, shape))
-        same = old is not None and (old.digest, old.grid) == (digest_, grid if table else None)
-        if old is not None and same and self._is_there(old, raw, table):
-            self.kept_bytes += raw.nbytes
-            return old
-        offset = self.nbytes
-        for data in (raw.data, table):
-            self.nbytes += self._file.write(data)
-        return Chunk(start, shape, self._name, offset, raw.nbytes, digest_, grid if table else None)
+    def __exit__(self, *exc: Any) -> None:
+        if self._open is not None:
+            context, self._open = self._open, None
+            context.__exit__(*exc)
+
+    def add(self, block: Block) -> None:
+        """Write a chunk, if it is not known. Its memory may be used again afterwards."""
+        table = block.table
+        if table is None:
+            table = digests(block.raw, block.grid) if math.prod(block.grid) > 1 else b""
+        digest_, grid = digest(table or block.raw.data), block.grid if table else None
+        name = block.logical.name
+        old = self._known.get((name, block.start, block.shape))
+        same = old is not None and (old.digest, old.grid) == (digest_, grid)
+        if old is not None and same and self._is_there(old, block.raw, table):
+            self.kept_bytes += block.raw.nbytes
+            self.chunks[name].append(old)
+            return
+        file, offset = self._file(), self._offset
+        frame = compressed(block.raw, table, self._zstd) if self._zstd is not None else None
+        for data in (block.raw.data, table) if frame is None else (frame,):
+            done = file.write(data)
+            self.nbytes, self._offset = self.nbytes + done, self._offset + done
+        zstd = None if frame is None else (len(frame), digest(frame))
+        place = self._name, offset, block.raw.nbytes, digest_
+        self.chunks[name].append(Chunk(block.start, block.shape, *place, grid, zstd))
+
+    def _file(self) -> BinaryIO:
+        if self._open is not None and self._limit is not None and self._offset >= self._limit:
+            self.__exit__(None, None, None)
+        if self._open is None:
+            self._name = self._name_of(self._count)
+            self._open, self._count, self._offset = self._create(self._name), self._count + 1, 0
+            self._stream = self._open.__enter__()
+        return self._stream
 
     def _is_there(self, old: Chunk, raw: np.ndarray, table: bytes) -> bool:
         """Whether the file has these bytes indeed: damage is not to spread to this step, but to be mended by it."""
         assert self._files is not None
-        if len(self._there) < old.stored_bytes:
-            self._there = np.empty(old.stored_bytes, np.uint8)
-        there = self._there[: old.stored_bytes]
+        if len(self._there) < old.whole_bytes + old.stored_bytes:
+            self._there = np.empty(old.whole_bytes + old.stored_bytes, np.uint8)
+        there, stored = self._there[: old.whole_bytes], self._there[old.whole_bytes :][: old.stored_bytes]
         try:
-            self._files.read_into(old.file, old.offset, there.data)
+            self._files.read_into(old.file, old.offset, (there if old.zstd is None else stored).data)
         except (CorruptError, OSError):
+            return False
+        if old.zstd is not None and (digest(stored.data) != old.zstd[1] or decompress(stored, there)):
             return False
         return np.array_equal(there[: raw.nbytes], raw) and there[raw.nbytes :].tobytes() == table
 
 
-def data_file(index: int, mark: str = "") -> str:
-    """The name of the chunk file that process ``index`` writes; ``mark`` tells attempts apart."""
-    return f"data-{index:05d}{'-' * bool(mark)}{mark}.bin"
+def data_file(index: int, mark: str = "", number: int = 0) -> str:
+    """The name of a chunk file that process ``index`` writes; ``mark`` tells attempts apart."""
+    return f"data-{index:05d}{'-' * bool(mark)}{mark}{f'-{number}' if number else ''}.bin"
 
 
 def writer_of(file: str) -> int:

@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+import jax
+
 from parallelism.multihost import job, store
 
 T = TypeVar("T")
@@ -37,14 +39,29 @@ class Coordinator(Protocol):
         All processes call a channel equally often and in the same order; channels are independent of each other.
         """
 
+    def tell(self, name: str, value: Any) -> None:
+        """Leave a JSON value for ``told`` in all processes, in place of the one before."""
+
+    def told(self, name: str) -> Any:
+        """What was told last by that name; None if nothing was yet."""
+
 
 class SingleProcess:
     """The coordinator of a job of one process."""
 
     index, count = 0, 1
 
+    def __init__(self) -> None:
+        self._told: dict[str, Any] = {}
+
     def gather(self, channel: str, value: Any) -> list[Any]:
         return [value]
+
+    def tell(self, name: str, value: Any) -> None:
+        self._told[name] = value
+
+    def told(self, name: str) -> Any:
+        return self._told.get(name)
 
 
 class JaxCoordinator:
@@ -67,6 +84,17 @@ class JaxCoordinator:
             # Everybody has entered this call, so everybody has read the one before.
             self._client.key_value_delete(self._key(channel, call - 1, self.index))
         return values
+
+    def tell(self, name: str, value: Any) -> None:
+        self._client.key_value_set(f"jaxsys/told/{name}", json.dumps(value), True)
+
+    def told(self, name: str) -> Any:
+        try:
+            return json.loads(self._client.key_value_try_get(f"jaxsys/told/{name}"))
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+            return None
 
     @staticmethod
     def _key(channel: str, call: int, index: int) -> str:

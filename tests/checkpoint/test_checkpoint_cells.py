@@ -86,7 +86,7 @@ def shapes_of(model):
 
 @pytest.mark.parametrize("writer", MESHES, ids=str)
 @pytest.mark.parametrize("reader", MESHES, ids=str)
-@pytest.mark.parametrize(("model", "allowed"), [("SmolLM2 135M", 1.05), ("Llama 3 8B", 1.001)])
+@pytest.mark.parametrize(("model", "allowed"), [("SmolLM2 135M", 1.05), ("Llama 3 8B", 1.005)])
 def test_a_shard_on_any_mesh_reads_little_more_than_it_needs(model, allowed, writer, reader, monkeypatch):
     """Of a layer and the embedding in float32, sharded over both axes, each process with one device."""
     monkeypatch.setattr(cells, "CELL_BYTES", 4 << 10)

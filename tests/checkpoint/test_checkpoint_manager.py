@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from checkpoint import Level, Manager, find_checkpoint, open_checkpoint
-from checkpoint.snapshot import Snapshot
+from checkpoint import Best, Level, Manager, find_checkpoint, open_checkpoint
+from checkpoint.shares import holders_of, shares_of
+from checkpoint.snapshot import Snapshot, Staging, by_shard
 from checkpoint.storage import LocalStore
+from checkpoint.writer import ChunkWriter
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
 
@@ -122,8 +124,8 @@ def test_disk_is_promoted_from_the_ram_level_not_from_the_snapshot(paths, state,
     release = Snapshot.release
     monkeypatch.setattr(Snapshot, "release", lambda self: (released.append(self), release(self)))
     calls = []
-    pieces = Snapshot.pieces
-    monkeypatch.setattr(Snapshot, "pieces", lambda self: (calls.append(self), pieces(self))[1])
+    blocks = Snapshot.blocks
+    monkeypatch.setattr(Snapshot, "blocks", lambda self: (calls.append(self), blocks(self))[1])
     with Manager(levels(paths)) as manager:
         save(manager, 1, state).wait()
     assert len(calls) == 1
@@ -236,20 +238,26 @@ def test_donating_before_the_copy_is_a_loud_failure_not_damage(paths, state, mon
 
 def test_copied_waits_only_for_the_keys_asked_for(state, monkeypatch):
     hold = threading.Event()
-    regions = Stored.regions
+    stage = Snapshot._stage
 
-    def slow(self, index):
-        assert self.key != "count" or hold.wait(30)
-        return regions(self, index)
+    def slow(self, data, share):
+        assert share.logical.name != "count" or hold.wait(30)
+        stage(self, data, share)
 
-    monkeypatch.setattr(Stored, "regions", slow)
-    snapshot = Snapshot(state.arrays, state.layout)
+    monkeypatch.setattr(Snapshot, "_stage", slow)
+    snapshot = take(state)
     assert snapshot.wait(["layers.w", "embed"]) >= 0
     assert "count" not in snapshot._copied
     hold.set()
     snapshot.wait()
     with pytest.raises(ValueError, match="no such keys"):
         snapshot.wait(["nope"])
+
+
+def take(state, budget=1 << 20):
+    shardings = {key: array.sharding for key, array in state.arrays.items()}
+    shares = shares_of(state.layout, holders_of(state.layout, shardings), 0, 1 << 20)
+    return Snapshot(state.arrays, by_shard(state.arrays, shares), Staging(budget))
 
 
 def test_the_stall_of_waiting_for_a_copy_is_reported(paths, state, monkeypatch):
@@ -367,6 +375,71 @@ def test_when_ram_is_full_the_disk_is_written_from_the_snapshot(paths, state, h,
         h.check(restored, state)
 
 
+@pytest.mark.parametrize("fits", [1, 4, 9])
+def test_what_a_level_wrote_before_it_was_full_is_not_lost_to_the_next(paths, h, monkeypatch, fits):
+    """Its bytes left the ring long ago, and the arrays may be donated."""
+    state, written = h.make_state(stacked=False), []
+    add = ChunkWriter.add
+
+    def fills(writer, block):
+        if "ram" in writer.where:
+            written.append(block)
+            if len(written) > fits:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(writer, block)
+
+    monkeypatch.setattr(ChunkWriter, "add", fills)
+    monkeypatch.setattr(ChunkWriter, "where", property(lambda self: self._files.where), raising=False)
+    with Manager(levels(paths), staging_bytes=64) as manager:
+        handle = save(manager, 2, state)
+        with pytest.raises(UserError, match="ram: No space"):
+            handle.wait()
+        assert sorted(p.name for p in paths[0].iterdir()) == [".lock"]
+        restored = restore(manager, state)
+        assert restored.source == "disk"
+        h.check(restored, state)
+        assert [f.level for f in manager.failures] == ["ram"]
+
+
+def test_a_ring_smaller_than_the_state_saves_it_whole(paths, state, h):
+    with Manager(levels(paths), staging_bytes=64, chunk_bytes=64) as manager:
+        save(manager, 1, state).wait()
+        assert manager._staging.peak <= 64
+        assert manager._staging._memory is None
+        h.check(restore(manager, state), state)
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_milestones_and_the_best_stay(paths, h, largest):
+    level = Level("disk", paths[1], keep=2, keep_every=4, best=Best("heldout_loss", keep=2, largest=largest))
+    losses = {1: 5.0, 2: 1.0, 3: 9.0, 4: 4.0, 5: 8.0, 6: 2.0, 7: float("nan"), 8: 6.0, 9: 7.0, 10: None}
+    with Manager([level]) as manager:
+        for step, loss in losses.items():
+            known = {"heldout_loss": loss} if loss == loss else {}  # meta is JSON, which has no NaN
+            save(manager, step, h.make_state(seed=step), {"metrics": known})
+        manager.wait()
+        assert manager.steps() == sorted({9, 10} | {4, 8} | ({3, 5} if largest else {2, 6}))
+
+
+def test_a_level_that_verifies_does_not_commit_what_reads_otherwise(paths, state, monkeypatch):
+    create = LocalStore.create
+
+    @contextlib.contextmanager
+    def flips(store, directory, name):
+        with create(store, directory, name) as file:
+            yield file
+        if name.startswith("data-"):
+            data = bytearray((store.root / directory / name).read_bytes())
+            data[7] ^= 1
+            (store.root / directory / name).write_bytes(data)
+
+    monkeypatch.setattr(LocalStore, "create", flips)
+    with Manager([Level("disk", paths[1], verify=True), Level("other", paths[0])]) as manager:
+        with pytest.raises(UserError, match="step 1 does not read as it was written"):
+            save(manager, 1, state).wait()
+        assert not list(paths[1].glob("step-*"))
+
+
 def test_a_file_system_that_is_really_full(tmp_path, h, state):
     mount = tmp_path / "small"
     mount.mkdir()
@@ -385,6 +458,19 @@ def test_a_file_system_that_is_really_full(tmp_path, h, state):
             h.check(restore(manager, state), state)
     finally:
         subprocess.run(["umount", str(mount)], check=False)
+
+
+def test_what_a_check_refuses_is_at_no_level_and_frees_the_arrays(paths, state):
+    def refuses():
+        raise UserError("not finite")
+
+    with Manager(levels(paths), staging_bytes=64) as manager:
+        handle = save(manager, 1, state, check=refuses)
+        handle.copied()
+        with pytest.raises(UserError, match="not finite"):
+            handle.wait()
+        assert manager.steps() == []
+        save(manager, 1, state).wait()
 
 
 def test_a_second_run_in_the_same_directory_is_refused(paths, state):

@@ -33,6 +33,7 @@ layout = Layout([Stored("x", spec.shape, spec.dtype, spec.axes, (spec,))])
 sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), PartitionSpec("fsdp"))
 host = np.arange(32, dtype=np.float32).reshape(8, 4)
 x = jax.make_array_from_callback((8, 4), sharding, lambda index: host[index])
+other = jax.make_array_from_callback((8, 4), sharding, lambda index: -1 - host[index])
 manager = Manager([Level("ram", root + "/ram"), Level("disk", root + "/disk")])
 manager.save(1, {"x": x}, layout, {}).wait()
 
@@ -42,7 +43,7 @@ def fails(store, directory, name):
 if index == 1:
     LocalStore.create = fails
 try:
-    manager.save(2, {"x": x}, layout, {}).wait()
+    manager.save(2, {"x": other}, layout, {}).wait()
 except Exception as e:
     print(index, type(e).__name__)
 LocalStore.create = create

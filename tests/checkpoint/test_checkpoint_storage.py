@@ -11,7 +11,7 @@ from checkpoint import Level
 from checkpoint.levels import OpenLevel
 from checkpoint.manifest import CorruptError
 from checkpoint.storage import LocalStore, steps_in
-from checkpoint.writer import Piece
+from checkpoint.writer import Piece, blocks_of
 from parallelism.coordinator import SingleProcess
 from parallelism.errors import UserError
 from parallelism.layout import Logical
@@ -108,7 +108,7 @@ SPEC = {name: Logical(name, (64,), np.dtype(np.float32), (None,)) for name in "a
 
 @pytest.fixture
 def level(tmp_path):
-    found = OpenLevel(Level("disk", tmp_path, keep=2), LocalStore(tmp_path), SingleProcess(), 1 << 20)
+    found = OpenLevel(Level("disk", tmp_path, keep=2), LocalStore(tmp_path), SingleProcess())
     found.acquire("")
     yield found
     found.store.release()
@@ -117,7 +117,7 @@ def level(tmp_path):
 def save(level, step, **values):
     """256 bytes each, all of one value."""
     pieces = [Piece(SPEC[name], (0,), np.full(64, value, np.float32)) for name, value in values.items()]
-    return level.write(step, {}, [SPEC[name] for name in values], pieces)
+    return level.write(step, {}, [SPEC[name] for name in values], blocks_of(pieces))
 
 
 def check(level, step, **values):
@@ -203,8 +203,11 @@ def test_a_save_that_fails_leaves_the_steps_before_as_they_were(level):
         yield Piece(SPEC["a"], (0,), np.zeros(64, np.float32))
         raise OSError(28, "No space left on device")
 
+    level.pin(2)
     with pytest.raises(OSError):
-        level.write(2, {}, list(SPEC.values()), pieces())
+        level.write(2, {}, list(SPEC.values()), blocks_of(pieces()))
+    assert [block.logical.name for block in level.salvage(2, list(SPEC.values()))] == ["a"]
+    level.unpin(2)
     assert level.store.names() == before
     check(level, 1, a=1, b=1)
 
@@ -228,7 +231,7 @@ def test_nothing_beside_a_damaged_manifest_is_removed(level, tmp_path):
     before = level.store.names()
     path = tmp_path / "step-00000001" / "manifest.json"
     path.write_bytes(path.read_bytes()[:-1])
-    fresh = OpenLevel(level.level, level.store, SingleProcess(), 1 << 20)
+    fresh = OpenLevel(level.level, level.store, SingleProcess())
     level.store.release()
     fresh.acquire("")
     assert level.store.names() == before

@@ -1,0 +1,317 @@
+"""What checkpoints cost: throughput against the disk itself and other libraries, and the stall of a training loop.
+
+    python scripts/bench/checkpoint.py io [--megabytes 1024] [--rounds 5] [--directory DIR]
+    python scripts/bench/checkpoint.py train [--rounds 3]
+
+io: the same arrays of random bytes, on a mesh of eight devices, are saved, restored, and restored onto another mesh by
+jaxsys, Orbax and, where torch is installed, torch's DCP (its process has one device, so it has no other mesh), in turn;
+beside them ``raw`` writes the bytes to one file with fsync, and reads them. Seconds are until the call's bytes are on
+stable storage, or in arrays. Restores are out of the page cache for all. Peak memory is of the process, beyond what it
+had with its arrays.
+
+train: the 25M Llama of the other benchmarks trains 20 steps with AdamW, donating, without saving and with a snapshot of
+every step to RAM and of every tenth to disk, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from measure import Quiet, Worker, answer
+
+WAYS = ("save", "restore", "reshard")
+CHUNK = 16 << 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["io", "train"])
+    parser.add_argument("--megabytes", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", help="on the disk to measure; a temporary one if not given")
+    parser.add_argument("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+        answer(WORKERS[options.worker](Path(options.directory) / options.worker, options.megabytes << 20))
+    elif options.what == "io":
+        io(options)
+    else:
+        train(options)
+
+
+def io(options: argparse.Namespace) -> None:
+    root = Path(tempfile.mkdtemp(prefix="bench-", dir=options.directory))
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    try:
+        arguments = ["io", "--megabytes", str(options.megabytes), "--directory", str(root), "--worker"]
+        workers = {name: Worker(name, [sys.executable, sys.argv[0], *arguments, name]) for name in WORKERS}
+        for name in [name for name, worker in workers.items() if worker.ask("begin") == "None"]:
+            workers.pop(name).close()
+            print(f"{name}: not measured, it is not installed", file=sys.stderr)
+        with Quiet(list(workers.values())):
+            for round_ in range(options.rounds + 1):
+                workers["jaxsys"].ask(f"others {round_}")
+                for way in WAYS:
+                    for name, worker in workers.items():
+                        said = worker.ask(f"{way} {round_}")
+                        if round_ and said != "None":  # the first warms up
+                            seconds, peak = json.loads(said)
+                            found.setdefault((way, name), []).append((seconds, peak))
+        for worker in workers.values():
+            worker.close()
+    finally:
+        shutil.rmtree(root)
+    print(
+        f"{options.megabytes} MiB, median (minimum-maximum) of {options.rounds}, in MB/s; ratio of each round's rates"
+    )
+    print("| | | MB/s | to raw | to Orbax | peak beyond its arrays, MiB |\n|---|---|---|---|---|---|")
+    for (way, name), values in found.items():
+        rates = [options.megabytes * 1.048576 / seconds for seconds, _ in values]
+        cells = [f"{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})"]
+        for peer in ("raw", "orbax"):
+            theirs = found.get(("restore" if way == "reshard" and peer == "raw" else way, peer))
+            ratios = [t / s for (s, _), (t, _) in zip(values, theirs, strict=True)] if theirs else []
+            cells.append(f"{statistics.median(ratios):.2f}x" if ratios else "-")
+        cells.append(f"{max(peak for _, peak in values) / 2**20:,.0f}")
+        print(f"| {way} | {name} | {' | '.join(cells)} |")
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+def timed(ways: dict[str, Callable[[int], None]]) -> Callable[[str], Any]:
+    """The replies of a worker: seconds and bytes of peak memory of a way; ``begin`` says that it can."""
+
+    def reply(line: str) -> Any:
+        way, _, round_ = line.strip().partition(" ")
+        if way == "begin":
+            return "yes"
+        if way not in ways:
+            return None
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before, began = memory("VmRSS"), time.perf_counter()
+        ways[way](int(round_))
+        return json.dumps([time.perf_counter() - began, memory("VmHWM") - before])
+
+    return reply
+
+
+def memory(what: str) -> int:
+    """Of this process, in bytes; shared memory that is not its own (a tmpfs) is not counted."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what + ":"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"/proc/self/status has no {what}")
+
+
+def shapes(nbytes: int) -> dict[str, tuple[int, int]]:
+    """Kernels as a model of 1024 wide has them, so many that they fill the bytes."""
+    one = {"q": (1024, 1024), "up": (1024, 4096), "down": (4096, 1024)}
+    layers = nbytes // sum(a * b * 4 for a, b in one.values())
+    return {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in one.items()}
+
+
+def values(nbytes: int) -> Any:
+    """Random bytes by name, as float32."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for name, shape in shapes(nbytes).items():
+        yield name, rng.integers(0, 2**32, shape, np.uint32).view(np.float32)
+
+
+def placed(nbytes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays on a mesh of eight, and the shardings of another."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    devices = np.array(jax.devices())
+    here = NamedSharding(Mesh(devices, ("fsdp",)), PartitionSpec("fsdp"))
+    there = NamedSharding(Mesh(devices.reshape(2, 4), ("fsdp", "tensor")), PartitionSpec("fsdp", "tensor"))
+    arrays = {name: jax.device_put(value, here) for name, value in values(nbytes)}
+    return arrays, dict.fromkeys(arrays, there)
+
+
+def raw(root: Path, nbytes: int) -> Callable[[str], Any]:
+    import numpy as np
+
+    root.mkdir()
+    data = np.concatenate([value.reshape(-1) for _, value in values(nbytes)]).view(np.uint8)
+
+    def save(round_: int) -> None:
+        path = root / str(round_)
+        with path.open("xb") as file:
+            for at in range(0, len(data), CHUNK):
+                file.write(data[at : at + CHUNK].data)
+            file.flush()
+            os.fsync(file.fileno())
+        (root / str(round_ - 1)).unlink(missing_ok=True)
+
+    def restore(round_: int) -> None:
+        found = np.empty(len(data), np.uint8)
+        with (root / str(round_)).open("rb", buffering=0) as file:
+            for at in range(0, len(found), CHUNK):
+                file.readinto(found[at : at + CHUNK].data)
+
+    return timed({"save": save, "restore": restore})
+
+
+def jaxsys(root: Path, nbytes: int) -> Callable[[str], Any]:
+    import jax
+
+    from checkpoint import Level, Manager
+    from parallelism.layout import Layout, Logical, Stored
+
+    arrays, there = placed(nbytes)
+    here = {name: array.sharding for name, array in arrays.items()}
+    specs = [Logical(name, x.shape, x.dtype, (None, None)) for name, x in arrays.items()]
+    layout = Layout([Stored(s.name, s.shape, s.dtype, s.axes, (s,)) for s in specs])
+    manager = Manager([Level("disk", root, keep=1)], staging_bytes=256 << 20)
+    change = jax.jit(lambda tree: jax.tree.map(lambda x: jax.lax.bitcast_convert_type(
+        ~jax.lax.bitcast_convert_type(x, "uint32"), "float32"), tree))  # fmt: skip
+    state = {"arrays": arrays}
+
+    def save(round_: int) -> None:
+        manager.save(round_ + 1, state["arrays"], layout, {}).wait()
+
+    def restore(round_: int, shardings: dict[str, Any] = here) -> None:
+        found = manager.restore(layout=layout, shardings=shardings)
+        jax.block_until_ready(found.arrays)
+
+    def others(round_: int) -> None:
+        """So that the next save finds no byte that is there already."""
+        state["arrays"] = jax.block_until_ready(change(state["arrays"]))
+
+    ways = {"save": save, "restore": restore, "reshard": lambda round_: restore(round_, there), "others": others}
+    return timed(ways)
+
+
+def orbax(root: Path, nbytes: int) -> Callable[[str], Any]:
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError:
+        return lambda _: None
+    import jax
+
+    arrays, there = placed(nbytes)
+    here = {name: array.sharding for name, array in arrays.items()}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
+    checkpointer = ocp.AsyncCheckpointer(handler)
+
+    def save(round_: int) -> None:
+        checkpointer.save(root / str(round_), args=ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=CHUNK))
+        checkpointer.wait_until_finished()
+        shutil.rmtree(root / str(round_ - 1), ignore_errors=True)
+
+    def restore(round_: int, shardings: dict[str, Any]) -> None:
+        how = {k: ocp.ArrayRestoreArgs(sharding=s) for k, s in shardings.items()}
+        found = checkpointer.restore(root / str(round_), args=ocp.args.PyTreeRestore(restore_args=how))
+        jax.block_until_ready(found)
+
+    root.mkdir()
+    return timed(
+        {
+            "save": save,
+            "restore": lambda round_: restore(round_, here),
+            "reshard": lambda round_: restore(round_, there),
+        }
+    )
+
+
+def dcp(root: Path, nbytes: int) -> Callable[[str], Any]:
+    try:
+        import torch
+        import torch.distributed.checkpoint as library
+    except ImportError:
+        return lambda _: None
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.disable()
+    arrays = {name: torch.from_numpy(value) for name, value in values(nbytes)}
+
+    def save(round_: int) -> None:
+        writer = library.FileSystemWriter(root / str(round_), sync_files=True)
+        library.save(arrays, storage_writer=writer, no_dist=True)
+        shutil.rmtree(root / str(round_ - 1), ignore_errors=True)
+
+    def restore(round_: int) -> None:
+        found = {name: torch.empty_like(value) for name, value in arrays.items()}
+        library.load(found, checkpoint_id=root / str(round_), no_dist=True)
+
+    return timed({"save": save, "restore": restore})
+
+
+WORKERS = {"raw": raw, "jaxsys": jaxsys, "orbax": orbax, "dcp": dcp}
+
+
+# --------------------------------------------------------------------------------------------------------- a training
+
+STEPS = 20
+
+
+def train(options: argparse.Namespace) -> None:
+    root = Path(tempfile.mkdtemp(prefix="bench-", dir=options.directory))
+    ram = Path(tempfile.mkdtemp(prefix="bench-", dir="/dev/shm"))
+    found: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
+    try:
+        with Quiet():
+            for round_ in range(options.rounds):
+                for name in found:
+                    saving = name == "with"
+                    found[name].append(run(root / f"{name}-{round_}", ram if saving else None, 10 if saving else 10**6))
+    finally:
+        for path in (root, ram):
+            shutil.rmtree(path)
+    steps = {name: [r["step"] for r in rows] for name, rows in found.items()}
+    ratios = [a / b for a, b in zip(steps["with"], steps["without"], strict=True)]
+    stalls = [r["stall"] / r["saves"] / r["step"] for r in found["with"]]
+    for name, rows in found.items():
+        peak = max(r["peak"] for r in rows) / 2**20
+        print(f"{name}: {statistics.median(steps[name]):.3f} s a step, peak resident memory {peak:,.0f} MiB")
+    print(f"step with saving / without: {statistics.median(ratios):.3f}x ({min(ratios):.3f}-{max(ratios):.3f})")
+    print(f"stall a save / step: {statistics.median(stalls):.2%} ({min(stalls):.2%}-{max(stalls):.2%})")
+
+
+def run(directory: Path, ram: Path | None, every: int) -> dict[str, float]:
+    """One training of its own process: median seconds of a step, seconds of stall, saves and peak bytes."""
+    changes = {"run": directory, "steps": STEPS, "eval_every": 0, "eval_batches": 0, "checkpoint.every": every}
+    changes |= {"checkpoint.ram": ram, "checkpoint.ram_every": 1} if ram else {}
+    options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "jaxsys.cli.main", "train", "llama_25m", *options]
+    began = resource_peak()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["seconds"] for row in rows if "seconds" in row][2:]
+    stall = next(row["stall_seconds"] for row in rows if "stall_seconds" in row)
+    return {
+        "step": statistics.median(seconds),
+        "stall": stall,
+        "saves": STEPS if ram else 1,
+        "peak": resource_peak() or began,
+    }
+
+
+def resource_peak() -> int:
+    """The largest resident memory of any child so far, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
+
+
+if __name__ == "__main__":
+    main()
