@@ -198,8 +198,8 @@ class Killed(BaseException):
 class Recorder:
     """Writes down in ``log`` what is done under ``root``, an empty directory, by whatever means of Python's.
 
-    fault: called with the kind of each operation before it is done; what it raises, the program gets. Of a write, half
-    is done then. Locks are left out.
+    fault: called with the kind of each operation (``rmdir``, ``write``) before it is done; what it raises, the program
+    gets. Of a write, half is done then. Locks are left out.
     """
 
     def __init__(self, root):
@@ -273,7 +273,7 @@ class Recorder:
                 with self._lock:
                     found = self._find(path, dir_fd)
                     if found is not None:
-                        self._before(kind)
+                        self._before(name)
                     result = real[name](path, *args, dir_fd=dir_fd, **kw)
                     if found is not None:
                         directory, last, node = found

@@ -11,106 +11,35 @@ import inspect
 import itertools
 import logging
 import os
+import subprocess
+import sys
 import tempfile
 import types
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-from crash_model import SYNCING, Killed, Recorder, crashes, is_lock, make_tree
+from crash_checks import CHUNK_BYTES, LAYOUT, SPECS, check, meta, named, open_level, there, values, version_of, write
+from crash_model import SYNCING, Killed, Recorder, crashes, make_tree
 from jax.sharding import SingleDeviceSharding
 
 from checkpoint import Level, Manager, copy, levels, open_checkpoint, storage
-from checkpoint.levels import OpenLevel
-from checkpoint.storage import LocalStore, steps_in
-from checkpoint.writer import Piece
-from parallelism.coordinator import SingleProcess
-from parallelism.layout import Layout, Logical, Stored
+from parallelism.errors import UserError
 
-SPECS = {
-    "frozen": Logical("frozen", (64,), np.dtype(np.float32), (None,)),
-    "w": Logical("w", (64,), np.dtype(np.float32), (None,)),
-    "count": Logical("count", (), np.dtype(np.int32), ()),
-}
-LAYOUT = Layout([Stored(s.name, s.shape, s.dtype, s.axes, (s,)) for s in SPECS.values()])
-CHUNK_BYTES = 128
-
-
-def values(step, version=0):
-    """``frozen`` is the same in all steps."""
-    line = np.arange(64, dtype=np.float32)
-    count = np.asarray(100 * step + version, np.int32)
-    return {"frozen": line + version, "w": line * step + version, "count": count}
-
-
-def meta(step, version=0):
-    return {"is": [step, version]}
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_device(arrays):
     return {name: jax.device_put(array, jax.devices()[0]) for name, array in arrays.items()}
 
 
-def open_level(root, keep=2):
-    return OpenLevel(Level("disk", root, keep=keep), LocalStore(root), SingleProcess(), CHUNK_BYTES)
-
-
-def write(level, step, version=0):
-    pieces = [Piece(SPECS[name], (0,) * array.ndim, array) for name, array in values(step, version).items()]
-    level.write(step, meta(step, version), list(SPECS.values()), pieces)
-
-
-def version_of(reader):
-    """Which version a checkpoint is of its step, having compared all of it."""
-    step, version = reader.manifest.meta["is"]
-    assert reader.manifest.step == step
-    for name, expected in values(step, version).items():
-        assert reader.read(name).tobytes() == expected.tobytes(), (step, version, name)
-    return version
-
-
-def named(level):
-    """What the manifests of a level name, and the directories of that."""
-    files = set().union(*(level._files_of(step) for step in steps_in(level.store.names())))
-    return files | {name.partition("/")[0] for name in files}
-
-
-def there(root):
-    return {path.relative_to(root).as_posix() for path in Path(root).rglob("*") if not is_lock(path.name)}
-
-
-def check(root, keep, promised):
-    """promised: (step, version) of all saves that had returned, in their order.
-
-    The newest ``keep`` of the steps there are, or were promised, are there, not older than promised; all that are
-    there are whole; a new writer leaves nothing but them, and can go on.
-    """
-    level = open_level(root, keep)
-    least = dict(promised)
-    found = level.steps()
-    missing = set(sorted({*found, *least})[-keep:]) - set(found)
-    assert not missing, f"steps {missing} are lost"
-    before = {step: version_of(level.open(step)) for step in found}
-    for step, version in before.items():
-        assert version >= least.get(step, 0), f"step {step} is an old version"
-    level.acquire("")
-    try:
-        assert there(root) == named(level), "something is left over"
-        assert {step: version_of(level.open(step)) for step in level.steps()} == before
-        following = max([*found, *least], default=0) + 1
-        write(level, following)
-        after = {step: version_of(level.open(step)) for step in level.steps()}
-        assert after == dict(sorted((before | {following: 0}).items())[-keep:])
-        assert there(root) == named(level)
-    finally:
-        level.store.release()
-
-
 @pytest.fixture(autouse=True)
-def quiet(caplog):
-    for name in ("checkpoint.reader", "checkpoint.levels"):
-        caplog.set_level(logging.ERROR, name)
+def quiet():
+    """What is read from another level is not told of thousands of times."""
+    logger = logging.getLogger("checkpoint.reader")
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(logging.NOTSET)
 
 
 class Recording:
@@ -133,18 +62,24 @@ class Recording:
 
 
 @pytest.fixture
+def tmp_path():
+    """In memory, where there is some: thousands of small files, and nothing there need last."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
 def recording(tmp_path, monkeypatch):
     return Recording(tmp_path / "recorded", monkeypatch)
 
 
 @pytest.fixture
-def crashed(monkeypatch):
-    """Makes the directory of a state, for as long as it is looked at: in memory, as nothing there need last."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+def crashed(tmp_path, monkeypatch):
+    """Makes the directory of a state, for as long as it is looked at."""
 
     @contextlib.contextmanager
     def made(tree):
-        with tempfile.TemporaryDirectory(dir=memory) as directory, monkeypatch.context() as m:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as directory, monkeypatch.context() as m:
             m.setattr(os, "fsync", lambda fd: None)
             make_tree(root := Path(directory) / "root", tree)
             yield root
@@ -280,20 +215,22 @@ def test_a_copy_is_whole_or_not_there_after_a_crash_and_the_next_leaves_nothing_
 
 
 class Strike:
-    """A fault at operation ``at``. kill: the process ends there. once: that one fails. on: so does all after it."""
+    """A fault at operation ``at``. kill: the process ends there. once: that one fails. on: so does all after it.
+
+    kinds: of the operations that were struck."""
 
     def __init__(self, how, at):
-        self.how, self.at, self.count = how, at, 0
+        self.how, self.at, self.count, self.kinds = how, at, 0, []
 
     def __call__(self, kind):
         self.count += 1
-        if self.count > self.at and self.how == "kill":
+        if self.count <= self.at or (self.how == "once" and self.kinds):
+            return
+        self.kinds.append(kind)
+        if self.how == "kill":
             raise Killed
-        if self.count > self.at and self.how == "on":
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        if self.count == self.at + 1:
-            code = errno.EIO if kind == "sync" else errno.ENOSPC
-            raise OSError(code, os.strerror(code))
+        code = errno.EROFS if self.how == "on" else errno.EIO if kind == "sync" else errno.ENOSPC
+        raise OSError(code, os.strerror(code))
 
 
 def save_next(level, recorder):
@@ -364,7 +301,7 @@ def record_strikes(tmp_path, monkeypatch, how, what):
         # After a loss there is no good step until the next save has returned.
         log = recording.recorder.log
         logs.append((log, len(log) - 1 if what == "mend" else start))
-        at, struck = at + 1, strike.count > at
+        at, struck = at + 1, bool(strike.kinds)
     return logs
 
 
@@ -376,6 +313,49 @@ def test_a_crash_after_a_kill_or_a_failure_loses_and_tears_nothing(tmp_path, mon
     assert len(logs) > 5
     for log, start in logs:
         check_level(log, crashed, "a", KEEP_ONE, start, seen)
+
+
+# -- a full or a broken disk
+
+
+@pytest.mark.parametrize("how", ["once", "on"])
+def test_wherever_the_disk_fails_saving_goes_on_and_is_loud_and_leaves_nothing(tmp_path, monkeypatch, caplog, how):
+    """A fault at every operation of a save, in either level: full or broken once, or read-only until the next save."""
+    struck, failed = True, 0
+    for at in itertools.count():
+        if not struck:
+            break
+        recording, strike = Recording(tmp_path / str(at) / "recorded", monkeypatch), Strike(how, at)
+        paths = {name: recording.root / name for name in ("ram", "disk")}
+        caplog.clear()
+        with (
+            recording.on() as recorder,
+            Manager([Level(name, path, keep=1) for name, path in paths.items()], chunk_bytes=CHUNK_BYTES) as manager,
+        ):
+            save = lambda step: manager.save(step, on_device(values(step)), LAYOUT, meta(step))  # noqa: E731
+            save(1).wait()
+            recorder.fault = strike
+            save(2)
+            manager.wait()
+            recorder.fault = None
+            struck = bool(strike.kinds)
+            loud = [record for record in caplog.records if record.name.startswith("checkpoint.")]
+            # An empty directory may stay without a word: the next save removes it.
+            assert bool(loud) == bool(set(strike.kinds) - {"rmdir"})
+            assert all(isinstance(each.error, UserError) for each in manager.failures)
+            failed += len(manager.failures)
+            missed = {each.level for each in manager.failures}
+            for name, path in paths.items():
+                level = open_level(path)
+                last = level.steps()[-1]
+                assert last == 2 or name in missed
+                version_of(level.open(last))
+            save(3).wait()
+            for path in paths.values():
+                level = open_level(path)
+                assert level.steps() == [3] and there(path) == named(level)
+                version_of(level.open(3))
+    assert at > 30 and failed > 20
 
 
 # -- every sync is needed
@@ -423,3 +403,17 @@ def is_needed(name, site, logs, crashed):
             except Exception:
                 return True
     return False
+
+
+# -- a process that is really killed
+
+
+@pytest.mark.parametrize("how", ["levels", "manager"])
+@pytest.mark.parametrize("kills", [15, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_process_killed_at_random_moments_loses_and_leaks_nothing(tmp_path, how, kills):
+    program = [sys.executable, str(Path(__file__).with_name("kill_runs.py")), str(tmp_path), str(kills), "0", how]
+    env = {**os.environ, "PYTHONPATH": os.getcwd(), "JAX_NUM_CPU_DEVICES": "1"}
+    run = subprocess.run(program, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    committed, copies = map(int, run.stdout.split())
+    assert committed > kills and (copies or how == "manager")
