@@ -136,10 +136,7 @@ class OpenLevel:
 
     def open(self, step: int, others: Sequence[CheckpointReader] = ()) -> CheckpointReader:
         """A committed step; others: of the same step at other levels, for chunks that are damaged here."""
-        reader = CheckpointReader(self.store.open(directory_of(step)), others)
-        if reader.manifest.step != step:
-            raise CorruptError(f"{reader.where} holds step {reader.manifest.step}, expected {step}; use another step")
-        return reader
+        return CheckpointReader(self.store.open(directory_of(step)), others, step)
 
     # -- writing, in the thread of ``executor``
 

@@ -189,6 +189,8 @@ class LocalFiles:
             return self._at(name).read_bytes()
         except FileNotFoundError:
             raise self._missing(name) from None
+        except OSError as e:
+            raise CorruptError(f"cannot read {self._path / name}: {e.strerror}; use another checkpoint") from e
 
     def size(self, name: str) -> int:
         try:
