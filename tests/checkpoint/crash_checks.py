@@ -36,9 +36,10 @@ def open_level(root, keep=2):
     return OpenLevel(Level("disk", root, keep=keep), LocalStore(root), SingleProcess(), CHUNK_BYTES)
 
 
-def write(level, step, version=0):
-    pieces = [Piece(SPECS[name], (0,) * array.ndim, array) for name, array in values(step, version).items()]
-    level.write(step, meta(step, version), list(SPECS.values()), pieces)
+def write(level, step, version=0, names=tuple(SPECS)):
+    arrays = values(step, version)
+    pieces = [Piece(SPECS[name], (0,) * arrays[name].ndim, arrays[name]) for name in names]
+    level.write(step, meta(step, version), [SPECS[name] for name in names], pieces)
 
 
 def version_of(reader):
