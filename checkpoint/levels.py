@@ -152,7 +152,8 @@ class OpenLevel:
         began = time.perf_counter()
         index, channel, directory = self._coordinator.index, f"write:{self.where}", directory_of(step)
         base: int | None = None
-        self._attempts[step] = {}
+        with self._lock:
+            self._attempts[step] = {}
 
         def begin() -> tuple[int | None, str]:
             nonlocal base
@@ -197,7 +198,9 @@ class OpenLevel:
             together(self._coordinator, channel, commit)
             self.bad.discard(step)
             self._newest = max(step, self.newest)
-            del self._attempts[step]
+            with self._lock:  # both at once, and not while a sweep that has not seen the manifest is under way
+                del self._attempts[step]
+                self._known_steps.pop(step, None)
         finally:
             with self._lock:
                 self._known_steps.pop(step, None)

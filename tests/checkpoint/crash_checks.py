@@ -8,7 +8,7 @@ from crash_model import is_lock
 from checkpoint import Level
 from checkpoint.levels import OpenLevel
 from checkpoint.storage import LocalStore, steps_in
-from checkpoint.writer import Piece
+from checkpoint.writer import Piece, blocks_of
 from parallelism.coordinator import SingleProcess
 from parallelism.layout import Layout, Logical, Stored
 
@@ -33,13 +33,25 @@ def meta(step, version=0):
 
 
 def open_level(root, keep=2):
-    return OpenLevel(Level("disk", root, keep=keep), LocalStore(root), SingleProcess(), CHUNK_BYTES)
+    return OpenLevel(Level("disk", root, keep=keep), LocalStore(root), SingleProcess())
+
+
+def pieces(step, version=0, names=tuple(SPECS)):
+    arrays = values(step, version)
+    return [Piece(SPECS[name], (0,) * arrays[name].ndim, arrays[name]) for name in names]
 
 
 def write(level, step, version=0, names=tuple(SPECS)):
-    arrays = values(step, version)
-    pieces = [Piece(SPECS[name], (0,) * arrays[name].ndim, arrays[name]) for name in names]
-    level.write(step, meta(step, version), [SPECS[name] for name in names], pieces)
+    write_pieces(level, step, meta(step, version), [SPECS[name] for name in names], pieces(step, version, names))
+
+
+def write_pieces(level, step, meta, specs, pieces):
+    """As a manager does."""
+    level.pin(step)
+    try:
+        level.write(step, meta, specs, blocks_of(pieces, CHUNK_BYTES))
+    finally:
+        level.unpin(step)
 
 
 def version_of(reader):
@@ -53,7 +65,7 @@ def version_of(reader):
 
 def named(level):
     """What the manifests of a level name, and the directories of that."""
-    files = set().union(*(level._files_of(step) for step in steps_in(level.store.names())))
+    files = set().union(*(level._step(step).files for step in steps_in(level.store.names())))
     return files | {name.partition("/")[0] for name in files}
 
 

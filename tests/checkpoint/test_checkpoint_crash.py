@@ -14,16 +14,32 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 from pathlib import Path
 
 import jax
 import pytest
-from crash_checks import CHUNK_BYTES, LAYOUT, SPECS, check, meta, named, open_level, there, values, version_of, write
+from crash_checks import (
+    CHUNK_BYTES,
+    LAYOUT,
+    SPECS,
+    check,
+    meta,
+    named,
+    open_level,
+    there,
+    values,
+    version_of,
+    write,
+    write_pieces,
+)
 from crash_model import SYNCING, Killed, Recorder, crashes, make_tree
 from jax.sharding import SingleDeviceSharding
 
 from checkpoint import Level, Manager, copy, levels, open_checkpoint, storage
+from checkpoint.levels import OpenLevel
+from checkpoint.storage import LocalStore
 from parallelism.errors import UserError
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -283,7 +299,7 @@ def record_strike(recording, strike, doing):
             level = open_level(path, KEEP_ONE)
             level.acquire("")
         with pytest.raises(ZeroDivisionError):
-            level.write(3, {}, list(SPECS.values()), (1 / 0 for _ in range(1)))
+            write_pieces(level, 3, {}, list(SPECS.values()), (1 / 0 for _ in range(1)))
         recorder.mark(None)
         write(level, 3)
         recorder.mark(("a", 3, 0))
@@ -417,3 +433,46 @@ def test_a_process_killed_at_random_moments_loses_and_leaks_nothing(tmp_path, ho
     assert run.returncode == 0, run.stderr
     committed, copies = map(int, run.stdout.split())
     assert committed > kills and (copies or how == "manager")
+
+
+# -- threads
+
+
+def test_what_another_thread_sweeps_is_never_a_step_that_is_being_committed(tmp_path, monkeypatch):
+    """A later level lets go of a step, so that this one deletes, at the moment when the next step is committed here."""
+    level = open_level(tmp_path / "a")
+    level.acquire("")
+    write(level, 1)
+    level.pin(1)
+    ready, looked, committed = threading.Event(), threading.Event(), threading.Event()
+    put, names, sweep = LocalStore.put, LocalStore.names, OpenLevel._sweep
+
+    def put_when_looked(*args):
+        ready.set()
+        assert looked.wait(30)
+        put(*args)
+
+    def names_before_the_commit(store):
+        found = names(store)
+        looked.set()
+        committed.wait(0.5)  # in vain, where a commit has to wait for the sweep
+        return found
+
+    def sweep_in_the_middle(self):
+        if threading.current_thread() is threading.main_thread():
+            m.setattr(LocalStore, "names", names_before_the_commit)
+        sweep(self)
+
+    def save():
+        write(level, 2)
+        committed.set()
+
+    writer = threading.Thread(target=save)
+    with monkeypatch.context() as m:
+        m.setattr(LocalStore, "put", put_when_looked)
+        writer.start()
+        assert ready.wait(30)
+        m.setattr(OpenLevel, "_sweep", sweep_in_the_middle)
+        level.unpin(1)
+    writer.join()
+    assert version_of(level.open(2)) == 0

@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 import pytest
-from crash_checks import SPECS, open_level, version_of, write
+from crash_checks import SPECS, meta, open_level, pieces, version_of, write, write_pieces
 from crash_model import tree_of
 
 from checkpoint import find_checkpoint
@@ -39,7 +39,7 @@ class Levels:
             write(level, 1, names=["frozen"])  # no more than the next step shares
             write(level, STEP)
         self.good = tree_of(root)
-        self.files = [Path(name) for name in sorted(self.first._files_of(STEP))]
+        self.files = [Path(name) for name in sorted(self.first._step(STEP).files)]
         assert len({file.parent for file in self.files}) == 2
 
     def path(self, file):
@@ -217,11 +217,7 @@ def test_an_older_steps_manifest_in_place_of_the_new_is_found(levels, tmp_path, 
     if chunks == "shared":  # so that all that the older one names is there
         levels = Levels(tmp_path)
         for step in (3, 4):
-            manifest = levels.first.open(STEP).manifest
-            specs = [SPECS[name] for name in manifest.arrays]
-            levels.first.write(
-                step, dict(manifest.meta), specs, levels.first._own_pieces(levels.first.open(STEP), specs)
-            )
+            write_pieces(levels.first, step, meta(STEP), list(SPECS.values()), pieces(STEP))
         old, new = (levels.path(f"{directory_of(step)}/{MANIFEST}") for step in (3, 4))
         new.write_bytes(old.read_bytes())
         with pytest.raises(CorruptError, match="holds step 3, expected 4"):
