@@ -32,8 +32,8 @@ def meta(step, version=0):
     return {"is": [step, version]}
 
 
-def open_level(root, keep=2):
-    return OpenLevel(Level("disk", root, keep=keep), LocalStore(root), SingleProcess())
+def open_level(root, keep=2, zstd=None):
+    return OpenLevel(Level("disk", root, keep=keep, zstd=zstd), LocalStore(root), SingleProcess())
 
 
 def pieces(step, version=0, names=tuple(SPECS)):
