@@ -164,7 +164,7 @@ def _units(op: Op) -> Iterator[Op]:
     if op.kind != "write":
         yield op
         return
-    yield Op("grow", op.node, offset=op.offset + len(op.data))  # delayed allocation: the length is there, zeros are
+    yield Op("grow", op.node, offset=op.offset + len(op.data))  # the length may be there and the bytes not
     at = 0
     while at < len(op.data):
         n = min(PAGE - (op.offset + at) % PAGE, len(op.data) - at)

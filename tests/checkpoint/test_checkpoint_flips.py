@@ -143,6 +143,19 @@ def test_a_manager_restores_in_spite_of_any_flipped_bit_and_leaves_both_levels_g
         assert tree_of(levels.root) == levels.good
 
 
+def test_a_manifest_that_cannot_be_read_or_written_ends_no_restore(levels, caplog):
+    """As on a disk with a bad sector: here it is a directory."""
+    path = levels.path(f"{directory_of(STEP)}/{MANIFEST}")
+    path.unlink()
+    path.mkdir()
+    with Manager([Level(name, levels.root / name) for name in ("first", "second")]) as manager:
+        sharding = SingleDeviceSharding(jax.devices()[0])
+        restored = manager.restore(layout=LAYOUT, shardings=dict.fromkeys(LAYOUT, sharding))
+    assert (restored.step, restored.source) == (STEP, "second")
+    assert f"step {STEP} in {levels.root / 'first'} stays damaged: [Errno" in caplog.text
+    path.rmdir()
+
+
 def test_no_box_is_ever_read_wrong(levels):
     """Not all of a chunk is read for a box: what is, is right, or the damage is found."""
     rng, outcomes = random.Random(1), []
