@@ -75,9 +75,8 @@ class CheckpointReader:
 
     others: of the same step elsewhere; a chunk that is damaged here is read there, if one has it with the same digest.
     step: the one that it should be, where that is known: the manifest of another is damage. manifest: of chunks that
-    are not committed; read from the files if not given.
-    manifest: what it holds. bytes_read: bytes of chunks read so far, here. mended: the chunks that were damaged here,
-    with what they should be.
+    are not committed; read from the files if not given. bytes_read: bytes of chunks read so far, here. mended: the
+    chunks that were damaged here, with what they should be.
     Opening raises CorruptError if the manifest is missing or damaged, UserError if it is newer than this program.
     """
 
@@ -121,8 +120,14 @@ class CheckpointReader:
         memory: [at least ``whole_bytes``] uint8, aligned, of which the result may be a view; else it is of its own.
         Raises CorruptError naming the array and the file, if no other has the chunk either.
         """
-        raw = self._stored(name, chunk, cells, memory)[: chunk.nbytes]
+        raw = self.read_packed(name, chunk, cells, memory)
         return unpack(raw, chunk.shape, self.array(name).dtype, chunk.grid or (1,) * len(chunk.shape))
+
+    def read_packed(
+        self, name: str, chunk: Chunk, cells: np.ndarray | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
+        """``read_chunk`` in the order of the file, [nbytes] uint8 (``checkpoint.cells``)."""
+        return self._stored(name, chunk, cells, memory)[: chunk.nbytes]
 
     def block(self, logical: Logical, chunk: Chunk, memory: np.ndarray | None = None) -> Block:
         """A chunk as another file is to have it. memory, and what is raised: as for ``read_chunk``."""

@@ -17,7 +17,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from checkpoint.cells import aligned
+from checkpoint.cells import aligned, unpack, unpack_into
 from checkpoint.manifest import CHUNK_BYTES, DTYPES, MANIFEST, Chunk, Manifest
 from checkpoint.reader import (
     Box,
@@ -343,10 +343,17 @@ def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
     pieces = [aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape) for shape in shapes]
     memory = reader.room(read.chunk for read in plan.reads)
     for read in plan.reads:
-        data = reader.read_chunk(read.name, read.chunk, read.cells, memory)
+        chunk, source = read.chunk, reader.manifest.arrays[read.name].dtype
+        grid = chunk.grid or (1,) * len(chunk.shape)
+        raw = reader.read_packed(read.name, chunk, read.cells, memory)
+        data: np.ndarray | None = None
         for move in read.moves:
+            target = pieces[move.piece][(*move.target, ...)]  # a view, of a scalar too
+            if source == dtype and move.order is None and unpack_into(target, raw, chunk.shape, grid, move.source):
+                continue
+            data = unpack(raw, chunk.shape, source, grid) if data is None else data
             part = data[move.source] if move.order is None else data[move.source].transpose(move.order)
-            pieces[move.piece][move.target] = narrow(part, plan.stored.dtype, read.name)
+            pieces[move.piece][move.target] = narrow(part, dtype, read.name)
     return pieces
 
 

@@ -69,7 +69,11 @@ class Store(Protocol):
     def mark(self) -> str | None:
         """What the writer left as its mark; None if nobody did."""
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Let another writer in."""
+
+    def close(self) -> None:
+        """Release, and be of no use from here on."""
 
     def names(self) -> dict[str, set[str]]:
         """The names of all files by directory."""
@@ -265,6 +269,9 @@ class LocalStore:
         return self._lock.mark()
 
     def release(self) -> None:
+        self._lock.release()
+
+    def close(self) -> None:
         self._lock.release()
 
     def names(self) -> dict[str, set[str]]:

@@ -82,15 +82,19 @@ class CheckpointConfig:
 
     ram: a directory in host memory that outlives the process (``/dev/shm/...``), written every ``ram_every`` steps;
     None for none. Runs may share it: each has a directory of its own there, until somebody deletes it.
+    grace_seconds: from a notice (SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU) to the end of the machine; the last save goes to
+    levels that are left then, the fastest first.
     """
 
     every: int = 100
     keep: int = 2
     ram: str | None = None
     ram_every: int = 10
+    grace_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         expect_at_least(self, 1, "every", "keep", "ram_every")
+        expect_positive(self, "grace_seconds")
         expect_text(self, "ram")
 
 
@@ -174,6 +178,8 @@ class TrainConfig:
     run: directory of its checkpoints, metrics and graphs. Started again with the same directory it resumes.
     init_from: a pretrained model to begin with; otherwise ``model`` says what to make from scratch.
     experts: what is trained otherwise than the model's experts say.
+    freeze: parameters that are not trained, by logical name or glob, in order; ``!`` before one takes out again what
+    those before it chose, as in ``*,!layers.28.*,!layers.29.*``.
     mesh: ``data=2,fsdp=-1,tensor=4``. parameter_rules, activation_rules: changes to the sharding rules;
     gradient_rules, optimizer_rules: what is different for gradients and optimizer state (ZeRO-1 and 2).
     accumulate: microbatches a step. step_form: one graph, or grads and update groups. remat: what layers keep.
@@ -192,6 +198,7 @@ class TrainConfig:
     init_from: str | None = None
     model: ModelConfig | None = None
     experts: ExpertsConfig = ExpertsConfig()
+    freeze: tuple[str, ...] = ()
     mesh: str = ""
     parameter_rules: str = ""
     activation_rules: str = ""
@@ -224,6 +231,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         expect_text(self, "run", "init_from")
+        expect(self, "names or globs of parameters", all, "freeze")
         expect_at_least(self, 1, "steps", "accumulate", "update_groups", "log_every")
         expect_at_least(self, 0, "seed", "eval_every", "eval_batches")
         expect(self, "less than 2**31", lambda number: number < 2**31, "seed", "steps")
