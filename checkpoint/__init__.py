@@ -1,27 +1,46 @@
 """What survives: asynchronous, verified checkpoints of logical arrays that fit any mesh."""
 
+from checkpoint.collect import Collected, collect
+from checkpoint.compare import CheckpointSource, DiffReport, diff
+from checkpoint.copying import Copied, copy_steps
+from checkpoint.inspect import StepInfo, StepReport, list_steps, verify
 from checkpoint.levels import Best, Level
 from checkpoint.manager import Failure, Manager, Restored, SaveHandle, SaveMetrics
 from checkpoint.manifest import CorruptError, Manifest
+from checkpoint.places import Place, find_place, root_of
 from checkpoint.reader import CheckpointReader, VerifyReport, find_checkpoint, open_checkpoint
 from checkpoint.reshard import Origin, copy, load, write
 
 __all__ = [
     "Best",
     "CheckpointReader",
+    "CheckpointSource",
+    "Collected",
+    "Copied",
     "CorruptError",
+    "DiffReport",
     "Failure",
     "Level",
     "Manager",
     "Manifest",
     "Origin",
+    "Place",
     "Restored",
     "SaveHandle",
     "SaveMetrics",
+    "StepInfo",
+    "StepReport",
     "VerifyReport",
+    "collect",
     "copy",
+    "copy_steps",
+    "diff",
     "find_checkpoint",
+    "find_place",
+    "list_steps",
     "load",
     "open_checkpoint",
+    "root_of",
+    "verify",
     "write",
 ]

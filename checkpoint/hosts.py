@@ -89,6 +89,10 @@ class HostsFiles:
         files, file = self._at(name)
         return files.size(file)
 
+    def written(self, name: str) -> float | None:
+        files, file = self._at(name)
+        return files.written(file)
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         files, file = self._at(name)
         files.read_into(file, offset, buffer)

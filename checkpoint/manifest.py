@@ -150,6 +150,8 @@ class Manifest:
                 f"{where} has format version {body['version']}, newer than {VERSION}, the newest this program reads; "
                 "upgrade the program"
             )
+        if type(body["step"]) is not int or body["step"] < 0:
+            raise TypeError(f"step {body['step']!r:.80}")
         arrays = {name: _decode_array(name, entry, where) for name, entry in body["arrays"].items()}
         return cls(body["step"], body["meta"], arrays)
 

@@ -148,8 +148,7 @@ class CheckpointReader:
             return self._verified(name, chunk, cells, raw)
         except CorruptError as damage:
             for other in self._others:
-                twin = other._boxes.get((name, chunk.start, chunk.shape))
-                if twin is not None and (twin.digest, twin.grid) == (chunk.digest, chunk.grid):
+                if (twin := other.twin(name, chunk)) is not None:
                     with contextlib.suppress(CorruptError):
                         raw = other._verified(name, twin, None, np.empty(chunk.whole_bytes, np.uint8))
                         logger.warning("%s; read from %s", damage, other.where)
@@ -158,12 +157,37 @@ class CheckpointReader:
                         return raw
             raise
 
+    def twin(self, name: str, chunk: Chunk) -> Chunk | None:
+        """The chunk here that has the bytes of ``chunk``, of the same box of array ``name`` elsewhere; None without."""
+        own = self._boxes.get((name, chunk.start, chunk.shape))
+        return own if own is not None and (own.digest, own.grid) == (chunk.digest, chunk.grid) else None
+
+    def stored(self, name: str, chunk: Chunk) -> np.ndarray:
+        """What the file here has of a chunk, [stored_bytes] uint8, verified: a frame as such, if it is compressed."""
+        if chunk.zstd is None:
+            return self.whole(name, chunk)
+        frame = np.empty(chunk.stored_bytes, np.uint8)
+        self._read(name, chunk, 0, frame)
+        self._check(name, chunk, 0, chunk.stored_bytes, digest(frame.data), chunk.zstd[1])
+        return frame
+
+    def whole(self, name: str, chunk: Chunk) -> np.ndarray:
+        """A chunk here and its table, [whole_bytes] uint8, verified."""
+        return self._verified(name, chunk, None, np.empty(chunk.whole_bytes, np.uint8))
+
+    def damage(self, name: str, chunk: Chunk, memory: np.ndarray | None = None) -> str | None:
+        """What is wrong with a chunk here; None if it is good. memory: as for ``read_chunk``."""
+        raw = np.empty(chunk.whole_bytes, np.uint8) if memory is None else memory[: chunk.whole_bytes]
+        try:
+            self._verified(name, chunk, None, raw)
+        except CorruptError as e:
+            return str(e)
+        return None
+
     def _verified(self, name: str, chunk: Chunk, cells: np.ndarray | None, raw: np.ndarray) -> np.ndarray:
         """``raw`` with the chunk's bytes in it, the table too; of cells these only. Raises CorruptError."""
         if chunk.zstd is not None:
-            frame, cells = np.empty(chunk.stored_bytes, np.uint8), None
-            self._read(name, chunk, 0, frame)
-            self._check(name, chunk, 0, chunk.stored_bytes, digest(frame.data), chunk.zstd[1])
+            frame, cells = self.stored(name, chunk), None
             if wrong := decompress(frame, raw):
                 raise CorruptError(f"array {name!r}: a chunk of {self.where} is no zstd frame of its size: {wrong}")
         elif chunk.grid is None:

@@ -450,6 +450,9 @@ class RemoteFiles:
     def size(self, name: str) -> int:
         return self._ask("size", name)[0]["size"]
 
+    def written(self, name: str) -> float | None:
+        return None
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         self._ask("read", name, buffer.cast("B"), offset=offset, count=buffer.nbytes)
 

@@ -50,6 +50,9 @@ class Files(Protocol):
     def size(self, name: str) -> int:
         """Of a file, in bytes. Raises CorruptError if it is missing."""
 
+    def written(self, name: str) -> float | None:
+        """When a file was written, in seconds since the epoch; None where the store does not say, or it is missing."""
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on. Raises CorruptError if the file is missing or too short."""
 
@@ -201,6 +204,11 @@ class LocalFiles:
             return self._at(name).stat().st_size
         except FileNotFoundError:
             raise self._missing(name) from None
+
+    def written(self, name: str) -> float | None:
+        with contextlib.suppress(OSError):
+            return self._at(name).stat().st_mtime
+        return None
 
     def _at(self, name: str) -> Path:
         """Where it lies; a directory that is not there yet does not hide those beside it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from checkpoint import Level, Manager, SaveHandle
-from checkpoint.storage import committed
+from checkpoint import Best, Level, Manager, SaveHandle
+from checkpoint.storage import directory_of
 from jaxsys import configuration
 from jaxsys.console import Console
 from jaxsys.data import BalancedLoader, Dataset, Loader, build_dataset, documents, prefetch
@@ -133,6 +132,7 @@ class Trainer:
             raise
         self.stop, self._stopped = Stop(), False
         self._save: SaveHandle | None = None
+        self._saved_finite: tuple[jax.Array, str] | None = None
         self._clock = 0.0
 
     # ---------------------------------------------------------------------------------------------------- set-up
@@ -177,12 +177,17 @@ class Trainer:
 
     def _open_checkpoints(self) -> Manager:
         c = self.config.checkpoint
-        self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every)]
+        best = Best("heldout_loss", c.keep_best) if c.keep_best else None
+        kept: dict[str, Any] = {"keep_every": c.keep_every, "best": best, "verify": c.verify}
+        self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every, **kept)]
         if c.ram:
-            agree(default_coordinator(), {"checkpoint.ram, which needs one host": socket.gethostname()})
             ram = together(default_coordinator(), "ram", self._ram_directory)[0]
-            self.levels.insert(0, Level("ram", ram, keep=2, every=c.ram_every, on="host"))
-        return Manager(self.levels)
+            self.levels.insert(0, Level("ram", f"{ram}/own", keep=2, every=c.ram_every, on="host"))
+            if c.peers is not None:
+                self.levels.insert(1, Level("peers", f"{ram}/peers", keep=2, every=c.peers, on="peer"))
+        if c.remote:
+            self.levels.append(Level("remote", c.remote, keep=c.remote_keep, every=c.remote_every, verify=c.verify))
+        return Manager(self.levels, staging_bytes=c.staging_mb * 10**6)
 
     def _ram_directory(self) -> str:
         """Of this run; process 0 says it for all, so that one alone writes the run's mark."""
@@ -322,6 +327,7 @@ class Trainer:
             step, device, host = pending
             pending = None
             self.watch.phase("waiting for the devices", step + 1)
+            self._check_saved()
             values = {name: float(value) for name, value in jax.device_get(device).items()}
             seconds = time.perf_counter() - self._clock
             self._clock = time.perf_counter()
@@ -405,6 +411,7 @@ class Trainer:
             if not self._asked and self.step > begun:
                 self._sampled(metrics)
             self.watch.phase("finishing the last save", setup=True)
+            self._check_saved()
             self.manager.wait()
             self._record_saves(metrics)
             written = sum(at.last.nbytes for at in self.saves.at.values() if at.last and at.last_step == saved)
@@ -457,9 +464,14 @@ class Trainer:
         arrays = {**self.params, **self.opt_state}
         self.watch.phase("saving", self.step, setup=True)
         start = time.perf_counter()
-        if not self.finite_graph(arrays):
-            batch = self.train_data.identity(self.step - 1)
-            raise NonFiniteLoss(self._non_finite(f"parameters or optimizer state are not finite after {batch}"))
+        self._check_saved()
+        finite, batch = self.finite_graph(arrays), self.train_data.identity(self.step - 1)
+        self._saved_finite = finite, f"parameters or optimizer state are not finite after {batch}"
+
+        def check() -> None:
+            if not finite:
+                raise UserError("it is not finite")
+
         if self.lead:
             self._save_tokenizer()
         meta = self._meta() | {
@@ -469,7 +481,7 @@ class Trainer:
 
         def save(*levels: str) -> SaveHandle:
             self._save = self.manager.save(
-                self.step, arrays, self.layout, meta, everywhere=final, levels=levels or None
+                self.step, arrays, self.layout, meta, everywhere=final, levels=levels or None, check=check
             )
             self.saves.began(self._save)
             return self._save
@@ -481,6 +493,15 @@ class Trainer:
         else:
             save()
         return time.perf_counter() - start
+
+    def _check_saved(self) -> None:
+        """Raises NonFiniteLoss for what the last save was to hold; no level has it then. The devices look at it, and
+        what they found is read when something of theirs is waited for anyway."""
+        if self._saved_finite is not None:
+            finite, what = self._saved_finite
+            self._saved_finite = None
+            if not finite:
+                raise NonFiniteLoss(self._non_finite(what))
 
     def evaluate(self) -> float:
         """Mean loss over the first ``eval_batches`` held-out batches, in nats a token."""
@@ -553,7 +574,8 @@ class Trainer:
         self.manager.wait()
         where = "there is no good checkpoint"
         if steps := self.manager.steps():
-            paths = [str(path) for level in self.levels for s, path in committed(Path(level.path)) if s == steps[-1]]
+            places = [f"{x.path}/{'*/' * (x.on != 'shared')}{directory_of(steps[-1])}" for x in self.levels]
+            paths = [place for place in places if "://" in place or any(Path("/").glob(str(Path(place).resolve())[1:]))]
             before = f"step {steps[-2]}" if steps[1:] else "the beginning"
             where = f"the same command resumes from step {steps[-1]}, or from {before} after rm -r {' '.join(paths)}"
         return f"{what}; {where}: lower the learning rate or look at the text"

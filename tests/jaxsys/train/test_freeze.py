@@ -56,7 +56,9 @@ def test_stacks_are_cut_where_other_arrays_are_frozen():
     model = dataclasses.replace(MODEL, n_layers=4)
     whole = build(model, storage="stacked").layout
     chosen = frozen(("*", "!layers.3.*", "!norm.*"), whole.logical)
-    parts = build(model, storage="stacked", cuts=cuts(chosen, whole.logical)).layout
+    built = build(model, storage="stacked", cuts=cuts(chosen, whole.logical))
+    parts = built.layout
+    assert {key: x.shape for key, x in jax.eval_shape(built.init, 0).items()} == {k: s.shape for k, s in parts.items()}
     assert {key.split(".")[1] for key in parts if key.startswith("layers.")} == {"0-2", "3-3"}
     assert parts.logical == whole.logical
     assert trained(parts, chosen).logical.keys() == whole.logical.keys() - chosen

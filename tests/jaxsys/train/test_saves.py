@@ -106,6 +106,15 @@ def test_a_level_that_fails_is_counted_and_its_row_says_why(tmp_path, monkeypatc
     assert ("jaxsys_checkpoint_last_step", "disk") not in found
 
 
+def test_a_save_goes_to_the_levels_that_are_named_whatever_is_due(tmp_path):
+    with Manager(levels(tmp_path)) as manager:
+        metrics = manager.save(1, {"a": jnp.zeros(64)}, LAYOUT, {}, levels=["disk"]).wait()
+        assert list(metrics.levels) == ["disk"] and not list((tmp_path / "ram").glob("step-*"))
+        assert list(manager.save(2, {"a": jnp.zeros(64)}, LAYOUT, {}, levels=["ram"]).wait().levels) == ["ram"]
+        with pytest.raises(ValueError, match=r"no checkpoint levels \['dsk'\]: there are \['ram', 'disk'\]"):
+            manager.save(3, {"a": jnp.zeros(64)}, LAYOUT, {}, levels=["dsk"])
+
+
 def test_a_restore_says_what_was_read_where(saved, tmp_path):
     manager, _, _ = saved
     fresh = Saves(manager, levels(tmp_path))
