@@ -29,7 +29,7 @@ from checkpoint.reader import (
     slices,
     worth_reading,
 )
-from checkpoint.storage import LocalDraft, LocalFiles, WriterLock, durable
+from checkpoint.storage import LocalDraft, LocalFiles, WriterLock, durable, make_directory
 from checkpoint.writer import ChunkWriter, Piece, blocks_of, data_file, manifest_of
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
@@ -429,7 +429,7 @@ def write(
     lock = WriterLock(lock_path, dst)
     draft = LocalDraft(dst)
     try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(dst.parent)
         lock.acquire()
     except OSError as e:
         raise UserError(f"cannot write {dst}: {e.strerror}; choose another place") from e
