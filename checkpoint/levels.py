@@ -242,7 +242,8 @@ class OpenLevel:
         with self._lock:
             if step not in self._files:
                 directory, found = directory_of(step), None
-                with contextlib.suppress(UserError):
+                # Nothing else: who cannot read it now does not know what it uses, and must not delete.
+                with contextlib.suppress(CorruptError):
                     arrays = self.open(step).manifest.arrays.values()
                     chunks = {_resolved(directory, chunk.file) for array in arrays for chunk in array.chunks}
                     found = frozenset({f"{directory}/{MANIFEST}"} | chunks)

@@ -20,7 +20,7 @@ from checkpoint.manifest import CHUNK_BYTES, CorruptError
 from checkpoint.reader import CheckpointReader, VerifyReport
 from checkpoint.reshard import LoadMetrics, load
 from checkpoint.snapshot import Snapshot
-from checkpoint.storage import LocalStore, directory_of, steps_in
+from checkpoint.storage import directory_of, steps_in, store_of
 from checkpoint.writer import WriteMetrics
 from parallelism.coordinator import Coordinator, default_coordinator, together
 from parallelism.errors import UserError
@@ -128,7 +128,7 @@ class Manager:
                 raise UserError(f"checkpoint levels have {what}s {values}, expected at least one and all different")
         self.failures: list[Failure] = []
         self._coordinator = coordinator or default_coordinator()
-        self._levels = [OpenLevel(level, LocalStore(level.path), self._coordinator, chunk_bytes) for level in levels]
+        self._levels = [OpenLevel(level, store_of(level.path), self._coordinator, chunk_bytes) for level in levels]
         self._handles: list[SaveHandle] = []
         self._closed = False
         try:

@@ -501,7 +501,7 @@ class Trainer:
         self.manager.wait()
         where = "there is no good checkpoint"
         if steps := self.manager.steps():
-            paths = [str(path) for level in self.levels for s, path in committed(Path(level.path)) if s == steps[-1]]
+            paths = [str(path) for level in self.levels for s, path in committed(level.path) if s == steps[-1]]
             before = f"step {steps[-2]}" if steps[1:] else "the beginning"
             where = f"the same command resumes from step {steps[-1]}, or from {before} after rm -r {' '.join(paths)}"
         return f"{what}; {where}: lower the learning rate or look at the text"
