@@ -73,6 +73,7 @@ class Bucket:
         except ImportError as e:
             raise UserError(f"{url} needs the package tensorstore: pip install 'jaxsys[objects]'") from e
         self._root, self._timeout = f"{scheme}://{name}", timeout
+        self.no_bucket = f"there is no bucket {name!r}; make it or check the URL"
         self._server = "the server"
         spec: dict[str, Any] = {"driver": driver, "bucket": name, f"{driver}_request_retries": RETRIES}
         if scheme == "s3":
@@ -156,7 +157,7 @@ class Bucket:
         if code == "OUT_OF_RANGE":
             return _OutOfRange(said)
         if code == "NOT_FOUND":
-            return ObjectError(f"bucket {self._root} does not exist ({said}); make it or check the URL")
+            return ObjectError(f"{self.url(key)}: {self.no_bucket}")
         if code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
             return ObjectError(
                 f"{self.url(key)}: access is denied ({said}); check the rights on the bucket{self._credentials()}"
@@ -279,7 +280,6 @@ class Lease:
             "beats": 0,
         }
         seen: tuple[bytes | None, float] | None = None
-        self._bucket.keys(f"{self._key}/")  # to read or write under a condition does not tell that there is no bucket
         while True:
             found = self._bucket.get(self._key)
             holder = _holder(found.data)
@@ -298,8 +298,11 @@ class Lease:
             began = time.monotonic()
             written = self._bucket.swap(self._key, json.dumps(held).encode(), found.generation)
             time.sleep(SETTLE_SECONDS)
-            if written and _id(self._bucket.get(self._key)) == held["id"]:
+            now = self._bucket.get(self._key)
+            if written and _id(now) == held["id"]:
                 break
+            if now == found:
+                raise ObjectError(f"cannot lock {self._where}: a write is refused, {self._bucket.no_bucket}")
             # Somebody else was faster; the next turn finds it alive.
         self._held, self._renewed, self._lost = held, began, None
         self._ended.clear()
