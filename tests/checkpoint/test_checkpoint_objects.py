@@ -290,12 +290,9 @@ def test_who_cannot_read_a_manifest_deletes_nothing(server, run, level, monkeypa
         save(level, step, a=1, b=1, c=step)
     before = server.keys(run)
     level._files.clear()
-    read = objects.ObjectFiles.read
 
     def fails(files, name):
-        if "step-00000003" in files.where:
-            raise ObjectError("no answer")
-        return read(files, name)
+        raise ObjectError("no answer")
 
     with monkeypatch.context() as m:
         m.setattr(objects.ObjectFiles, "read", fails)
@@ -400,14 +397,16 @@ def test_a_writer_elsewhere_that_is_not_heard_of_for_its_lease_is_replaced(serve
     store.release()
 
 
-@pytest.mark.parametrize("gone", ["no such process", "its number is another's now"])
+@pytest.mark.parametrize("gone", ["no such process", "not waited for by its parent", "its number is another's now"])
 def test_a_writer_of_this_machine_that_is_gone_is_replaced_at_once(server, run, url, gone, caplog):
-    pid = os.getpid()
-    if gone == "no such process":
+    pid, process = os.getpid(), f"{os.getpid()} 1"
+    if gone != "its number is another's now":
         child = subprocess.Popen([sys.executable, "-c", ""])
-        child.wait()
-        pid = child.pid
-    server.put(f"{run}/.lock", holder(objects._machine(), pid, f"{pid} 1", seconds=1000))
+        pid, process = child.pid, objects._process(child.pid)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        if gone == "no such process":
+            child.wait()
+    server.put(f"{run}/.lock", holder(objects._machine(), pid, process, seconds=1000))
     store = store_at(url)
     store.acquire()
     assert "waiting" not in caplog.text
