@@ -137,12 +137,14 @@ def test_importing_jaxsys_imports_nothing_heavy():
 
 
 def test_extras_are_those_documented():
-    assert set(PROJECT["project"]["optional-dependencies"]) == {"cpu", "cuda", "tpu", "serve", "parity", "plot", "dev"}
+    extras = {"cpu", "cuda", "tpu", "serve", "parity", "plot", "objects", "dev"}
+    assert set(PROJECT["project"]["optional-dependencies"]) == extras
 
 
 def test_dependencies_are_what_the_packages_import():
     extras = PROJECT["project"]["optional-dependencies"]
-    declared = requirement_names([*PROJECT["project"]["dependencies"], *extras["serve"], *extras["plot"]])
+    users = [*extras["serve"], *extras["plot"], *extras["objects"]]
+    declared = requirement_names([*PROJECT["project"]["dependencies"], *users])
     used = imported(SOURCES) - set(PACKAGES) - {name.lower() for name in sys.stdlib_module_names}
     assert declared == used
 
