@@ -311,7 +311,7 @@ class OpenLevel:
                         self.store.delete(directory_of(step), [MANIFEST])
                         self._known_steps.pop(step, None)
                 self._sweep()
-        except OSError as e:
+        except (OSError, UserError) as e:
             logger.warning("cannot delete old checkpoints in %s: %s", self.where, e)
 
     def _lasting(self, steps: Sequence[int]) -> set[int]:
@@ -343,7 +343,8 @@ class OpenLevel:
         with self._lock:
             if step not in self._known_steps:
                 directory, found = directory_of(step), _Step(None, {})
-                with contextlib.suppress(UserError):
+                # Nothing else: who cannot read it now does not know what it uses, and must not delete.
+                with contextlib.suppress(CorruptError):
                     manifest = self.open(step).manifest
                     chunks = {_resolved(directory, c.file) for a in manifest.arrays.values() for c in a.chunks}
                     metrics = manifest.meta.get("metrics") or {}

@@ -22,7 +22,7 @@ from checkpoint.reader import CheckpointReader, VerifyReport
 from checkpoint.reshard import LoadMetrics, Origins, load
 from checkpoint.shares import holders_of, shares_of, stored_specs
 from checkpoint.snapshot import Shares, Snapshot, Staging, by_shard, check_arrays
-from checkpoint.storage import LocalStore, Store, directory_of, steps_in
+from checkpoint.storage import Store, directory_of, steps_in, store_of
 from checkpoint.writer import Block, WriteMetrics
 from parallelism.coordinator import Coordinator, default_coordinator, together
 from parallelism.errors import UserError
@@ -430,7 +430,7 @@ class Manager:
 
 def _store(level: Level, coordinator: Coordinator) -> Store:
     if level.on == "shared":
-        return LocalStore(level.path)
+        return store_of(level.path)
     return HostsStore(level.path, peers=level.on == "peer", coordinator=coordinator)
 
 

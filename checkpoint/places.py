@@ -12,7 +12,7 @@ from pathlib import Path
 
 from checkpoint.manifest import MANIFEST, CorruptError, Manifest
 from checkpoint.reader import CheckpointReader
-from checkpoint.storage import LocalStore, Store, directory_of, steps_in
+from checkpoint.storage import Store, directory_of, steps_in, store_of
 from parallelism.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -104,12 +104,12 @@ def find_place(path: str | os.PathLike[str]) -> Place:
     text = _checked(path)
     parent, name = _parent(text)
     with contextlib.suppress(CorruptError):
-        store = _store(parent)
+        store = store_of(parent)
         store.open(name).size(MANIFEST)
         return Place(store, name)
     for root in (text, posixpath.join(text, OF_RUN)):
         if _is_url(root) or Path(root).is_dir():
-            store = _store(root)
+            store = store_of(root)
             # A run makes its directory, and locks it, before it saves.
             if store.names() or store.mark() is not None or (root != text and not _is_url(root)):
                 return Place(store)
@@ -125,17 +125,17 @@ def root_of(path: str | os.PathLike[str]) -> Store:
     """
     text = os.fspath(path)
     if _is_url(text):
-        return _store(text)
+        return store_of(text)
     if Path(text).exists():
         _checked(path)
         found = os.listdir(text)
         if MANIFEST in found:
             raise UserError(f"{path} is one checkpoint, expected a directory for several; give the one that it is in")
         if OF_RUN in found:
-            return _store(posixpath.join(text, OF_RUN))
+            return store_of(posixpath.join(text, OF_RUN))
         if found and ".lock" not in found and not any(name.startswith("step-") for name in found):
             raise UserError(f"{path} holds no checkpoints but {sorted(found)[0]!r}; give a new directory or a run's")
-    return _store(text)
+    return store_of(text)
 
 
 def resolved(directory: str, file: str) -> tuple[str, str]:
@@ -165,12 +165,6 @@ def same_place(one: Store, other: Store) -> bool:
 
 def _is_url(text: str) -> bool:
     return "://" in text
-
-
-def _store(text: str) -> Store:
-    if _is_url(text):
-        raise UserError(f"{text}: checkpoints in object stores are not read here; give a directory")
-    return LocalStore(text)
 
 
 def _checked(path: str | os.PathLike[str]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from checkpoint.cells import DIGEST_BYTES, digests, runs, touched, unpack
 from checkpoint.compression import decompress
 from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, digest
-from checkpoint.storage import Files, LocalFiles, committed
+from checkpoint.storage import Files, MissingError, committed, files_of, place_of
 from checkpoint.writer import Block
 from parallelism.errors import UserError
 from parallelism.layout import Logical
@@ -273,31 +273,29 @@ class CheckpointReader:
         return VerifyReport(self.where, self.manifest.step, count, total, tuple(errors))
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
-    """Open one checkpoint directory (the one that holds ``manifest.json``)."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist; check the path")
-    if not (path / MANIFEST).is_file():
-        raise UserError(f"{path} is not a checkpoint: it holds no {MANIFEST}; give a checkpoint or step directory")
-    return CheckpointReader(LocalFiles(path))
+def open_checkpoint(place: str | os.PathLike[str]) -> CheckpointReader:
+    """Open one checkpoint: the directory, or the URL in an object store, that holds ``manifest.json``."""
+    try:
+        return _open_existing(place)
+    except MissingError:
+        raise UserError(
+            f"{place} is not a checkpoint: it holds no {MANIFEST}; give a checkpoint or step directory"
+        ) from None
 
 
-def find_checkpoint(path: str | os.PathLike[str], progress: Progress | None = None) -> Path:
-    """The checkpoint directory that ``path`` means: itself, or under a run's checkpoint root the newest that verifies.
+def find_checkpoint(place: str | os.PathLike[str], progress: Progress | None = None) -> Path | str:
+    """The checkpoint that a directory or URL means: itself, or under a run's checkpoint root the newest that verifies.
 
-    A directory named itself is checked for a readable manifest only: its chunks are verified as they are read.
+    One that is named itself is checked for a readable manifest only: its chunks are verified as they are read.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist; check the path")
-    if (path / MANIFEST).is_file():
-        open_checkpoint(path)
-        return path
-    found = committed(path)
+    place = place_of(place)
+    with contextlib.suppress(MissingError):
+        _open_existing(place)
+        return place
+    found = committed(place)
     for step, candidate in reversed(found):
         try:
-            report = CheckpointReader(LocalFiles(candidate), step=step).verify(progress)
+            report = CheckpointReader(files_of(candidate), step=step).verify(progress)
         except CorruptError as e:
             logger.warning("skipping checkpoint %s: %s", candidate, e)
             continue
@@ -305,5 +303,13 @@ def find_checkpoint(path: str | os.PathLike[str], progress: Progress | None = No
             return candidate
         logger.warning("skipping checkpoint %s: %s", candidate, report.errors[0])
     if found:
-        raise UserError(f"none of the {len(found)} checkpoints in {path} verifies; restore them from elsewhere")
-    raise UserError(f"{path} is not a checkpoint: no {MANIFEST} and no step-* directories; check the path")
+        raise UserError(f"none of the {len(found)} checkpoints in {place} verifies; restore them from elsewhere")
+    raise UserError(f"{place} is not a checkpoint: no {MANIFEST} and no step-* directories; check the path")
+
+
+def _open_existing(place: str | os.PathLike[str]) -> CheckpointReader:
+    """Raises MissingError if there is no manifest, UserError if there is not even a directory."""
+    place = place_of(place)
+    if isinstance(place, Path) and not place.exists():
+        raise UserError(f"checkpoint {place} does not exist; check the path")
+    return CheckpointReader(files_of(place))

@@ -1,7 +1,7 @@
 """Where checkpoints lie: a store of files by name, with one writer, in which a name appears whole or not at all.
 
 ``Store`` is what a level needs of a place; ``LocalStore`` is that for a directory on a local disk, tmpfs or shared file
-system. Under its root:
+system, ``checkpoint.objects.ObjectStore`` for an object store, and ``store_of`` chooses. Under the root of a directory:
 
     step-00000010/manifest.json              a committed checkpoint: it is there because this file is
     step-00000010/data-00000-1f3a7c52.bin    chunks, also of later steps in which they are the same
@@ -21,6 +21,7 @@ import contextlib
 import fcntl
 import json
 import os
+import posixpath
 import re
 import shutil
 import socket
@@ -34,6 +35,7 @@ from parallelism.errors import UserError
 
 _STEP = re.compile(r"step-(\d{8,})")
 _UNFINISHED = ".tmp-"
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)")
 
 
 class Files(Protocol):
@@ -45,7 +47,7 @@ class Files(Protocol):
     where: str
 
     def read(self, name: str) -> bytes:
-        """All bytes of a file. Raises CorruptError if it is missing."""
+        """All bytes of a file. Raises MissingError, a CorruptError, if there is none."""
 
     def size(self, name: str) -> int:
         """Of a file, in bytes. Raises CorruptError if it is missing."""
@@ -100,17 +102,52 @@ def directory_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_step(directory: str) -> bool:
+    """Whether a directory is one that ``directory_of`` names."""
+    return _STEP.fullmatch(directory) is not None
+
+
 def steps_in(names: dict[str, set[str]]) -> list[int]:
     """The committed steps, ascending."""
     found = ((_STEP.fullmatch(directory), files) for directory, files in names.items())
     return sorted(int(match[1]) for match, files in found if match and MANIFEST in files)
 
 
-def committed(root: Path) -> list[tuple[int, Path]]:
-    """The checkpoints under a root as (step, directory), ascending."""
-    if not root.is_dir():
-        return []
-    return [(step, root / directory_of(step)) for step in steps_in(_names(root))]
+def place_of(place: str | os.PathLike[str]) -> Path | str:
+    """A directory as a path, an object store as a URL (s3://bucket/prefix).
+
+    How many slashes it has makes no difference, so that a URL that became a path on the way is one again.
+    """
+    found = _URL.fullmatch(os.fspath(place))
+    return f"{found[1]}://{posixpath.normpath(found[2])}" if found else Path(place)
+
+
+def store_of(place: str | os.PathLike[str]) -> Store:
+    """The store at a directory, which is made if it is missing, or at the URL of an object store."""
+    place = place_of(place)
+    if isinstance(place, Path):
+        return LocalStore(place)
+    from checkpoint.objects import ObjectStore
+
+    return ObjectStore(place)
+
+
+def files_of(place: str | os.PathLike[str]) -> Files:
+    """The files of one checkpoint, which lies in a directory or at the URL of an object store."""
+    place = place_of(place)
+    if isinstance(place, Path):
+        return LocalFiles(place)
+    from checkpoint.objects import files_at
+
+    return files_at(place)
+
+
+def committed(root: str | os.PathLike[str]) -> list[tuple[int, Path | str]]:
+    """The checkpoints under a root as (step, directory or URL), ascending."""
+    root = place_of(root)
+    if isinstance(root, Path):
+        return [(step, root / directory_of(step)) for step in steps_in(_names(root))] if root.is_dir() else []
+    return [(step, f"{root}/{directory_of(step)}") for step in steps_in(store_of(root).names())]
 
 
 def _names(root: Path) -> dict[str, set[str]]:
@@ -184,6 +221,14 @@ class WriterLock:
             return "another process"
 
 
+class MissingError(CorruptError):
+    """A file of a checkpoint is not there; name: as the chunks in it have it."""
+
+    def __init__(self, where: str, name: str):
+        shared = ", which this step shares with one before it (jaxsys reshard copies a step whole)"
+        super().__init__(f"file {where} is missing{shared * name.startswith('../')}; use another checkpoint")
+
+
 class LocalFiles:
     """The files of a checkpoint in one directory."""
 
@@ -194,7 +239,7 @@ class LocalFiles:
     def read(self, name: str) -> bytes:
         try:
             return self._at(name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise self._missing(name) from None
         except OSError as e:
             raise CorruptError(f"cannot read {self._path / name}: {e.strerror}; use another checkpoint") from e
@@ -214,10 +259,8 @@ class LocalFiles:
         """Where it lies; a directory that is not there yet does not hide those beside it."""
         return Path(os.path.normpath(self._path / name))
 
-    def _missing(self, name: str) -> CorruptError:
-        shared = ", which this step shares with one before it (jaxsys reshard copies a step whole)"
-        where = f"{self._at(name)} is missing{shared * name.startswith('../')}"
-        return CorruptError(f"file {where}; use another checkpoint")
+    def _missing(self, name: str) -> MissingError:
+        return MissingError(str(self._at(name)), name)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         path = self._at(name)

@@ -140,13 +140,13 @@ def test_importing_jaxsys_imports_nothing_heavy():
 
 def test_extras_are_those_documented():
     assert set(PROJECT["project"]["optional-dependencies"]) == {
-        "cpu", "cuda", "tpu", "serve", "parity", "plot", "orbax", "dcp", "zstd", "dev"
+        "cpu", "cuda", "tpu", "serve", "parity", "plot", "orbax", "objects", "dcp", "zstd", "dev"
     }  # fmt: skip
 
 
 def test_dependencies_are_what_the_packages_import():
     extras = PROJECT["project"]["optional-dependencies"]
-    optional = [line for extra in ("serve", "plot", "orbax", "dcp", "zstd") for line in extras[extra]]
+    optional = [line for extra in ("serve", "plot", "orbax", "objects", "dcp", "zstd") for line in extras[extra]]
     declared = requirement_names([*PROJECT["project"]["dependencies"], *optional])
     used = imported(SOURCES) - set(PACKAGES) - {name.lower() for name in sys.stdlib_module_names}
     assert declared == used
