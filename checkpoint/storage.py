@@ -22,7 +22,7 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from checkpoint.manifest import MANIFEST, CorruptError
 from parallelism.errors import UserError
@@ -114,6 +114,18 @@ def fsync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_at(path: Path, offset: int, data: Any) -> None:
+    """Put a buffer into a file, which is made if it is missing. Not synced."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        left = memoryview(data).cast("B")
+        while left:
+            written = os.pwrite(fd, left, offset)
+            left, offset = left[written:], offset + written
     finally:
         os.close(fd)
 
@@ -266,15 +278,11 @@ class LocalStore:
         fsync_directory(self.root / directory)
 
     def patch(self, directory: str, name: str, offset: int, data: bytes) -> None:
-        fd = os.open(self.root / directory / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            while data:
-                written = os.pwrite(fd, data, offset)
-                data, offset = data[written:], offset + written
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        fsync_directory((self.root / directory / name).parent)
+        path = self.root / directory / name
+        write_at(path, offset, data)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        fsync_directory(path.parent)
 
     def delete(self, directory: str, names: Iterable[str]) -> None:
         path = self.root / directory
@@ -284,6 +292,35 @@ class LocalStore:
         with contextlib.suppress(OSError):  # not empty
             path.rmdir()
             fsync_directory(self.root)
+
+
+@contextlib.contextmanager
+def sole_writer(path: Path, nbytes: int) -> Iterator[None]:
+    """Nobody else writes ``path``, which does not exist yet and is to have ``nbytes``.
+
+    Raises UserError if it exists or another process writes it, and for what the file system refuses meanwhile.
+    """
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock = WriterLock(lock_path, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; choose another place") from e
+    try:
+        refuse_existing(path)
+        yield
+    except OSError as e:
+        needed = f"{nbytes >> 20} MiB needed, {shutil.disk_usage(path.parent).free >> 20} MiB free"
+        raise UserError(f"cannot write {path}: {e.strerror} ({needed}); choose another place") from e
+    finally:
+        lock_path.unlink(missing_ok=True)
+        lock.release()
+
+
+def refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already; choose a new one or remove it")
 
 
 class LocalDraft:
@@ -297,9 +334,14 @@ class LocalDraft:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir()
 
-    def commit(self) -> None:
+    def commit(self, only_file: str | None = None) -> None:
+        """Give the directory its name, or, of one that is a single file's draft, that file."""
+        for path in self.directory.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         fsync_directory(self.directory)
-        os.rename(self.directory, self._path)
+        os.rename(self.directory / (only_file or ""), self._path)
         fsync_directory(self._path.parent)
 
     def abort(self) -> None:

@@ -1,0 +1,48 @@
+"""Tensors of files as arrays of a conversion: for formats that lay tensors one after the other in row-major order."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from checkpoint.conversion import boxes
+from parallelism.layout import Logical
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor ``name`` of ``shape`` in a file: a reshape of an array, or of its slice ``number`` along the first axis.
+
+    array: as it was chosen, in the dtype that the file's is made from.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    array: Logical
+    number: int | None = None
+
+    def boxes(self, rows: bool = False) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The (start, shape) in the array of parts of the tensor, one after the other as its bytes are.
+
+        rows: cut along the tensor's first axis only.
+        """
+        itemsize = self.array.dtype.itemsize
+        if self.number is None:
+            yield from boxes(self.array.shape, itemsize, rows)
+            return
+        for start, shape in boxes(self.array.shape[1:], itemsize, rows):
+            yield (self.number, *start), (1, *shape)
+
+
+def plain(arrays: Iterable[Logical]) -> list[Tensor]:
+    """Each array as a tensor of its name."""
+    return [Tensor(array.name, array.shape, array) for array in arrays]
+
+
+def identity_of(files: Iterable[str | os.PathLike[str]]) -> Any:
+    """JSON that changes with files: their names, sizes and times of modification."""
+    stats = [(Path(file).name, Path(file).stat()) for file in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
