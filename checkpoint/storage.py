@@ -320,7 +320,7 @@ def sole_writer(path: Path, nbytes: int) -> Iterator[None]:
 
 def refuse_existing(path: Path) -> None:
     if path.exists():
-        raise UserError(f"{path} exists already; choose a new one or remove it")
+        raise UserError(f"{path} exists already; choose a new directory or file, or remove it")
 
 
 class LocalDraft:
