@@ -159,6 +159,31 @@ def _request(source: Source, chosen: Mapping[str, Chosen], sink: Sink) -> dict[s
     return {"source": source.identity, "asked": digest(json.dumps(asked).encode())}
 
 
+def stream(
+    source: Source, chosen: Mapping[str, Chosen], progress: Progress = Progress()
+) -> Iterator[tuple[str, tuple[int, ...], np.dtype, Iterator[tuple[tuple[int, ...], np.ndarray]]]]:
+    """The ``chosen`` arrays of a source for a format that is written front to back, without parts that can be told
+    beforehand: name, shape, dtype, and (start, data) of boxes that cover it once, to be taken in this order.
+    """
+    total, done = sum(array.logical.nbytes for array in chosen.values()), 0
+
+    def boxes_of(array: Chosen) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        nonlocal done
+        logical = array.logical
+
+        def make(box: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[tuple[int, ...], np.ndarray]:
+            index = slices(*box, (0,) * len(box[0]))
+            return box[0], narrow(source.read(array.source, index), logical.dtype, array.source)
+
+        for start, data in in_order(make, boxes(logical.shape, logical.dtype.itemsize)):
+            yield start, data
+            done += data.nbytes
+            progress.bytes_done("write", done, total)
+
+    for name, array in chosen.items():
+        yield name, array.logical.shape, array.logical.dtype, boxes_of(array)
+
+
 class _Journal:
     """The digests of the parts that are done, in the draft: a line of JSON with the request, then a line a part.
 

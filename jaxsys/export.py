@@ -86,6 +86,15 @@ class _Job:
     chosen: dict[str, Chosen]
     asked: Asked
     destination: Path
+    progress: Progress
+
+    def convert(self, sink: Sink, add_files: Callable[[Path], None] | None = None) -> int:
+        return convert(self.source, self.chosen, sink, self.destination, add_files=add_files, progress=self.progress)
+
+    def add_tokenizer(self, directory: Path) -> None:
+        """To a format that holds whole states."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(directory / "tokenizer")
 
     def model(self) -> tuple[ModelConfig, Tokenizer]:
         """For a format that holds a model and nothing else: what was chosen must be one, whole."""
@@ -133,10 +142,11 @@ def reshard(source: str, destination: Path, asked: Asked, console: Console) -> i
     )
     state = not asked.parameters_only and asked.format in ("native", "safetensors")
     arrays = {name: array for name, array in opened.arrays.items() if state or not name.startswith(OPTIMIZER)}
-    job = _Job(opened, tokenizer, rules.apply(arrays, opened.where), asked, destination)
-    sink, add_files = FORMATS[asked.format](job)
+    if not opened.verified:
+        console.line(f"{opened.where} has no digests: what is read of it is taken as it is")
     with _shown(console) as progress:
-        return convert(opened, job.chosen, sink, destination, add_files=add_files, progress=progress)
+        job = _Job(opened, tokenizer, rules.apply(arrays, opened.where), asked, destination, progress)
+        return FORMATS[asked.format](job)
 
 
 def _open(source: str, destination: Path) -> tuple[Source, Tokenizer | None]:
@@ -156,26 +166,17 @@ def _open(source: str, destination: Path) -> tuple[Source, Tokenizer | None]:
     return opened, Tokenizer.of(found) if "model" in opened.meta else None
 
 
-AddFiles = Callable[[Path], None] | None
+def _native(job: _Job) -> int:
+    return job.convert(NativeSink(job.chosen, job.source.step, job.source.meta), job.add_tokenizer)
 
 
-def _state(job: _Job) -> AddFiles:
-    """What a format that holds whole states has beside them."""
-    tokenizer = job.tokenizer
-    return None if tokenizer is None else lambda directory: tokenizer.save(directory / "tokenizer")
-
-
-def _native(job: _Job) -> tuple[Sink, AddFiles]:
-    return NativeSink(job.chosen, job.source.step, job.source.meta), _state(job)
-
-
-def _safetensors(job: _Job) -> tuple[Sink, AddFiles]:
+def _safetensors(job: _Job) -> int:
     arrays = {name: chosen.logical for name, chosen in job.chosen.items()}
     metadata = state_metadata(job.source.step, job.source.meta, arrays)
-    return SafetensorsSink("safetensors", plain(arrays.values()), metadata=metadata), _state(job)
+    return job.convert(SafetensorsSink("safetensors", plain(arrays.values()), metadata=metadata), job.add_tokenizer)
 
 
-def _hugging_face(job: _Job) -> tuple[Sink, AddFiles]:
+def _hugging_face(job: _Job) -> int:
     config, tokenizer = job.model()
     dtype = job.asked.dtype or "float32"
     ids = {"bos": tokenizer.bos_id, "eos": list(tokenizer.eos_ids), "pad": tokenizer.pad_id}
@@ -187,10 +188,10 @@ def _hugging_face(job: _Job) -> tuple[Sink, AddFiles]:
         (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         tokenizer.save(directory)
 
-    return SafetensorsSink("hf", hf_tensors(config, arrays)), add_files
+    return job.convert(SafetensorsSink("hf", hf_tensors(config, arrays)), add_files)
 
 
-def _gguf(job: _Job) -> tuple[Sink, AddFiles]:
+def _gguf(job: _Job) -> int:
     config, tokenizer = job.model()
     family, dtype = gguf_family(config.family, str(job.destination)), job.asked.dtype or "float32"
     weights, tensors = expected_weights(config), []
@@ -208,16 +209,16 @@ def _gguf(job: _Job) -> tuple[Sink, AddFiles]:
 
     sink = GGUFSink(job.destination, metadata, tensors, dtype, constants, rows)
     expect_expressed(config, family.config_from_gguf(sink), f"{job.destination}: a GGUF file of {config.family}")
-    return sink, None
+    return job.convert(sink)
 
 
-FORMATS: dict[str, Callable[[_Job], tuple[Sink, AddFiles]]] = {
+FORMATS: dict[str, Callable[[_Job], int]] = {
     "native": _native,
     "safetensors": _safetensors,
     "hf": _hugging_face,
     "gguf": _gguf,
 }
-"""What is written, and called to write more beside it, by the name of the format."""
+"""Writes what was chosen, by the name of the format; returns bytes of arrays."""
 
 
 @contextlib.contextmanager

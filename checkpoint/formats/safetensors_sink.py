@@ -14,7 +14,7 @@ import numpy as np
 
 from checkpoint.conversion import Part
 from checkpoint.formats.safetensors import CODES, INDEX, SINGLE, SafetensorsDir, shard_name
-from checkpoint.formats.tensors import Tensor, identity_of
+from checkpoint.formats.tensors import FilesSource, Tensor, identity_of
 from checkpoint.storage import durable, write_at
 from parallelism.errors import UserError
 from parallelism.layout import Logical
@@ -29,33 +29,20 @@ def state_metadata(step: int, meta: Mapping[str, Any], arrays: Mapping[str, Logi
     return {METADATA: json.dumps({"step": step, "meta": meta, "axes": axes})}
 
 
-class SafetensorsSource:
+class SafetensorsSource(FilesSource):
     """safetensors files by the names in them, of any program; step and meta are there where jaxsys wrote them.
 
     Raises UserError as ``SafetensorsDir`` does, and for metadata that jaxsys did not write so.
     """
 
-    verified = False
-
     def __init__(self, path: str | os.PathLike[str]):
-        self._files = SafetensorsDir(path)
-        self.where = str(path)
+        files = SafetensorsDir(path)
         try:
-            state = json.loads((self._files.metadata or {}).get(METADATA, '{"step": 0, "meta": {}, "axes": {}}'))
-            self.step, axes = int(state["step"]), dict(state["axes"])
-            self.meta: Mapping[str, Any] = dict(state["meta"])
-            self.arrays: Mapping[str, Logical] = {
-                name: Logical(name, info.shape, info.dtype, tuple(axes.get(name) or (None,) * len(info.shape)))
-                for name, info in self._files.items()
-            }
+            state = json.loads((files.metadata or {}).get(METADATA, '{"step": 0, "meta": {}, "axes": {}}'))
+            step, meta, axes = int(state["step"]), dict(state["meta"]), dict(state["axes"])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: damaged metadata {METADATA!r} ({error!r}); fetch the files again") from error
-        if wrong := [a.name for a in self.arrays.values() if len(a.axes) != len(a.shape)]:
-            raise UserError(f"{path}: array {wrong[0]!r} has another number of axes than dimensions; fetch it again")
-        self.identity: Any = identity_of(self._files.files)
-
-    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
-        return self._files.read(name, box)
+        super().__init__(files, str(path), identity_of(files.files), step, meta, axes)
 
 
 class SafetensorsSink:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from checkpoint.conversion import boxes
+from parallelism.errors import UserError
 from parallelism.layout import Logical
 
 
@@ -40,6 +43,49 @@ class Tensor:
 def plain(arrays: Iterable[Logical]) -> list[Tensor]:
     """Each array as a tensor of its name."""
     return [Tensor(array.name, array.shape, array) for array in arrays]
+
+
+class Files(Protocol):
+    """Opened files that hold arrays by name: the directories of ``checkpoint.formats``."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __getitem__(self, name: str, /) -> Any:
+        """What has the ``shape`` and ``dtype`` of an array."""
+
+    def read(self, name: str, box: tuple[slice, ...] | None = None) -> np.ndarray: ...
+
+
+class FilesSource:
+    """Opened files as a source, by the names in them. They have no digests.
+
+    identity, step, meta: as ``Source`` has them. axes: of the arrays, where somebody has written them down.
+    """
+
+    verified = False
+
+    def __init__(
+        self,
+        files: Files,
+        where: str,
+        identity: Any,
+        step: int = 0,
+        meta: Mapping[str, Any] | None = None,
+        axes: Mapping[str, Sequence[str | None]] | None = None,
+    ):
+        self._files, self.where, self.identity, self.step = files, where, identity, step
+        self.meta: Mapping[str, Any] = meta or {}
+        arrays = {}
+        for name in files:
+            shape = tuple(files[name].shape)
+            own = tuple((axes or {}).get(name) or (None,) * len(shape))
+            if len(own) != len(shape):
+                raise UserError(f"{where}: array {name!r} has axes {own}, but shape {shape}; fetch it again")
+            arrays[name] = Logical(name, shape, files[name].dtype, own)
+        self.arrays: Mapping[str, Logical] = arrays
+
+    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
+        return self._files.read(name, box)
 
 
 def identity_of(files: Iterable[str | os.PathLike[str]]) -> Any:

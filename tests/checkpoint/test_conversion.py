@@ -138,6 +138,20 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path, source):
         np.testing.assert_array_equal(array, VALUES[name], strict=True)
 
 
+def test_a_stream_is_the_chosen_arrays_box_by_box(source):
+    seen, found = [], {}
+    chosen = Rules(dtype="bfloat16", exclude=("embed",), rename=(("layers", "l"),)).apply(source.arrays, source.where)
+    for name, shape, dtype, own in module.stream(source, chosen, Progress(lambda *told: seen.append(told))):
+        found[name] = np.full(shape, 0, dtype)
+        for start, data in own:
+            assert data.dtype == dtype and data.size <= 32
+            found[name][tuple(slice(a, a + n) for a, n in zip(start, data.shape, strict=True))] = data
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, VALUES[chosen[name].source].astype(array.dtype), strict=True)
+    total = sum(array.nbytes for array in found.values())
+    assert found.keys() == chosen.keys() and seen[-1] == ("write", total, total)
+
+
 def test_memory_is_bounded_by_parts(tmp_path, monkeypatch):
     values = {"w": np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)}
     source = NativeSource(checkpoint_of(tmp_path / "source", values, chunk_bytes=1 << 16))
