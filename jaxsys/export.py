@@ -132,7 +132,7 @@ def reshard(source: str, destination: Path, asked: Asked, console: Console) -> i
         raise UserError(f"--dtype {asked.dtype} is for gguf alone; give one of {', '.join(DTYPES)}")
     refuse_existing(destination)
     opened, tokenizer = _open(source, destination)
-    keeps = asked.format in ("native", "safetensors") and not isinstance(opened, _Model)
+    keeps = asked.format in STATES and not isinstance(opened, _Model)
     rules = Rules(
         select=asked.select,
         exclude=asked.exclude,
@@ -140,7 +140,7 @@ def reshard(source: str, destination: Path, asked: Asked, console: Console) -> i
         dtype=None if keeps and asked.dtype is None else "float32" if asked.dtype in (None, "q8_0") else asked.dtype,
         keep_dtype=lambda name: name.startswith(OPTIMIZER),
     )
-    state = not asked.parameters_only and asked.format in ("native", "safetensors")
+    state = not asked.parameters_only and asked.format in STATES
     arrays = {name: array for name, array in opened.arrays.items() if state or not name.startswith(OPTIMIZER)}
     if not opened.verified:
         console.line(f"{opened.where} has no digests: what is read of it is taken as it is")
@@ -219,6 +219,8 @@ FORMATS: dict[str, Callable[[_Job], int]] = {
     "gguf": _gguf,
 }
 """Writes what was chosen, by the name of the format; returns bytes of arrays."""
+STATES = ("native", "safetensors")
+"""The formats that hold any arrays by any names, optimizer state too."""
 
 
 @contextlib.contextmanager
