@@ -24,6 +24,7 @@ from checkpoint.reader import slices
 from checkpoint.reshard import narrow
 from checkpoint.rules import Chosen
 from checkpoint.storage import LocalDraft, refuse_existing, sole_writer, write_at
+from parallelism.errors import UserError
 from parallelism.layout import Logical
 
 JOURNAL = ".journal"
@@ -86,7 +87,8 @@ class Sink(Protocol):
 class Progress:
     """What a conversion tells while it works.
 
-    bytes_done: called with ("write" or "verify", bytes done, bytes in all). line: called with what a user should read.
+    bytes_done: called with the phase ("resume": what is there already, "write", "verify"), bytes done, bytes in all.
+    line: called with what a user should read.
     """
 
     bytes_done: Callable[[str, int, int], None] = lambda phase, done, total: None
@@ -172,8 +174,7 @@ def stream(
         logical = array.logical
 
         def make(box: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[tuple[int, ...], np.ndarray]:
-            index = slices(*box, (0,) * len(box[0]))
-            return box[0], narrow(source.read(array.source, index), logical.dtype, array.source)
+            return box[0], _read(source, array, slices(*box, (0,) * len(box[0])))
 
         for start, data in in_order(make, boxes(logical.shape, logical.dtype.itemsize)):
             yield start, data
@@ -182,6 +183,15 @@ def stream(
 
     for name, array in chosen.items():
         yield name, array.logical.shape, array.logical.dtype, boxes_of(array)
+
+
+def _read(source: Source, array: Chosen, box: tuple[slice, ...]) -> np.ndarray:
+    """In the dtype that was chosen."""
+    try:
+        data = source.read(array.source, box)
+    except OSError as e:
+        raise UserError(f"{source.where}: array {array.source!r} cannot be read ({e.strerror}); check the disk") from e
+    return narrow(data, array.logical.dtype, array.source)
 
 
 class _Journal:
@@ -201,12 +211,15 @@ class _Journal:
         found = self._found(len(parts), progress)
         if not found:
             self._draft.begin()
-        for part, expected in zip(parts, found, strict=False):
-            if _digest_there(self._draft.directory, part) != expected:
+        there = in_order(lambda part: _digest_there(self._draft.directory, part), parts[: len(found)])
+        nbytes, total = 0, sum(part.nbytes for part in parts[: len(found)])
+        for part, expected, digest_ in zip(parts, found, there, strict=False):
+            if digest_ != expected:
                 break
             self.digests.append(expected)
+            nbytes += part.nbytes
+            progress.bytes_done("resume", nbytes, total)
         if found:
-            nbytes = sum(part.nbytes for part in parts[: len(self.digests)])
             progress.line(
                 f"goes on: {len(self.digests)} of {len(parts)} parts ({nbytes / 1e6:.0f} MB) are there already"
             )
@@ -254,7 +267,7 @@ def _write(
 
     def make(part: Part) -> tuple[Part, np.ndarray, str]:
         array = chosen[part.array]
-        data = narrow(source.read(array.source, part.box), array.logical.dtype, array.source)
+        data = _read(source, array, part.box)
         raw = sink.encode(part, data)
         assert raw.nbytes == part.nbytes, part
         return part, raw, digest(raw.data)

@@ -131,8 +131,16 @@ def reshard(source: str, destination: Path, asked: Asked, console: Console) -> i
     if asked.dtype is not None and asked.dtype not in (TYPES if asked.format == "gguf" else DTYPES):
         raise UserError(f"--dtype {asked.dtype} is for gguf alone; give one of {', '.join(DTYPES)}")
     refuse_existing(destination)
-    opened, tokenizer = _open(source, destination)
-    keeps = asked.format in STATES and not isinstance(opened, _Model)
+    with _shown(console) as progress:
+        opened, tokenizer = _open(source, destination, progress)
+        if not opened.verified:
+            console.line(f"{opened.where} has no digests: what is read of it is taken as it is")
+        job = _Job(opened, tokenizer, _chosen(opened, asked), asked, destination, progress)
+        return FORMATS[asked.format](job)
+
+
+def _chosen(source: Source, asked: Asked) -> dict[str, Chosen]:
+    keeps = asked.format in STATES and not isinstance(source, _Model)
     rules = Rules(
         select=asked.select,
         exclude=asked.exclude,
@@ -141,15 +149,11 @@ def reshard(source: str, destination: Path, asked: Asked, console: Console) -> i
         keep_dtype=lambda name: name.startswith(OPTIMIZER),
     )
     state = not asked.parameters_only and asked.format in STATES
-    arrays = {name: array for name, array in opened.arrays.items() if state or not name.startswith(OPTIMIZER)}
-    if not opened.verified:
-        console.line(f"{opened.where} has no digests: what is read of it is taken as it is")
-    with _shown(console) as progress:
-        job = _Job(opened, tokenizer, rules.apply(arrays, opened.where), asked, destination, progress)
-        return FORMATS[asked.format](job)
+    arrays = {name: array for name, array in source.arrays.items() if state or not name.startswith(OPTIMIZER)}
+    return rules.apply(arrays, source.where)
 
 
-def _open(source: str, destination: Path) -> tuple[Source, Tokenizer | None]:
+def _open(source: str, destination: Path, progress: Progress) -> tuple[Source, Tokenizer | None]:
     """Raises UserError also for a destination that lies in the run that is read."""
     path = Path(source).expanduser()
     weights = path.suffix == ".safetensors" or (path / SINGLE).is_file() or (path / INDEX).is_file()
@@ -162,7 +166,11 @@ def _open(source: str, destination: Path) -> tuple[Source, Tokenizer | None]:
     owned = [place for place in (path, *path.parents[:2]) if is_native(place) or is_native(place / "checkpoints")]
     if owned and destination.resolve().is_relative_to(owned[-1]):
         raise UserError(f"{destination} lies inside its source {owned[-1]}: give a directory elsewhere")
-    opened: Source = NativeSource(found.path) if found.kind == "native" else _Model(found)
+    opened: Source
+    if found.kind == "native":
+        opened = NativeSource(found.path, lambda done, total: progress.bytes_done("source", done, total))
+    else:
+        opened = _Model(found)
     return opened, Tokenizer.of(found) if "model" in opened.meta else None
 
 

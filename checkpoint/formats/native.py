@@ -14,7 +14,7 @@ import numpy as np
 from checkpoint.cells import DIGEST_BYTES, Grid, digests, grid_of, pack
 from checkpoint.conversion import Part, boxes
 from checkpoint.manifest import MANIFEST, Chunk, digest
-from checkpoint.reader import CheckpointReader, find_checkpoint, open_checkpoint
+from checkpoint.reader import CheckpointReader, Progress, find_checkpoint, open_checkpoint
 from checkpoint.rules import Chosen
 from checkpoint.storage import LocalFiles, durable
 from checkpoint.writer import data_file, manifest_of
@@ -22,12 +22,15 @@ from parallelism.layout import Logical
 
 
 class NativeSource:
-    """A checkpoint directory, or the newest good one of a run's root. Raises as ``find_checkpoint`` does."""
+    """A checkpoint directory, or the newest good one of a run's root, which is verified meanwhile.
+
+    Raises as ``find_checkpoint`` does.
+    """
 
     verified = True
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self._reader = open_checkpoint(find_checkpoint(path))
+    def __init__(self, path: str | os.PathLike[str], progress: Progress | None = None):
+        self._reader = open_checkpoint(find_checkpoint(path, progress))
         manifest = self._reader.manifest
         self.where, self.step, self.meta = self._reader.where, manifest.step, manifest.meta
         self.arrays: Mapping[str, Logical] = {

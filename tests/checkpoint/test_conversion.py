@@ -288,6 +288,15 @@ def test_damage_in_the_source_fails_and_leaves_nothing(tmp_path, source):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+def test_a_source_that_goes_away_is_named_not_the_destination(tmp_path, source):
+    run(source, tmp_path / "tensors", "safetensors")
+    gone = SafetensorsSource(tmp_path / "tensors")
+    for file in (tmp_path / "tensors").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=r"tensors: array 'embed' cannot be read \(No such file"):
+        run(gone, tmp_path / "out", rules=Rules(select=("embed",)))
+
+
 def test_a_value_beyond_the_dtype_fails_and_leaves_nothing(tmp_path):
     source = NativeSource(checkpoint_of(tmp_path / "source", {"w": np.float32([[1, -1e6]])}))
     with pytest.raises(UserError, match="'w' has values beyond float16"):
