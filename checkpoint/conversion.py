@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -223,6 +224,11 @@ class _Journal:
             progress.line(
                 f"goes on: {len(self.digests)} of {len(parts)} parts ({nbytes / 1e6:.0f} MB) are there already"
             )
+        for path in self._draft.directory.iterdir():  # what comes after the parts is made anew
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in {JOURNAL, *(part.file for part in parts)}:
+                path.unlink()
         unfinished = self._path.with_suffix(".new")
         lines = [json.dumps(self._request), *self.digests]
         unfinished.write_text("".join(f"{line}\n" for line in lines))
@@ -233,8 +239,8 @@ class _Journal:
         """The digests of an earlier call's journal; none if it was of something else."""
         try:
             head, *lines = self._path.read_bytes().splitlines(keepends=True)
-            request = json.loads(head)
-        except (OSError, ValueError):
+            request = dict(json.loads(head))
+        except (OSError, ValueError, TypeError):
             return []
         if other := [key for key, value in json.loads(json.dumps(self._request)).items() if request.get(key) != value]:
             what = {"source": "the source is another or has changed", "asked": "what is asked for is not the same"}

@@ -220,6 +220,32 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tmp_path, source, f
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source", "whole"]
 
 
+@pytest.mark.parametrize("format", ["native", "safetensors"])
+def test_an_interrupt_after_the_last_part_is_no_other(tmp_path, source, format):
+    run(source, tmp_path / "whole", format)
+    chosen = Rules().apply(source.arrays, source.where)
+    sink = sink_of(format, source, chosen, **({"max_bytes": 200} if format == "safetensors" else {}))
+
+    def stop(directory):
+        (directory / "tokenizer").mkdir()
+        (directory / "tokenizer" / "half").write_text("of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, chosen, sink, tmp_path / "out", add_files=stop)
+    counting = Counting(source, 0)
+    run(counting, tmp_path / "out", format)
+    assert counting.left == 0 and files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("journal", [b"", b"{", b"[]\n", b"7\n", b"\xff\n"])
+def test_a_journal_that_makes_no_sense_is_begun_anew(tmp_path, source, journal):
+    draft = interrupted(tmp_path, source)
+    (draft / ".journal").write_bytes(journal)
+    run(source, tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").verify().ok
+
+
 def interrupted(tmp_path, source, **how):
     with pytest.raises(KeyboardInterrupt):
         run(Stopping(source, 9), tmp_path / "out", **how)
