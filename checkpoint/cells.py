@@ -65,6 +65,26 @@ def unpack(raw: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, grid: Grid)
     return packed.transpose(np.argsort(order)).reshape(shape)
 
 
+def unpack_into(out: np.ndarray, raw: np.ndarray, shape: tuple[int, ...], grid: Grid, box: tuple[slice, ...]) -> bool:
+    """``out[...] = unpack(raw, ...)[box]`` in one copy; False, and nothing done, where ``box`` cuts several cells."""
+    parts, order = _axes(shape, grid)
+    index, split = [], []
+    for size, g, s in zip(shape, grid, box, strict=True):
+        cell = size // g
+        first, last = s.start // cell, (s.stop - 1) // cell + 1
+        if s.start % cell == 0 and s.stop % cell == 0:
+            index += [slice(first, last), slice(None)]
+            split += [last - first, cell]
+        elif last - first == 1:
+            index += [slice(first, last), slice(s.start - first * cell, s.stop - first * cell)]
+            split += [1, s.stop - s.start]
+        else:
+            return False
+    packed = raw.view(out.dtype).reshape([parts[axis] for axis in order])
+    np.copyto(out.reshape(split).transpose(order), packed[tuple(index[axis] for axis in order)])
+    return True
+
+
 def _axes(shape: Sequence[int], grid: Grid) -> tuple[list[int], list[int]]:
     """The shape of a chunk with each axis in two, parts and what is in one, and the order with all parts first."""
     parts = [n for size, g in zip(shape, grid, strict=True) for n in (g, size // g)]

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 MAX_DIMENSIONS = 64  # numpy's
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayHeader:
+    """What is known of an array before any of it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def bounded(name: str, shape: tuple[int, ...], box: tuple[slice, ...] | None) -> tuple[slice, ...]:
+    """``box`` (one slice of step 1 a dimension, as numpy understands them) with numbers in it; all, if None.
+
+    Raises ValueError for a box of another rank or step.
+    """
+    box = (slice(None),) * len(shape) if box is None else box
+    ranges = [s.indices(n) for s, n in zip(box, shape, strict=True)]
+    if any(step != 1 for _, _, step in ranges):
+        raise ValueError(f"array {name!r}: the box {box} has a step other than 1")
+    return tuple(slice(start, max(start, stop)) for start, stop, _ in ranges)
 
 
 def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -46,19 +46,26 @@ class Best:
 class Level:
     """A place for checkpoints: steps that ``every`` divides go there; "auto": as many as what a save takes allows.
 
-    Of those stay: the newest ``keep`` (None: all), those that ``keep_every`` divides, and the ``best``. verify: read
-    what was written, and compare digests, before it counts. zstd: level of compression, of chunks that it makes
-    smaller; they are only read whole then, whatever a shard needs of them.
+    on: "shared", a path that all processes see; "host", the memory of each host, or "peer", of another (see
+    ``checkpoint.hosts``), where the path is the same on all. Of the steps stay: the newest ``keep`` (None: all), those
+    that ``keep_every`` divides, and the ``best``. verify: read what was written, and compare digests, before it counts.
+    zstd: level of compression, of chunks that it makes smaller; they are only read whole then, whatever a shard needs.
     """
 
     name: str
     path: str | os.PathLike[str]
     keep: int | None = 2
     every: int | Literal["auto"] = 1
+    on: Literal["shared", "host", "peer"] = "shared"
     keep_every: int | None = None
     best: Best | None = None
     verify: bool = False
     zstd: int | None = None
+
+    @property
+    def survives_host(self) -> bool:
+        """Whether what lies there is left when the host that wrote it is gone."""
+        return self.on != "host"
 
     def __post_init__(self) -> None:
         numbers: dict[str, Any] = {"keep": self.keep, "every": self.every, "keep_every": self.keep_every}
@@ -207,6 +214,7 @@ class OpenLevel:
                 if base is not None:
                     self._pins[base] -= 1
             self._retain()
+        self._coordinator.gather(channel, None)  # a process that ends serves its host's files no more
         self._write_seconds = time.perf_counter() - began
         return dataclasses.replace(metrics[0], seconds=self._write_seconds)
 

@@ -9,19 +9,20 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import jax
 
+from checkpoint.hosts import HostsStore
 from checkpoint.levels import Level, OpenLevel
 from checkpoint.manifest import CHUNK_BYTES, CorruptError
 from checkpoint.reader import CheckpointReader, VerifyReport
 from checkpoint.reshard import LoadMetrics, Origins, load
 from checkpoint.shares import holders_of, shares_of, stored_specs
 from checkpoint.snapshot import Shares, Snapshot, Staging, by_shard, check_arrays
-from checkpoint.storage import LocalStore, directory_of, steps_in
+from checkpoint.storage import LocalStore, Store, directory_of, steps_in
 from checkpoint.writer import Block, WriteMetrics
 from parallelism.coordinator import Coordinator, default_coordinator, together
 from parallelism.errors import UserError
@@ -114,7 +115,7 @@ class Manager:
     fails is passed over. Each level has one writing thread; at most one save is being written and one waits there,
     the next caller of ``save`` blocks. Failures are logged and kept in ``failures``: they never raise in ``save``.
 
-    Processes of one job make the same calls in the same order. All of them must see every level's path.
+    Processes of one job make the same calls in the same order. All of them must see the path of a shared level.
     Raises UserError if a level cannot be written or another run is writing it.
     """
 
@@ -132,12 +133,14 @@ class Manager:
                 raise UserError(f"checkpoint levels have {what}s {values}, expected at least one and all different")
         self.failures: list[Failure] = []
         self._coordinator = coordinator or default_coordinator()
-        self._levels = [OpenLevel(level, LocalStore(level.path), self._coordinator) for level in levels]
+        self._levels: list[OpenLevel] = []
         self._chunk_bytes, self._staging = chunk_bytes, Staging(staging_bytes)
         self._planned: tuple[Any, tuple[Shares, Sequence[Logical]]] | None = None
         self._handles: list[SaveHandle] = []
         self._closed = False
         try:
+            for level in levels:
+                self._levels.append(OpenLevel(level, _store(level, self._coordinator), self._coordinator))
             owners = together(self._coordinator, "open", self._acquire)
             together(self._coordinator, "see", lambda: self._see(owners[0]))
         except BaseException:
@@ -157,8 +160,8 @@ class Manager:
         for level in self._levels:
             if level.store.mark() != mark:
                 raise UserError(
-                    f"{level.where} on host {socket.gethostname()} is not the directory that process 0 writes: "
-                    f"level {level.name!r} needs a file system that all processes share"
+                    f"{level.where} on host {socket.gethostname()} is not the directory that process 0 writes: level "
+                    f'{level.name!r} needs a file system that all processes share, or on="host"'
                 )
 
     def __enter__(self) -> Manager:
@@ -181,14 +184,15 @@ class Manager:
         meta: Mapping[str, Any],
         *,
         everywhere: bool = False,
+        levels: Collection[str] | None = None,
         check: Callable[[], None] | None = None,
     ) -> SaveHandle:
         """Start saving and return before copies or writes are done.
 
         Before ``arrays`` are donated, call ``copied`` of the handle. ``meta`` is JSON and is copied now.
-        everywhere: write to all levels, whatever their interval (the last save of a run).
-        check: called by the threads that write, before they do; what it raises fails the save (the arrays are not
-        finite). It may wait for devices, which ``save`` never does.
+        everywhere: write to all levels, whatever their interval (the last save of a run); levels: to those of these
+        names instead. check: called by the threads that write, before they do; what it raises fails the save (the
+        arrays are not finite). It may wait for devices, which ``save`` never does.
         Raises ValueError if no level is due, the arguments do not fit together, or after ``close``, UserError if a
         level already holds a later good step: another run's, or the future of a run that went back.
         """
@@ -196,6 +200,10 @@ class Manager:
             raise ValueError(f"cannot save step {step}: this manager is closed; make another")
         began = time.perf_counter()
         due = [level for level in self._levels if level.due(step) or everywhere]
+        if levels is not None:
+            if unknown := set(levels) - {level.name for level in self._levels}:
+                raise ValueError(f"no checkpoint levels {sorted(unknown)}: there are {[x.name for x in self._levels]}")
+            due = [level for level in self._levels if level.name in levels]
         if not due:
             raise ValueError(f"no checkpoint level is due at step {step}")
         meta = json.loads(json.dumps(meta, allow_nan=False))  # the caller's may change while this is written
@@ -398,7 +406,13 @@ class Manager:
 
     def _release(self) -> None:
         for level in self._levels:
-            level.store.release()
+            level.store.close()
+
+
+def _store(level: Level, coordinator: Coordinator) -> Store:
+    if level.on == "shared":
+        return LocalStore(level.path)
+    return HostsStore(level.path, peers=level.on == "peer", coordinator=coordinator)
 
 
 def _rest(failed: Sequence[OpenLevel], step: int, specs: Sequence[Logical], snapshot: Snapshot) -> Iterator[Block]:

@@ -133,15 +133,7 @@ class Manifest:
 
         Raises CorruptError if the bytes are not what was written, UserError if this program cannot read them.
         """
-        head, tail = data[:-_TAIL_BYTES], _TAIL.fullmatch(data[-_TAIL_BYTES:])
-        if tail is None:
-            raise CorruptError(
-                f"{where} is truncated or not a {FORMAT} manifest: it does not end in a digest; use another checkpoint"
-            )
-        if digest(head) != tail[1].decode():
-            raise CorruptError(
-                f"{where} is damaged: digest {digest(head)}, expected {tail[1].decode()}; use another checkpoint"
-            )
+        check_digest(data, where)
         try:
             return cls._from_body(json.loads(data), where)
         except UserError:
@@ -158,8 +150,23 @@ class Manifest:
                 f"{where} has format version {body['version']}, newer than {VERSION}, the newest this program reads; "
                 "upgrade the program"
             )
+        if type(body["step"]) is not int or body["step"] < 0:
+            raise TypeError(f"step {body['step']!r:.80}")
         arrays = {name: _decode_array(name, entry, where) for name, entry in body["arrays"].items()}
         return cls(body["step"], body["meta"], arrays)
+
+
+def check_digest(data: bytes, where: str) -> None:
+    """Raise CorruptError unless the bytes of a manifest are what was written."""
+    head, tail = data[:-_TAIL_BYTES], _TAIL.fullmatch(data[-_TAIL_BYTES:])
+    if tail is None:
+        raise CorruptError(
+            f"{where} is truncated or not a {FORMAT} manifest: it does not end in a digest; use another checkpoint"
+        )
+    if digest(head) != tail[1].decode():
+        raise CorruptError(
+            f"{where} is damaged: digest {digest(head)}, expected {tail[1].decode()}; use another checkpoint"
+        )
 
 
 def chunk_from_json(c: Mapping[str, Any]) -> Chunk:

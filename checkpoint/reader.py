@@ -74,9 +74,8 @@ class CheckpointReader:
     """A committed checkpoint. Safe to use from several threads.
 
     others: of the same step elsewhere; a chunk that is damaged here is read there, if one has it with the same digest.
-    manifest: of chunks that are not committed; read from the files if not given.
-    manifest: what it holds. bytes_read: bytes of chunks read so far, here. mended: the chunks that were damaged here,
-    with what they should be.
+    manifest: of chunks that are not committed; read from the files if not given. bytes_read: bytes of chunks read so
+    far, here. mended: the chunks that were damaged here, with what they should be.
     Opening raises CorruptError if the manifest is missing or damaged, UserError if it is newer than this program.
     """
 
@@ -112,8 +111,14 @@ class CheckpointReader:
         memory: [at least ``whole_bytes``] uint8, aligned, of which the result may be a view; else it is of its own.
         Raises CorruptError naming the array and the file, if no other has the chunk either.
         """
-        raw = self._stored(name, chunk, cells, memory)[: chunk.nbytes]
+        raw = self.read_packed(name, chunk, cells, memory)
         return unpack(raw, chunk.shape, self.array(name).dtype, chunk.grid or (1,) * len(chunk.shape))
+
+    def read_packed(
+        self, name: str, chunk: Chunk, cells: np.ndarray | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
+        """``read_chunk`` in the order of the file, [nbytes] uint8 (``checkpoint.cells``)."""
+        return self._stored(name, chunk, cells, memory)[: chunk.nbytes]
 
     def block(self, logical: Logical, chunk: Chunk, memory: np.ndarray | None = None) -> Block:
         """A chunk as another file is to have it. memory, and what is raised: as for ``read_chunk``."""
@@ -134,8 +139,7 @@ class CheckpointReader:
             return self._verified(name, chunk, cells, raw)
         except CorruptError as damage:
             for other in self._others:
-                twin = other._boxes.get((name, chunk.start, chunk.shape))
-                if twin is not None and (twin.digest, twin.grid) == (chunk.digest, chunk.grid):
+                if (twin := other.twin(name, chunk)) is not None:
                     with contextlib.suppress(CorruptError):
                         raw = other._verified(name, twin, None, np.empty(chunk.whole_bytes, np.uint8))
                         logger.warning("%s; read from %s", damage, other.where)
@@ -144,12 +148,37 @@ class CheckpointReader:
                         return raw
             raise
 
+    def twin(self, name: str, chunk: Chunk) -> Chunk | None:
+        """The chunk here that has the bytes of ``chunk``, of the same box of array ``name`` elsewhere; None without."""
+        own = self._boxes.get((name, chunk.start, chunk.shape))
+        return own if own is not None and (own.digest, own.grid) == (chunk.digest, chunk.grid) else None
+
+    def stored(self, name: str, chunk: Chunk) -> np.ndarray:
+        """What the file here has of a chunk, [stored_bytes] uint8, verified: a frame as such, if it is compressed."""
+        if chunk.zstd is None:
+            return self.whole(name, chunk)
+        frame = np.empty(chunk.stored_bytes, np.uint8)
+        self._read(name, chunk, 0, frame)
+        self._check(name, chunk, 0, chunk.stored_bytes, digest(frame.data), chunk.zstd[1])
+        return frame
+
+    def whole(self, name: str, chunk: Chunk) -> np.ndarray:
+        """A chunk here and its table, [whole_bytes] uint8, verified."""
+        return self._verified(name, chunk, None, np.empty(chunk.whole_bytes, np.uint8))
+
+    def damage(self, name: str, chunk: Chunk, memory: np.ndarray | None = None) -> str | None:
+        """What is wrong with a chunk here; None if it is good. memory: as for ``read_chunk``."""
+        raw = np.empty(chunk.whole_bytes, np.uint8) if memory is None else memory[: chunk.whole_bytes]
+        try:
+            self._verified(name, chunk, None, raw)
+        except CorruptError as e:
+            return str(e)
+        return None
+
     def _verified(self, name: str, chunk: Chunk, cells: np.ndarray | None, raw: np.ndarray) -> np.ndarray:
         """``raw`` with the chunk's bytes in it, the table too; of cells these only. Raises CorruptError."""
         if chunk.zstd is not None:
-            frame, cells = np.empty(chunk.stored_bytes, np.uint8), None
-            self._read(name, chunk, 0, frame)
-            self._check(name, chunk, 0, chunk.stored_bytes, digest(frame.data), chunk.zstd[1])
+            frame, cells = self.stored(name, chunk), None
             if wrong := decompress(frame, raw):
                 raise CorruptError(f"array {name!r}: a chunk of {self.where} is no zstd frame of its size: {wrong}")
         elif chunk.grid is None:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoint.ahead import in_order
-from checkpoint.cells import aligned
+from checkpoint.cells import aligned, unpack, unpack_into
 from checkpoint.manifest import CHUNK_BYTES, MANIFEST, Chunk, Manifest
 from checkpoint.reader import (
     Box,
@@ -24,7 +24,7 @@ from checkpoint.reader import (
     slices,
     worth_reading,
 )
-from checkpoint.storage import LocalDraft, LocalFiles, durable, refuse_existing, sole_writer
+from checkpoint.storage import LocalFiles, durable, new_directory
 from checkpoint.writer import ChunkWriter, Piece, blocks_of, data_file, manifest_of
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
@@ -319,10 +319,17 @@ def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
     pieces = [aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape) for shape in shapes]
     memory = reader.room(read.chunk for read in plan.reads)
     for read in plan.reads:
-        data = reader.read_chunk(read.name, read.chunk, read.cells, memory)
+        chunk, source = read.chunk, reader.manifest.arrays[read.name].dtype
+        grid = chunk.grid or (1,) * len(chunk.shape)
+        raw = reader.read_packed(read.name, chunk, read.cells, memory)
+        data: np.ndarray | None = None
         for move in read.moves:
+            target = pieces[move.piece][(*move.target, ...)]  # a view, of a scalar too
+            if source == dtype and move.order is None and unpack_into(target, raw, chunk.shape, grid, move.source):
+                continue
+            data = unpack(raw, chunk.shape, source, grid) if data is None else data
             part = data[move.source] if move.order is None else data[move.source].transpose(move.order)
-            pieces[move.piece][move.target] = narrow(part, plan.stored.dtype, read.name)
+            pieces[move.piece][move.target] = narrow(part, dtype, read.name)
     return pieces
 
 
@@ -340,20 +347,13 @@ def write(
     Raises UserError if ``dst_dir`` exists and when the disk refuses.
     """
     dst = Path(dst_dir)
-    draft = LocalDraft(dst)
-    with sole_writer(dst, sum(spec.nbytes for spec in specs)):
-        draft.begin()
-        try:
-            with ChunkWriter(lambda name: durable(draft.directory / name), lambda number: data_file(0)) as writer:
-                for block in blocks_of(pieces, chunk_bytes):
-                    writer.add(block)
-            with durable(draft.directory / MANIFEST) as file:
-                file.write(manifest_of(step, meta, specs, writer.chunks).encode())
-            report = CheckpointReader(LocalFiles(draft.directory)).verify()
-            if not report.ok:
-                raise UserError(f"{dst} did not verify after writing: {report.errors[0]}; check the disk")
-            refuse_existing(dst)  # somebody else may have made it meanwhile, and a commit replaces
-            draft.commit()
-        finally:
-            draft.abort()  # finds nothing to remove after a commit
+    with new_directory(dst, sum(spec.nbytes for spec in specs)) as draft:
+        with ChunkWriter(lambda name: durable(draft / name), lambda number: data_file(0)) as writer:
+            for block in blocks_of(pieces, chunk_bytes):
+                writer.add(block)
+        with durable(draft / MANIFEST) as file:
+            file.write(manifest_of(step, meta, specs, writer.chunks).encode())
+        report = CheckpointReader(LocalFiles(draft)).verify()
+        if not report.ok:
+            raise UserError(f"{dst} did not verify after writing: {report.errors[0]}; check the disk")
     return dst

@@ -45,6 +45,9 @@ class Files(Protocol):
     def size(self, name: str) -> int:
         """Of a file, in bytes. Raises CorruptError if it is missing."""
 
+    def written(self, name: str) -> float | None:
+        """When a file was written, in seconds since the epoch; None where the store does not say, or it is missing."""
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset`` on. Raises CorruptError if the file is missing or too short."""
 
@@ -64,7 +67,11 @@ class Store(Protocol):
     def mark(self) -> str | None:
         """What the writer left as its mark; None if nobody did."""
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Let another writer in."""
+
+    def close(self) -> None:
+        """Release, and be of no use from here on."""
 
     def names(self) -> dict[str, set[str]]:
         """The names of all files by directory."""
@@ -192,6 +199,11 @@ class LocalFiles:
         except FileNotFoundError:
             raise self._missing(name) from None
 
+    def written(self, name: str) -> float | None:
+        with contextlib.suppress(OSError):
+            return self._at(name).stat().st_mtime
+        return None
+
     def _at(self, name: str) -> Path:
         """Where it lies; a directory that is not there yet does not hide those beside it."""
         return Path(os.path.normpath(self._path / name))
@@ -255,6 +267,9 @@ class LocalStore:
     def release(self) -> None:
         self._lock.release()
 
+    def close(self) -> None:
+        self._lock.release()
+
     def names(self) -> dict[str, set[str]]:
         return _names(self.root)
 
@@ -278,6 +293,9 @@ class LocalStore:
         fsync_directory(self.root / directory)
 
     def patch(self, directory: str, name: str, offset: int, data: bytes) -> None:
+        with contextlib.suppress(FileExistsError):
+            (self.root / directory).mkdir()
+            fsync_directory(self.root)
         path = self.root / directory / name
         write_at(path, offset, data)
         with open(path, "rb") as file:
@@ -311,11 +329,28 @@ def sole_writer(path: Path, nbytes: int) -> Iterator[None]:
         refuse_existing(path)
         yield
     except OSError as e:
-        needed = f"{nbytes >> 20} MiB needed, {shutil.disk_usage(path.parent).free >> 20} MiB free"
+        needed = f"{nbytes >> 20 or '?'} MiB needed, {shutil.disk_usage(path.parent).free >> 20} MiB free"
         raise UserError(f"cannot write {path}: {e.strerror} ({needed}); choose another place") from e
     finally:
         lock_path.unlink(missing_ok=True)
         lock.release()
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, nbytes: int = 0) -> Iterator[Path]:
+    """A directory to write into that becomes ``path`` when the context ends, and after an error is not there.
+
+    Raises as ``sole_writer`` does.
+    """
+    draft = LocalDraft(path)
+    with sole_writer(path, nbytes):
+        draft.begin()
+        try:
+            yield draft.directory
+            refuse_existing(path)  # somebody else may have made it meanwhile, and a commit replaces
+            draft.commit()
+        finally:
+            draft.abort()  # finds nothing to remove after a commit
 
 
 def refuse_existing(path: Path) -> None:

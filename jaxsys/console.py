@@ -63,3 +63,18 @@ class Console:
                 self.line(f"{what} {state['done']}/{total} {text}")
 
         yield advance
+
+    @contextlib.contextmanager
+    def megabytes(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Yields ``progress(done, total)``, in bytes, which moves a bar in percent."""
+        with self.bar(what, 100) as advance:
+            shown = 0
+
+            def progress(done: int, total: int) -> None:
+                nonlocal shown
+                percent = 100 * done // max(total, 1)
+                if percent != shown:
+                    advance(percent - shown, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB")
+                    shown = percent
+
+            yield progress

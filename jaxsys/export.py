@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.conversion import Progress, Sink, Source, convert
+from checkpoint.conversion import Progress, Sink, Source, convert, stream
 from checkpoint.formats.gguf_sink import TYPES, GGUFSink, tensor_type
 from checkpoint.formats.native import NativeSink, NativeSource
+from checkpoint.formats.orbax import OrbaxDir, write_orbax
 from checkpoint.formats.safetensors import INDEX, SINGLE
 from checkpoint.formats.safetensors_sink import SafetensorsSink, SafetensorsSource, state_metadata
-from checkpoint.formats.tensors import Tensor, identity_of, plain
+from checkpoint.formats.tensors import FilesSource, Tensor, identity_of, plain
 from checkpoint.rules import Chosen, Rules
 from checkpoint.storage import refuse_existing
 from jaxsys import configuration
@@ -46,8 +47,8 @@ from parallelism.layout import Logical
 class Asked:
     """What ``reshard`` is to write.
 
-    format: a key of FORMATS. dtype: of parameters; None keeps what a checkpoint or safetensors have, where the format
-    is one of those, and is float32 otherwise; "q8_0" is for gguf. parameters_only: no optimizer state. select,
+    format: a key of FORMATS. dtype: of parameters; None keeps what a source of one of STATES has, where the format is
+    one of those, and is float32 otherwise; "q8_0" is for gguf. parameters_only: no optimizer state. select,
     exclude, rename: as in ``checkpoint.rules.Rules``.
     """
 
@@ -169,6 +170,9 @@ def _open(source: str, destination: Path, progress: Progress) -> tuple[Source, T
     opened: Source
     if found.kind == "native":
         opened = NativeSource(found.path, lambda done, total: progress.bytes_done("source", done, total))
+    elif found.kind == "orbax" and "model" in (arrays := OrbaxDir(found.path)).meta:
+        identity = identity_of(sorted(path for path in arrays.path.rglob("*") if path.is_file()))
+        opened = FilesSource(arrays, str(found.path), identity, meta=arrays.meta)
     else:
         opened = _Model(found)
     return opened, Tokenizer.of(found) if "model" in opened.meta else None
@@ -220,14 +224,21 @@ def _gguf(job: _Job) -> int:
     return job.convert(sink)
 
 
+def _orbax(job: _Job) -> int:
+    arrays = stream(job.source, job.chosen, job.progress)
+    write_orbax(job.destination, arrays, job.source.meta, add_files=job.add_tokenizer)
+    return sum(chosen.logical.nbytes for chosen in job.chosen.values())
+
+
 FORMATS: dict[str, Callable[[_Job], int]] = {
     "native": _native,
     "safetensors": _safetensors,
     "hf": _hugging_face,
     "gguf": _gguf,
+    "orbax": _orbax,
 }
 """Writes what was chosen, by the name of the format; returns bytes of arrays."""
-STATES = ("native", "safetensors")
+STATES = ("native", "safetensors", "orbax")
 """The formats that hold any arrays by any names, optimizer state too."""
 
 

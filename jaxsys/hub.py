@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from checkpoint.formats import dcp, orbax
 from parallelism.errors import UserError
 
-Kind = Literal["native", "hf", "gguf"]
+Kind = Literal["native", "hf", "gguf", "orbax", "dcp"]
 
 # Name -> (package, file inside the package, how to install it).
 PACKAGED = {
@@ -29,17 +30,25 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies: a native checkpoint directory, a Hugging Face directory, or a GGUF file."""
+    """Where a model lies: a native, Orbax or DCP checkpoint directory, a Hugging Face directory, or a GGUF file."""
 
     path: Path
     kind: Kind
+
+    @property
+    def places(self) -> list[Path]:
+        """Directories in which what goes with the weights may lie (configuration, tokenizer), the nearest first."""
+        item = orbax.find_item(self.path) if self.kind == "orbax" else None
+        inside = [d for d in (item, *item.parents) if d.is_relative_to(self.path)] if item else [self.path]
+        return [*inside, self.path.parent]
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> ModelSource:
     """The files of a model, found by, in this order:
 
-    a path: a GGUF file, a Hugging Face directory (config.json), or a native checkpoint (manifest.json in it, or in
-    its step-* directories), or a run with such ones; a name in PACKAGED, whose package is looked
+    a path: a GGUF file, a Hugging Face directory (config.json), a native checkpoint (manifest.json in it, or in
+    its step-* directories), or a run with such ones, an Orbax checkpoint (_METADATA in it, in its item, or in those of
+    its steps) or a DCP directory (.metadata); a name in PACKAGED, whose package is looked
     up but not imported; a Hub id ``organisation/name``, from huggingface_hub's cache, else downloaded.
 
     Raises UserError that says what was tried.
@@ -79,14 +88,20 @@ def _kind(path: Path) -> Kind:
         raise UserError(f"{path}: not a GGUF file: {found}; give a GGUF file or a model directory")
     if is_native(path):
         return "native"
-    if (path / "config.json").is_file():
-        if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
-            return "hf"
+    configured = (path / "config.json").is_file()
+    if configured and (any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))):
+        return "hf"
+    if (path / dcp.METADATA).is_file():
+        return "dcp"
+    if orbax.find_item(path) is not None:
+        return "orbax"
+    if configured:
         raise UserError(f"{path}: config.json without *.safetensors weights; fetch the weights too")
     files = sorted(p.name for p in path.glob("*.gguf"))
     hint = f"; give the file: {path / files[0]}" if files else ""
     raise UserError(
-        f"{path}: holds no model: neither manifest.json, step-*/manifest.json nor config.json with *.safetensors{hint}"
+        f"{path}: holds no model: neither manifest.json, step-*/manifest.json, config.json with *.safetensors, Orbax's "
+        f"_METADATA nor DCP's .metadata{hint}"
     )
 
 

@@ -6,7 +6,7 @@ import functools
 import os
 import platform
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import xxhash
@@ -17,8 +17,12 @@ VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of Python and the libraries, by name."""
-    return {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    """Of Python, of this program and of the libraries, by name."""
+    try:
+        own = version("jaxsys")
+    except PackageNotFoundError:  # run from its sources
+        own = "not installed"
+    return {"Python": platform.python_version(), "jaxsys": own, **{name: version(name) for name in PACKAGES}}
 
 
 def variables() -> dict[str, str]:

@@ -123,11 +123,14 @@ class Tokenizer:
             return cls.from_gguf(GGUFFile(source.path).metadata)
         if source.kind == "hf":
             return cls.from_hf(source.path)
-        beside = [d / "tokenizer" for d in (source.path, source.path.parent)]
-        found = [d for d in beside if d.is_dir()]
+        named = [place / "tokenizer" for place in source.places]
+        found = [d for d in named if d.is_dir()]
+        if source.kind != "native":  # the files of a Hugging Face directory, with other weights
+            found += [d for d in source.places if (d / "tokenizer.json").is_file()]
         if not found:
             raise UserError(
-                f"{source.path}: no tokenizer beside the checkpoint, expected {beside[0]}: copy the model's there"
+                f"{source.path}: no tokenizer beside the checkpoint, expected {source.path / 'tokenizer'}: copy the "
+                "model's there"
             )
         return cls.from_hf(found[0])
 

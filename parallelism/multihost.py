@@ -266,11 +266,12 @@ def start(processes: Processes, heartbeat_seconds: float = 100.0) -> Processes:
         **options, initialization_timeout=CONNECT_SECONDS, heartbeat_timeout_seconds=int(heartbeat_seconds)
     )
     if processes.by_jax:
-        from jax._src import distributed  # jax has no public name for the address
-
-        address = distributed.global_state.coordinator_address
         return dataclasses.replace(
-            processes, coordinator=address, count=jax.process_count(), index=jax.process_index(), by_jax=False
+            processes,
+            coordinator=coordinator_address(),
+            count=jax.process_count(),
+            index=jax.process_index(),
+            by_jax=False,
         )
     return processes
 
@@ -280,6 +281,13 @@ def job() -> tuple[int, int]:
     from jax._src import distributed  # jax.process_index makes the devices
 
     return distributed.global_state.process_id, distributed.global_state.num_processes
+
+
+def coordinator_address() -> str | None:
+    """``host:port`` where ``start`` found process 0; None in a job of one process."""
+    from jax._src import distributed  # jax has no public name for it
+
+    return distributed.global_state.coordinator_address
 
 
 def store() -> Any:

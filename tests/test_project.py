@@ -98,10 +98,12 @@ def test_nothing_but_the_dispatcher_calls_a_compiled_program():
 
 
 def test_where_arrays_are_put_on_a_mesh():
-    """Batches, what is loaded or restored; in traced code, from one memory to another. Graphs make the rest."""
+    """Batches, what is loaded or restored; in traced code, from one memory to another. Graphs make the rest. A snapshot
+    makes arrays of shards that are there, which copies nothing."""
     found = attributes({"device_put", *(name for name in dir(jax) if name.startswith("make_array_from"))})
     traced = "parallelism/streaming.py"
-    assert set(found) == {"jaxsys/train/launch.py", "parallelism/sharding.py", "checkpoint/reshard.py", traced}, found
+    restored = {"checkpoint/reshard.py", "checkpoint/snapshot.py"}
+    assert set(found) == {"jaxsys/train/launch.py", "parallelism/sharding.py", traced} | restored, found
 
 
 def test_import_contract():
@@ -137,12 +139,15 @@ def test_importing_jaxsys_imports_nothing_heavy():
 
 
 def test_extras_are_those_documented():
-    assert set(PROJECT["project"]["optional-dependencies"]) == {"cpu", "cuda", "tpu", "serve", "parity", "plot", "dev"}
+    assert set(PROJECT["project"]["optional-dependencies"]) == {
+        "cpu", "cuda", "tpu", "serve", "parity", "plot", "orbax", "dcp", "zstd", "dev"
+    }  # fmt: skip
 
 
 def test_dependencies_are_what_the_packages_import():
     extras = PROJECT["project"]["optional-dependencies"]
-    declared = requirement_names([*PROJECT["project"]["dependencies"], *extras["serve"], *extras["plot"]])
+    optional = [line for extra in ("serve", "plot", "orbax", "dcp", "zstd") for line in extras[extra]]
+    declared = requirement_names([*PROJECT["project"]["dependencies"], *optional])
     used = imported(SOURCES) - set(PACKAGES) - {name.lower() for name in sys.stdlib_module_names}
     assert declared == used
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import struct
 import uuid
@@ -21,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from checkpoint.header import check_disjoint, check_shape, is_file_name, unique
+from checkpoint.header import ArrayHeader, check_disjoint, check_shape, is_file_name, unique
 from parallelism.errors import UserError
 
 DTYPES: dict[str, np.dtype] = {
@@ -52,17 +51,11 @@ _HEADER_ROOM = 256 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayInfo:
+class ArrayInfo(ArrayHeader):
     """One array: its shape, dtype, file, and its first byte there."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
     file: Path
     start: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsDir(Mapping[str, ArrayInfo]):

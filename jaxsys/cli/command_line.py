@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from jaxsys.cli.checkpoint import CheckpointArgs
 from jaxsys.cli.generate import GenerateArgs
 from jaxsys.cli.graphs import GraphsArgs
 from jaxsys.cli.pipeline import PipelineArgs
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Any] = {
     "generate": GenerateArgs,
     "serve": ServeArgs,
     "reshard": ReshardArgs,
+    "checkpoint": CheckpointArgs,
     "graphs": GraphsArgs,
     "pipeline": PipelineArgs,
 }
@@ -34,13 +36,17 @@ Command: Any = functools.reduce(
 )
 
 
+HELP = ("-h", "--help")
+
+
 def parse(argv: list[str]) -> Any:
     """The command of a command line. Raises UserError, in one line, for what tyro explains in a box of many."""
     _check_names(argv)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Command, prog="jaxsys", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+            config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+            return tyro.cli(Command, prog="jaxsys", args=argv, config=config)
     except SystemExit as end:
         if not end.code:
             raise
@@ -51,8 +57,22 @@ def parse(argv: list[str]) -> Any:
     ]
     said = re.split(r" (?:Argument helptext|For full helptext)", " ".join(body))[0]
     what = _bad_number(argv, body) or _in_our_words(title, said)
-    command = argv[0] + " " if argv and argv[0] in COMMANDS else ""
-    raise UserError(f"{what.rstrip('. ')}; see jaxsys {command}--help")
+    raise UserError(f"{what.rstrip('. ')}; see {' '.join(['jaxsys', *_command(argv)[0], '--help'])}")
+
+
+def _command(argv: list[str]) -> tuple[list[str], Any]:
+    """The words of a command line that name a command, and its arguments' class; None where the next ought to be one
+    and there is none."""
+    words: list[str] = []
+    choices: dict[str, Any] | None = COMMANDS
+    found = None
+    while choices is not None:
+        found = choices.get(argv[len(words)]) if len(argv) > len(words) else None
+        if found is None:
+            break
+        words.append(argv[len(words)])
+        choices = getattr(found, "subcommands", None)
+    return words, found
 
 
 def _in_our_words(title: str, text: str) -> str:
@@ -68,10 +88,11 @@ def _in_our_words(title: str, text: str) -> str:
 def _bad_number(argv: list[str], body: list[str]) -> str | None:
     """What a value of an option is and ought to be, where tyro says how it came to grief."""
     found = re.match(r"Error parsing (--[\w-]+):", " ".join(body))
-    if not found or argv[0] not in COMMANDS:
+    args = _command(argv)[1]
+    if not found or args is None:
         return None
     option, name = found[1], found[1].removeprefix("--").replace("-", "_")
-    kinds = {field.name: str(field.type).partition(" ")[0] for field in dataclasses.fields(COMMANDS[argv[0]])}
+    kinds = {field.name: str(field.type).partition(" ")[0] for field in dataclasses.fields(args)}
     expected = {"int": "a whole number", "float": "a number"}.get(kinds.get(name, ""))
     values = [
         word.partition("=")[2] or after
@@ -83,12 +104,14 @@ def _bad_number(argv: list[str], body: list[str]) -> str | None:
 
 def _check_names(argv: list[str]) -> None:
     """Says what a command or an option that does not exist was meant to be."""
-    if not argv or argv[0].startswith("-"):
+    words, args = _command(argv)
+    if args is None:
+        if len(argv) > len(words) and (not argv[len(words)].startswith("-") or (words and argv[1] not in HELP)):
+            what = f"command of jaxsys {words[0]}" if words else "command"
+            raise unknown_name(what, argv[len(words)], COMMANDS[words[0]].subcommands if words else COMMANDS)
         return
-    if argv[0] not in COMMANDS:
-        raise unknown_name("command", argv[0], COMMANDS)
     known = ["--help"]
-    for field in dataclasses.fields(COMMANDS[argv[0]]):
+    for field in dataclasses.fields(args):
         option = field.name.replace("_", "-")
         known += [f"--{option}", f"--no-{option}"] if field.type == "bool" else [f"--{option}"]
     for before, word in itertools.pairwise(argv):
@@ -96,4 +119,4 @@ def _check_names(argv: list[str]) -> None:
         # A short one is -h; what comes after an option may be its value.
         short = re.match(r"-[A-Za-z]", word) and word != "-h" and not before.startswith("--")
         if short or (word.startswith("--") and word != "--" and option not in known):
-            raise unknown_name(f"option of jaxsys {argv[0]}", option, known)
+            raise unknown_name(f"option of jaxsys {' '.join(words)}", option, known)

@@ -18,15 +18,16 @@ class ReshardArgs:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A run, a checkpoint root or step, a Hugging Face directory, a GGUF or safetensors file, or a name."""
+    """A run, a checkpoint root or step, an Orbax or DCP checkpoint, a Hugging Face directory, a GGUF file, safetensors,
+    or a name."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """What does not exist yet: a directory, or a file for gguf."""
-    format: Literal["native", "safetensors", "hf", "gguf"] = "native"
+    format: Literal["native", "safetensors", "hf", "gguf", "orbax"] = "native"
     """native: a jaxsys checkpoint; safetensors: the same arrays by the same names; hf: config.json, safetensors and
-    tokenizer; gguf: one file with the tokenizer."""
+    tokenizer; gguf: one file with the tokenizer; orbax: the same arrays, as Orbax restores them."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
-    """Of the parameters (q8_0: gguf alone); the default keeps them from native or safetensors to either, and is float32
-    otherwise."""
+    """Of the parameters (q8_0: gguf alone); the default keeps them from and to native, safetensors and orbax, and is
+    float32 otherwise."""
     parameters_only: bool = False
     """Leave the optimizer state out (hf and gguf always do)."""
     select: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="GLOB")] = ()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class TrainArgs:
     """Train, or resume, the run of a recipe.
 
-    Ctrl-C or SIGTERM finishes the step, saves and exits; the same command resumes.
+    Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves and exits; the same command resumes.
     Exit code: 0; 1 when the last checkpoint could not be written, and with the traceback of a defect; 2 for what the
     user can mend; 3 when another process of the job is dead, hangs or failed; 130 when interrupted before the first
     step, or twice.

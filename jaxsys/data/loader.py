@@ -94,6 +94,16 @@ class Loader:
         documents = (self.dataset.document(int(i))[self._begin[i] : self._end[i]] for i in order[first:])
         return pack(documents, self.seq_len, start, max(high - low, 0))
 
+    def position(self, step: int) -> dict[str, int | str]:
+        """Where batch ``step`` begins, the same for any number of processes and devices.
+
+        step; epoch, and the token of it; document: the first one's hash in hex, and at: the token within it.
+        """
+        epoch, at = divmod(step, self.steps_per_epoch)
+        order, _, first, start = self._window(step, 0)
+        document = f"{int(self.dataset.hashes[order[first]]):016x}"
+        return {"step": step, "epoch": epoch, "token": at * self.batch_tokens, "document": document, "at": start}
+
     def identity(self, step: int, rows: slice = slice(None)) -> str:
         """One line that names a batch in reports: the step that it is for (from 1), epoch, rows, first documents."""
         low, high, _ = rows.indices(self.batch_size)

@@ -8,7 +8,7 @@ a layout may pad them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
 
     dtype: of the parameters made here. Arrays of another dtype may be merged in: matmuls run in the
     dtype of their kernel, activations in ``activation_dtype`` of it. layers: whether there are any; without them it is
-    what comes before and after those of a pipeline.
+    what comes before and after those of a pipeline. cuts: as for ``Layers``.
     """
 
     def __init__(
@@ -139,6 +139,7 @@ class Decoder(nnx.Module):
         dtype: Any = jnp.float32,
         storage: str | None = None,
         layers: bool = True,
+        cuts: Collection[int] = (),
     ):
         c = config
         self.config = c
@@ -146,6 +147,7 @@ class Decoder(nnx.Module):
         self.layers = Layers(
             [Block(c, i, dtype=dtype, rngs=rngs) for i in range(c.n_layers if layers else 0)],
             storage or default_storage(),
+            cuts,
         )
         self.norm = RMSNorm(c.d_model, eps=c.norm_eps, offset=c.norm_offset, dtype=dtype)
         if not c.tie_embeddings:

@@ -7,7 +7,7 @@ keep shapes (a window) are data along the layer axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,13 +34,16 @@ def _stack(blocks: Sequence[nnx.Module]) -> nnx.Module:
 
 
 class Layers(nnx.Module):
-    """Blocks in order. Attribute ``"17"`` is layer 17 alone; ``"0-29"`` is a stack of layers 0 to 29."""
+    """Blocks in order. Attribute ``"17"`` is layer 17 alone; ``"0-29"`` is a stack of layers 0 to 29.
 
-    def __init__(self, blocks: Sequence[nnx.Module], storage: str):
+    cuts: layers at which a stack begins, even where they are like the one before.
+    """
+
+    def __init__(self, blocks: Sequence[nnx.Module], storage: str, cuts: Collection[int] = ()):
         shapes = [jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(b))) for b in blocks]
         spans: list[tuple[int, int]] = []
         for i, shape in enumerate(shapes):
-            if storage == STACKED and spans and shapes[i - 1] == shape:
+            if storage == STACKED and spans and shapes[i - 1] == shape and i not in cuts:
                 spans[-1] = (spans[-1][0], i + 1)
             else:
                 spans.append((i, i + 1))

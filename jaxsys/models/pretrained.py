@@ -1,5 +1,7 @@
 """Models in files: checkpoints, Hugging Face directories and GGUF files read strictly, Hugging Face ones written.
 
+Checkpoints are native ones, Orbax's and torch DCP's; the latter two hold logical arrays, or Hugging Face tensors.
+
 Strictly: every weight that the configuration calls for is there, in its shape, and every weight that is there is used
 or is checked to repeat one that is. See docs/models.md.
 """
@@ -14,22 +16,26 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from checkpoint import find_checkpoint, open_checkpoint
+from checkpoint.formats.dcp import DCPDir
 from checkpoint.formats.gguf import GGUFFile
+from checkpoint.formats.orbax import OrbaxDir
 from checkpoint.formats.safetensors import SafetensorsDir, write_safetensors
 from checkpoint.formats.tensors import Tensor
+from checkpoint.header import ArrayHeader
 from checkpoint.reshard import narrow
 from jaxsys import configuration
 from jaxsys.hub import ModelSource, resolve
 from jaxsys.models.config import ModelConfig
-from jaxsys.models.families import family, gguf_family
+from jaxsys.models.families import Family, family, gguf_family
 from jaxsys.models.state import build
 from parallelism.errors import UserError, unknown_name
 from parallelism.layout import Logical
@@ -68,7 +74,7 @@ class Pretrained:
 
     @classmethod
     def open(cls, source: ModelSource | str | os.PathLike[str]) -> Pretrained:
-        """A native checkpoint, a Hugging Face directory (config.json and safetensors) or a GGUF file.
+        """A native, Orbax or DCP checkpoint, a Hugging Face directory (config.json and safetensors) or a GGUF file.
 
         source: as ``hub.resolve`` gives it, or what it takes.
         Raises UserError for files that are missing or damaged, an architecture or a configuration that is not
@@ -76,7 +82,8 @@ class Pretrained:
         """
         if not isinstance(source, ModelSource):
             source = resolve(source)
-        return {"native": _open_native, "hf": _open_hf, "gguf": _open_gguf}[source.kind](source.path)
+        openers = {"native": _open_native, "hf": _open_hf, "gguf": _open_gguf, "orbax": _open_orbax, "dcp": _open_dcp}
+        return openers[source.kind](source)
 
 
 def expected_weights(config: ModelConfig) -> dict[str, Logical]:
@@ -98,14 +105,28 @@ def expected_weights(config: ModelConfig) -> dict[str, Logical]:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _open_native(path: Path) -> Pretrained:
+class Tensors(Protocol):
+    """Opened files that hold arrays by name: the directories of ``checkpoint.formats``."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def __getitem__(self, name: str, /) -> ArrayHeader: ...
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray: ...
+
+
+def _open_native(source: ModelSource) -> Pretrained:
+    path = source.path
     checkpoint = open_checkpoint(find_checkpoint(path))
     config = config_of_meta(checkpoint.manifest.meta, checkpoint.where)
-    found = {n: a.shape for n, a in checkpoint.manifest.arrays.items() if not n.startswith(OPTIMIZER)}
-    _check(path, {name: logical.shape for name, logical in expected_weights(config).items()}, found)
-    return Pretrained(
-        path, config, _Whole(lambda logical, rows: checkpoint.read(logical.name, (rows, *logical.box[1:])))
-    )
+    _check_logical(path, config, {name: array.shape for name, array in checkpoint.manifest.arrays.items()})
+
+    def read(logical: Logical, rows: slice) -> np.ndarray:
+        return checkpoint.read(logical.name, (rows, *logical.box[1:]))
+
+    return Pretrained(path, config, _Whole(read))
 
 
 def config_of_meta(meta: Mapping[str, Any], where: str) -> ModelConfig:
@@ -117,8 +138,51 @@ def config_of_meta(meta: Mapping[str, Any], where: str) -> ModelConfig:
     return _config(lambda: configuration.from_dict(ModelConfig, values, "model."), where)
 
 
-def _open_hf(path: Path) -> Pretrained:
-    where = path / CONFIG
+def _check_logical(path: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError unless a checkpoint holds the model's logical arrays and, at most, an optimizer's state."""
+    found = {name: shape for name, shape in shapes.items() if not name.startswith(OPTIMIZER)}
+    _check(path, {name: logical.shape for name, logical in expected_weights(config).items()}, found)
+
+
+def _open_orbax(source: ModelSource) -> Pretrained:
+    arrays = OrbaxDir(source.path)
+    if not isinstance(arrays.meta.get("model"), dict):
+        return _open_beside(source, arrays, "'model' in its custom_metadata, or ")
+    config = config_of_meta(arrays.meta, str(arrays.path))
+    _check_logical(source.path, config, {name: info.shape for name, info in arrays.items()})
+
+    def read(logical: Logical, box: Box) -> np.ndarray:
+        return arrays.read(logical.name, box).astype(logical.dtype, copy=False)
+
+    return Pretrained(source.path, config, read)
+
+
+def _open_dcp(source: ModelSource) -> Pretrained:
+    return _open_beside(source, DCPDir(source.path), "")
+
+
+def _open_beside(source: ModelSource, arrays: Tensors, other: str) -> Pretrained:
+    """Hugging Face tensors in a checkpoint, with config.json in it or beside it. other: than that, for messages."""
+    found = [place / CONFIG for place in source.places if (place / CONFIG).is_file()]
+    if not found:
+        raise UserError(
+            f"{source.path}: does not say which model it is of: expected {other}{CONFIG} in it or beside it; copy the "
+            f"model's {CONFIG} there"
+        )
+    kind, config = _described(found[0])
+    prefix = _prefix(source.path, arrays, _file_shapes(config, kind.weight_names(config)))
+    if not prefix:
+        return _open_tensors(source.path, str(source.path), kind, config, arrays)
+    return _open_tensors(source.path, f"{source.path} under {prefix!r}", kind, config, _Subtree(arrays, prefix))
+
+
+def _open_hf(source: ModelSource) -> Pretrained:
+    kind, config = _described(source.path / CONFIG)
+    return _open_tensors(source.path, str(source.path), kind, config, SafetensorsDir(source.path))
+
+
+def _described(where: Path) -> tuple[Family, ModelConfig]:
+    """The model that a config.json describes."""
     try:
         values = json.loads(where.read_bytes())
     except OSError as error:
@@ -129,13 +193,18 @@ def _open_hf(path: Path) -> Pretrained:
         raise UserError(f"{where}: holds {type(values).__name__}, expected an object with a 'model_type'")
     kind = family(values.get("model_type"), str(where))
     config = _config(lambda: kind.config_from_hf(values, str(where)), str(where))
-    arrays = SafetensorsDir(path)
-    for name, info in arrays.items():
+    return kind, config
+
+
+def _open_tensors(path: Path, place: str, kind: Family, config: ModelConfig, arrays: Tensors) -> Pretrained:
+    """Hugging Face tensors, which are checked to be the model's. place: of the tensors, for messages."""
+    infos = {name: arrays[name] for name in arrays}
+    for name, info in infos.items():
         if info.dtype not in (*DTYPES.values(), np.float64):
-            raise UserError(f"{path}: weight {name!r} has dtype {info.dtype}, expected a float of 16 to 64 bits")
+            raise UserError(f"{place}: weight {name!r} has dtype {info.dtype}, expected a float of 16 to 64 bits")
     names = kind.weight_names(config)
-    shapes = {name: info.shape for name, info in arrays.items()}
-    extras = _check(path, _file_shapes(config, names), shapes, functools.partial(kind.redundant_weights, config))
+    shapes = {name: info.shape for name, info in infos.items()}
+    extras = _check(place, _file_shapes(config, names), shapes, functools.partial(kind.redundant_weights, config))
 
     def read(logical: Logical, box: Box) -> np.ndarray:
         name, box = names[logical.name], _bounded(box, logical.shape)
@@ -152,11 +221,48 @@ def _open_hf(path: Path) -> Pretrained:
             return arrays.read(name).reshape(logical.shape)[box]
         return arrays.read(name, merged).reshape([s.stop - s.start for s in box])
 
-    _check_extras(path, extras, arrays.read, names)
+    _check_extras(place, extras, arrays.read, names)
     return Pretrained(path, config, read)
 
 
-def _open_gguf(path: Path) -> Pretrained:
+class _Subtree:
+    """The arrays under a prefix, by what follows it."""
+
+    def __init__(self, arrays: Tensors, prefix: str):
+        self._arrays, self._prefix = arrays, prefix
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._arrays if name.startswith(self._prefix))
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self._prefix}{name}" in self._arrays
+
+    def __getitem__(self, name: str) -> ArrayHeader:
+        return self._arrays[self._prefix + name]
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        return self._arrays.read(self._prefix + name, box)
+
+
+def _prefix(path: Path, arrays: Tensors, expected: Collection[str]) -> str:
+    """What the names of the expected arrays begin with, such as ``model.``: the rest is another part of a run's state.
+
+    The empty one if all are there without any, else the one that has all; where none has, the one that has most.
+    """
+    found: Counter[str] = Counter()
+    for name in arrays:
+        cuts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+        found.update(name[:cut] for cut in cuts if name[cut:] in expected)
+    whole = sorted(prefix for prefix, count in found.items() if count == len(expected))
+    if len(whole) > 1 and whole[0]:
+        raise UserError(
+            f"{path}: holds the model's weights under {' and '.join(map(repr, whole))}, expected one: save them apart"
+        )
+    return whole[0] if whole else max(found, key=found.__getitem__, default="")
+
+
+def _open_gguf(source: ModelSource) -> Pretrained:
+    path = source.path
     file = GGUFFile(path)
     kind = gguf_family(file.metadata.get("general.architecture"), str(path))
     config = _config(lambda: kind.config_from_gguf(file), str(path))
@@ -257,7 +363,7 @@ def _file_shapes(config: ModelConfig, names: Mapping[str, str | tuple[str, ...]]
 
 
 def _check(
-    path: Path,
+    path: Path | str,
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
     redundant: Callable[[], Mapping[str, str | np.ndarray]] = dict,
@@ -278,7 +384,7 @@ def _check(
 
 
 def _check_extras(
-    path: Path,
+    path: Path | str,
     extras: Mapping[str, str | np.ndarray],
     read: Callable[[str], np.ndarray],
     names: Mapping[str, str | tuple[str, ...]],

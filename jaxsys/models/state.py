@@ -30,12 +30,16 @@ _STACK = re.compile(r"\b(\d+)-(\d+)\b")
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder without its arrays: the graph definition and the layout of its parameters."""
+    """A decoder without its arrays: the graph definition and the layout of its parameters.
+
+    cuts: layers at which a stack begins, even where they are like the one before.
+    """
 
     config: ModelConfig
     graphdef: Any
     layout: Layout
     storage: str
+    cuts: tuple[int, ...] = ()
 
     @property
     def units(self) -> dict[str, int]:
@@ -70,7 +74,8 @@ class Model:
 
     def init(self, seed: jax.Array) -> dict[str, jax.Array]:
         """Fresh parameters, unpadded (call it inside traced code); the same for both storages and any sharding."""
-        decoder = Decoder(self.config, rngs=nnx.Rngs(jax.random.key(seed)), dtype=self.dtype, storage=self.storage)
+        rngs = nnx.Rngs(jax.random.key(seed))
+        decoder = Decoder(self.config, rngs=rngs, dtype=self.dtype, storage=self.storage, cuts=self.cuts)
         return {key: variable[...] for key, variable in _variables(decoder).items()}
 
     def compute_dtypes(self, dtype: Any) -> dict[str, np.dtype]:
@@ -93,14 +98,16 @@ class Model:
         return dataclasses.replace(self, layout=layout)
 
 
-def build(config: ModelConfig, *, dtype: Any = jnp.float32, storage: str | None = None) -> Model:
-    """The model and its layout, without making an array."""
+def build(
+    config: ModelConfig, *, dtype: Any = jnp.float32, storage: str | None = None, cuts: tuple[int, ...] = ()
+) -> Model:
+    """The model and its layout, without making an array. cuts: layers at which a stack begins in any case."""
     storage = storage or default_storage()
     # Nothing is drawn: one key does, and counting them costs three times what the rest does.
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=_ONE_KEY, dtype=dtype, storage=storage))
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=_ONE_KEY, dtype=dtype, storage=storage, cuts=cuts))
     variables = sorted(_variables(abstract).items(), key=lambda item: _natural(item[0]))
     layout = Layout(_stored(key, variable) for key, variable in variables)
-    return Model(config, nnx.split(abstract)[0], layout, storage)
+    return Model(config, nnx.split(abstract)[0], layout, storage, cuts)
 
 
 class _OneKey:

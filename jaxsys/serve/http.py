@@ -58,11 +58,11 @@ class Front:
         self.calls = 0  # that are being answered
         self.draining = False
         self._keys = [_digest(key.encode()) for key in keys]
-        self._metrics = Metrics()
+        self.metrics = Metrics()
         self._document = document(name, bool(keys))
         self._began = int(time.time())
-        self.service = Service(llm.engine, max_queue=max_queue, finished=self._metrics.finished, share=share)
-        self._metrics.watch(self.service)
+        self.service = Service(llm.engine, max_queue=max_queue, finished=self.metrics.finished, share=share)
+        self.metrics.watch(self.service)
         posts: dict[str, Callable[[HTTPRequest], Awaitable[Response]]] = {
             "/v1/completions": lambda request: self._generate(request, "completion"),
             "/v1/chat/completions": lambda request: self._generate(request, "chat"),
@@ -173,7 +173,7 @@ class Front:
         return _json({"status": "ready"})
 
     async def _metrics_text(self, request: HTTPRequest) -> Response:
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _openapi(self, request: HTTPRequest) -> Response:
         return _json(self._document)
@@ -197,7 +197,7 @@ class Front:
                 status = response.status_code
                 return response
             finally:
-                self._metrics.called(path, status)
+                self.metrics.called(path, status)
 
         return counted
 
@@ -205,7 +205,7 @@ class Front:
         """What no endpoint answers: another path, or a method that the path does not have."""
         response = await _answer(request, error)
         path = request.url.path if request.url.path in self._paths else "other"  # a client may think of many
-        self._metrics.called(path, response.status_code)
+        self.metrics.called(path, response.status_code)
         return response
 
     def _authorised(self, request: HTTPRequest) -> str:

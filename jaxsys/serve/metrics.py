@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -39,6 +39,10 @@ class Metrics:
         """Adds what the books of the service's engine say."""
         self._registry.register(_Books(service))
 
+    def add(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        """Adds what others keep books of, such as the run whose weights serve; called at each scrape."""
+        self._registry.register(_Others(collect))
+
     def finished(self, request: Request, times: Times) -> None:
         """Counts a request that is finished."""
         self._ends.labels(request.finish_reason).inc()
@@ -55,6 +59,16 @@ class Metrics:
     def text(self) -> bytes:
         """All of it, in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class _Others(Collector):
+    """What a function gives."""
+
+    def __init__(self, collect: Callable[[], Iterable[Metric]]):
+        self._collect = collect
+
+    def collect(self) -> Iterable[Metric]:
+        return self._collect()
 
 
 class _Books(Collector):

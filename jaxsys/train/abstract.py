@@ -23,6 +23,7 @@ from jaxsys.models.pretrained import Pretrained
 from jaxsys.models.state import Model, build
 from jaxsys.optim import Adafactor, Optimizer
 from jaxsys.train.config import PipelineConfig, TrainConfig
+from jaxsys.train.freeze import cuts, frozen, trained
 from jaxsys.train.launch import Launcher, batch_grid
 from jaxsys.train.pipelined import PipelinedStep, dealt, staged, table_of
 from jaxsys.train.step import Step
@@ -59,7 +60,8 @@ def starting_model(config: TrainConfig) -> tuple[ModelConfig, Pretrained | None]
 class AbstractRun:
     """The plan, the step and the graphs of a configuration on a mesh.
 
-    plan: of the parameters as they are computed with, in device memory; stored: where they lie between steps.
+    plan: of the parameters as they are computed with, in device memory; stored: where they lie between steps. frozen:
+    the logical names of those that are not trained; trained: the layout of the others.
 
     devices: to lay the mesh over, which need not be of this machine (``jax.experimental.topologies``); default: all
     there are. Nothing is made on them and nothing is compiled before ``prepare``.
@@ -84,6 +86,10 @@ class AbstractRun:
         with sharding_context(self.mesh, self.activation_rules):  # how layers are stored depends on the platform
             storage = config.storage if table is None else STACKED
             self.unpadded = build(model, dtype=config.parameter_dtype, storage=storage)
+            names = self.unpadded.layout.logical
+            self.frozen = frozen(config.freeze, names)
+            if table is None and (at := cuts(self.frozen, names)):
+                self.unpadded = build(model, dtype=config.parameter_dtype, storage=storage, cuts=at)
         pieces = None
         if table is not None:
             pieces = dealt(self.unpadded, table.placement, config.pipeline.head)
@@ -92,7 +98,8 @@ class AbstractRun:
         self.plan = plan(self.unpadded.layout, self.mesh, parameter_rules, self.unpadded.units)
         refuse_idle_axes(self.plan, self.activation_rules, self.unpadded.activation_axes)
         self.model = self.unpadded.with_layout(self.plan.layout)
-        self.optimizer = Optimizer(config.optim, self.plan.layout, config.steps)
+        self.trained = trained(self.plan.layout, self.frozen)
+        self.optimizer = Optimizer(config.optim, self.trained, config.steps)
         self.plans = state_plans(
             self.plan,
             Rules("gradient", parameter_rules, parameter_rules.paddable).override(config.gradient_rules),

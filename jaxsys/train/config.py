@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from jaxsys.configuration import expect, expect_at_least, expect_positive, expect_text
+from jaxsys.configuration import BadValue, expect, expect_at_least, expect_positive, expect_text
 from jaxsys.models.config import ModelConfig
 from jaxsys.optim import OptimConfig
 from jaxsys.serve.engine import EngineConfig
@@ -78,20 +78,44 @@ class ExpertsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints on disk; keep: how many stay there.
+    """every: steps between checkpoints on disk, or "auto": as few as what a save takes allows; keep: how many stay
+    there, besides those that ``keep_every`` divides and the ``keep_best`` ones with the least held-out loss.
 
-    ram: a directory in host memory that outlives the process (``/dev/shm/...``), written every ``ram_every`` steps;
-    None for none. Runs may share it: each has a directory of its own there, until somebody deletes it.
+    ram: a directory in host memory that outlives the process (``/dev/shm/...``), the same path on all hosts, each of
+    which keeps there what its processes write, every ``ram_every`` steps; None for none. Runs may share it: each has a
+    directory of its own there, until somebody deletes it. peers: steps between copies in the memory of another host,
+    under the same path; None for none.
+    remote: a directory, or the URL of an object store, for every ``remote_every`` steps, of which ``remote_keep`` stay
+    (None: all).
+    staging_mb: host memory at most between devices and the first of these, in MB. verify: read what was written on disk
+    and remote, and compare, before it counts.
+    grace_seconds: from a notice (SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU) to the end of the machine; the last save goes to
+    levels that are left then, the fastest first.
     """
 
-    every: int = 100
+    every: int | Literal["auto"] = 100
     keep: int = 2
+    keep_every: int | None = None
+    keep_best: int = 0
     ram: str | None = None
     ram_every: int = 10
+    peers: int | None = None
+    remote: str | None = None
+    remote_every: int | Literal["auto"] = "auto"
+    remote_keep: int | None = None
+    staging_mb: int = 1024
+    verify: bool = False
+    grace_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        expect_at_least(self, 1, "every", "keep", "ram_every")
-        expect_text(self, "ram")
+        expect_at_least(self, 1, "keep", "ram_every", "staging_mb")
+        expect_at_least(self, 0, "keep_best")
+        numbers = "every", "keep_every", "peers", "remote_every", "remote_keep"
+        expect(self, "at least 1", lambda number: number in (None, "auto") or number >= 1, *numbers)
+        expect_positive(self, "grace_seconds")
+        expect_text(self, "ram", "remote")
+        if self.peers is not None and self.ram is None:
+            raise BadValue("peers", self.peers, "None without ram, a directory in the memory of every host")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +198,8 @@ class TrainConfig:
     run: directory of its checkpoints, metrics and graphs. Started again with the same directory it resumes.
     init_from: a pretrained model to begin with; otherwise ``model`` says what to make from scratch.
     experts: what is trained otherwise than the model's experts say.
+    freeze: parameters that are not trained, by logical name or glob, in order; ``!`` before one takes out again what
+    those before it chose, as in ``*,!layers.28.*,!layers.29.*``.
     mesh: ``data=2,fsdp=-1,tensor=4``. parameter_rules, activation_rules: changes to the sharding rules;
     gradient_rules, optimizer_rules: what is different for gradients and optimizer state (ZeRO-1 and 2).
     accumulate: microbatches a step. step_form: one graph, or grads and update groups. remat: what layers keep.
@@ -192,6 +218,7 @@ class TrainConfig:
     init_from: str | None = None
     model: ModelConfig | None = None
     experts: ExpertsConfig = ExpertsConfig()
+    freeze: tuple[str, ...] = ()
     mesh: str = ""
     parameter_rules: str = ""
     activation_rules: str = ""
@@ -224,6 +251,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         expect_text(self, "run", "init_from")
+        expect(self, "names or globs of parameters", all, "freeze")
         expect_at_least(self, 1, "steps", "accumulate", "update_groups", "log_every")
         expect_at_least(self, 0, "seed", "eval_every", "eval_batches")
         expect(self, "less than 2**31", lambda number: number < 2**31, "seed", "steps")

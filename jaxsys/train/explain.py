@@ -143,7 +143,9 @@ def memory(run: AbstractRun, failure: str | None = None) -> Memory:
         "parameters": sum(map(_shard_bytes, run.params.values())) - host_bytes(run.params),
         "optimizer state": sum(map(_shard_bytes, run.opt_state.values())) - host_bytes(run.opt_state),
         "batch": sum(map(_shard_bytes, run.launcher.batch.values())),
-        "gradients": sum(_gradient_bytes(a, run.shardings.gradients[key]) for key, a in run.params.items()),
+        "gradients": sum(
+            _gradient_bytes(run.params[key], run.shardings.gradients[key]) for key in run.optimizer.layout
+        ),
     }
     host = host_bytes(run.params) + host_bytes(run.opt_state)
     hardware = target(run.config.target) if run.config.target else detect(run.mesh.devices.flat[0])

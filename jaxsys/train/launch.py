@@ -108,10 +108,11 @@ class Launcher:
         if c.step_form == "split":
             self._compile_split(params, state, step)
             return
-        out = (*_shardings((params, state)), None)
+        trained, frozen = self._parted(params)
+        out = (*_shardings((trained, state)), None)
         self._fused = {
             (split, kept): self._graphs.compile(
-                _named("train_step", split, kept), f.fused, params, state, step, self.batch,
+                _named("train_step", split, kept), f.fused, trained, state, step, self.batch, frozen,
                 donate=(1,) if kept else (0, 1), out_shardings=out,
             )
             for split, f in self._steps.items()
@@ -130,7 +131,8 @@ class Launcher:
     def _compile_split(self, params: Any, state: Any, step: Any) -> None:
         f, graphs = self._functions, self._graphs
         scalar = NamedSharding(self._plan.mesh, PartitionSpec())
-        sums, batch = (self._functions.shardings.gradients, scalar), self._abstract(*self._shape, sharding=self._micro)
+        gradients = {key: f.shardings.gradients[key] for key in f.optimizer.layout}
+        sums, batch = (gradients, scalar), self._abstract(*self._shape, sharding=self._micro)
 
         def compile(name: str, *before: Any, after: tuple = (), **options: Any) -> dict[int | None, Graph]:
             """A function of the step, one graph a size of the split region."""
@@ -151,8 +153,8 @@ class Launcher:
         if self._config.accumulate > 1:
             self._accumulate = compile("accumulate", acc, after=whole, donate=(0,), out_shardings=sums)
         self._finish = graphs.compile("finish", f.finish, acc, step, out_shardings=(scalar, None))
-        sizes = {key: stored.nbytes for key, stored in self._plan.layout.items()}
-        self._groups = groups(list(self._plan.layout), sizes, self._config.update_groups)
+        sizes = {key: stored.nbytes for key, stored in f.optimizer.layout.items()}
+        self._groups = groups(list(sizes), sizes, self._config.update_groups)
         scale, _ = self._finish.outputs
 
         # What all groups share is no group's to donate.
@@ -201,25 +203,27 @@ class Launcher:
         state: Arrays,
         batches: Any,
         step: int,
-        copied: Callable[[Iterable[str] | None], float],
+        copied: Callable[[Iterable[str]], float],
         live: Live,
         pause: Callable[[Any], None] = lambda arrays: None,
     ) -> tuple[Arrays, Arrays, Arrays, float]:
         """One step on the dispatcher's thread: new parameters, optimizer state, metrics, and seconds waited.
 
-        copied: waits until a snapshot has copied these keys (None: all), before they are donated; returns seconds.
+        copied: waits until a snapshot has copied these keys, before they are donated; returns seconds.
         live: where the new parameters are published, in the piece of work that donates the last of the old.
         pause: called after each piece of the step with what it made; other work may come in between.
         """
         number = np.int32(step)
         split, arrays = batches
         if self._config.step_form == "fused":
-            waited = copied(None)
+            trained, frozen = self._parted(params)
+            waited = copied([*trained, *state])
 
             def work() -> tuple[Arrays, Arrays, Arrays]:
-                new = self._fused[split, live.held](params, state, number, arrays)
-                live.publish(new[0])
-                return new
+                new, opt, metrics = self._fused[split, live.held](trained, state, number, arrays, frozen)
+                new = {**params, **new}
+                live.publish(new)
+                return new, opt, metrics
 
             new = dispatcher().call(work)
             pause(new[2])
@@ -273,6 +277,11 @@ class Launcher:
         for more in batches[1:]:
             counts = self._count_more[split](counts, params, more)
         return (counts,)
+
+    def _parted(self, params: Arrays) -> tuple[Arrays, Arrays]:
+        """The parameters that are trained, and the others."""
+        trained = self._functions.optimizer.layout
+        return {k: params[k] for k in trained}, {k: x for k, x in params.items() if k not in trained}
 
     def _group(self, params: Arrays, state: Arrays, keys: list[str]) -> tuple[Arrays, Arrays, Arrays]:
         """A group's parameters, its own optimizer state, and the state that it shares."""

@@ -232,7 +232,7 @@ class PipelinedStep(Step):
             # What is reported is the cross-entropy.
             loss -= self.auxiliary_loss(router, {"load": router.load, **whole})
             sums |= {"loss": loss, "tokens": whole["tokens"], "router": router}
-        return lay({key: grads[key] for key in params}, self.shardings.gradients), sums
+        return lay({key: grads[key] for key in self.optimizer.layout}, self.shardings.gradients), sums
 
     def _of_layers(self, stacked: jax.Array) -> jax.Array:
         """[stages, chunks, layers of a chunk, ...] to [layers, ...]."""

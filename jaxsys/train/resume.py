@@ -1,4 +1,4 @@
-"""What a run may change when it goes on, what it may not, and what makes it this run and no other."""
+"""What a run that goes on has of its past: what it may change, what it may not, what makes it this run and no other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,21 @@ from parallelism.errors import UserError
 PARTS = ("model", "rng", "data")
 BEGINNING = ("init_from", "parameter_dtype")
 TRAINING = tuple(field.name for field in dataclasses.fields(ExpertsConfig))
+
+
+@dataclasses.dataclass
+class Progress:
+    """Metrics of a run so far, through all its starts.
+
+    tokens_seen: trained on, padding not counted. training_seconds: of steps, without set-up, evaluation and waits for
+    checkpoints. loss: of the last step. heldout_loss: the last one, of the weights after heldout_step.
+    """
+
+    tokens_seen: float = 0.0
+    training_seconds: float = 0.0
+    loss: float | None = None
+    heldout_loss: float | None = None
+    heldout_step: int | None = None
 
 
 def refuse(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -52,6 +67,35 @@ def refuse_optimizer(run: Path, before: Mapping[str, Any], now: Mapping[str, Any
         f"{run} was trained with an optimizer that keeps another state: {', '.join(changed)}; resume with the same, or "
         "give another run directory"
     )
+
+
+def refuse_frozen(run: Path, before: Sequence[str], now: Sequence[str]) -> None:
+    """Raises UserError naming what was not trained there and is not here."""
+    raise UserError(
+        f"{run} trained other parameters: freeze={list(before)} there, {list(now)} now, and it has optimizer state of "
+        "those alone; resume with the same, or begin another run from its parameters (jaxsys reshard --format hf, "
+        "then init_from)"
+    )
+
+
+def check_position(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError unless the next batch begins where the checkpoint's meta says that it does."""
+    there = before.get("position", now)  # which checkpoints of earlier versions do not say
+    if changed := [key for key in now if there.get(key) != now[key]]:
+        raise UserError(
+            f"{run}: the batch after step {now['step']} is another than in the run so far: "
+            + ", ".join(f"{key}={there.get(key)!r} there, {now[key]!r} now" for key in changed)
+            + "; resume with the version of jaxsys and numpy that it was trained with, or give another run directory"
+        )
+
+
+def versions_line(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What the checkpoint was written with and this start has not, in a line; empty where nothing changed."""
+    there, here = before.get("versions", {}), now["versions"]
+    changed = [
+        f"{name} {there[name]} before, {here[name]}" for name in here if there.get(name, here[name]) != here[name]
+    ]
+    return f"versions: {', '.join(changed)} from here on" if changed else ""
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -47,6 +47,8 @@ without a batch dimension (all but attention's)."""
 class Step:
     """Traceable pieces of a train step for one model, optimizer and precision.
 
+    optimizer: its layout says which of the model's parameters are trained. The others are read only: no gradient is
+    taken by them, and the norm of gradients is without them.
     compute_dtype: kernels are cast to it for forward and backward; gradients are summed in at least
     float32; updates are in the parameters' dtype.
     shardings: where gradients are kept and which part of a parameter each device updates; in device memory.
@@ -156,8 +158,10 @@ class Step:
         whole: the counts of the whole batch where it is more than this microbatch.
         """
 
+        trained = {key: params[key] for key in self.optimizer.layout}
+
         def objective(taps):
-            loss, targets, router = self._forward(streaming.tapped(params, taps), batch)
+            loss, targets, router = self._forward({**params, **streaming.tapped(trained, taps)}, batch)
             if router is None:
                 return loss, {"loss": loss, "targets": targets}
             tokens = (batch["segments"] > 0).sum().astype(loss.dtype)
@@ -166,7 +170,7 @@ class Step:
                 "loss": loss, "targets": targets, "tokens": tokens, "router": router,
             }  # fmt: skip
 
-        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(streaming.taps(params))
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(streaming.taps(trained))
         grads = {key: g.astype(jnp.promote_types(g.dtype, jnp.float32)) for key, g in grads.items()}
         return lay(grads, self.shardings.gradients), sums
 
@@ -229,9 +233,14 @@ class Step:
 
         return lax.scan(more, self.grads(params, first, whole), others)[0]
 
-    def fused(self, params: Arrays, state: Any, step: jax.Array, batches: Batch) -> tuple[Arrays, Any, Arrays]:
-        """A whole step over A microbatches [A, B, T]: new parameters, optimizer state, metrics."""
-        grads, totals = self.sums(params, batches)
+    def fused(
+        self, params: Arrays, state: Any, step: jax.Array, batches: Batch, frozen: Arrays | None = None
+    ) -> tuple[Arrays, Any, Arrays]:
+        """A whole step over A microbatches [A, B, T]: new parameters, optimizer state, metrics.
+
+        params: those that are trained; frozen: the others, which nothing here donates or returns.
+        """
+        grads, totals = self.sums({**params, **(frozen or {})}, batches)
         scale, metrics = self.finish((grads, totals), step)
         params, state = self.update(params, state, grads, scale, step)
         return params, state, metrics

@@ -1,16 +1,29 @@
-"""SIGINT and SIGTERM ask a run to stop; a second one ends it."""
+"""Signals that ask a run to stop; a second one from whoever wants it gone ends it.
+
+SIGINT is a person. The others are notices that the machine is about to be taken away: SIGTERM of Kubernetes, cloud
+machines and ``scancel``, and those that Slurm's ``--signal`` sends ahead of it: SIGUSR1 by custom, SIGUSR2 or SIGXCPU.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ENDING = (signal.SIGINT, signal.SIGTERM)
+AHEAD = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+SIGNALS = (*ENDING, *AHEAD)
+
+
+def is_notice(reason: str) -> bool:
+    """Whether a reason to stop, which begins with a signal's name, means that the machine is about to be gone."""
+    return not reason.startswith(signal.SIGINT.name)
 
 
 class Stop:
-    """As a context manager: the first signal sets ``asked`` to its name, the second exits at once.
+    """As a context manager: the first signal sets ``asked`` to its name and ``since`` to the time (of
+    ``time.monotonic``). The second of SIGINT and SIGTERM exits at once; the others come ahead of those and never do.
 
     A thread reads them as they arrive: while the main thread waits for a device Python would handle them late, and two
     as one. Signals come to a program's main thread; elsewhere the context does nothing.
@@ -18,6 +31,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self.since: float | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Stop:
@@ -43,11 +57,16 @@ class Stop:
         os.close(self._writer)
 
     def _watch(self) -> None:
+        ending = False
         while number := os.read(self._reader, 1)[0]:
             if number not in SIGNALS:
                 continue
-            if self.asked is not None:
+            if ending and number in ENDING:
                 os._exit(128 + number)
-            self.asked = signal.Signals(number).name
-            text = f"{self.asked}: finishing the step, saving, then exiting; again to exit at once\n"
-            os.write(2, text.encode())
+            ending = ending or number in ENDING
+            if self.asked is None:
+                self.since = time.monotonic()
+                self.asked = signal.Signals(number).name
+                again = "again" if ending else "SIGTERM twice"
+                text = f"{self.asked}: finishing the step, saving, then exiting; {again} to exit at once\n"
+                os.write(2, text.encode())

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from checkpoint import Level, Manager, SaveHandle
-from checkpoint.storage import committed
+from checkpoint import Best, Level, Manager, SaveHandle
+from checkpoint.storage import directory_of
 from jaxsys import configuration
 from jaxsys.console import Console
 from jaxsys.data import BalancedLoader, Dataset, Loader, build_dataset, documents, prefetch
@@ -29,20 +27,23 @@ from jaxsys.models.config import ModelConfig
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.optim import OptimConfig, Optimizer
 from jaxsys.serve.engine import NonFiniteLogits, replicas_of
+from jaxsys.surroundings import versions
 from jaxsys.tokenizer import Tokenizer
 from jaxsys.train import live_server, resume
 from jaxsys.train.abstract import AbstractRun, starting_model
 from jaxsys.train.agreement import agree, facts, model_files
 from jaxsys.train.config import TrainConfig
 from jaxsys.train.explain import explained
+from jaxsys.train.freeze import frozen
 from jaxsys.train.inference import Inference, served_context
+from jaxsys.train.last_save import save_within
 from jaxsys.train.launch import batch_grid
 from jaxsys.train.metrics import Metrics, NoMetrics
-from jaxsys.train.stop import Stop
+from jaxsys.train.saves import Saves
+from jaxsys.train.stop import Stop, is_notice
 from parallelism import balance, create, detect, put, target
 from parallelism.coordinator import default_coordinator, in_turns, together
 from parallelism.errors import UserError
-from parallelism.layout import Layout
 from parallelism.liveness import Watch
 from parallelism.multihost import Processes, job
 
@@ -55,6 +56,7 @@ class NonFiniteLoss(UserError):
 class Summary:
     """What a run did. Losses are means over targets, in nats. stall: seconds training waited for checkpoints.
 
+    tokens_seen: of the whole run, through all its starts; what is a rate, a sum or a list is of this start.
     finished: False when a signal or a stop step ended it early.
     save_error: why the last checkpoint is not at every level that it should be at; None if it is.
     """
@@ -65,6 +67,7 @@ class Summary:
     losses: list[float]
     heldout_before: float | None
     heldout_after: float | None
+    tokens_seen: float
     tokens_per_second: float
     model_flops_per_second: float
     utilisation: float | None
@@ -111,6 +114,7 @@ class Trainer:
         self._data(model_config)
         self.watch.phase("opening the checkpoints", setup=True)
         self.manager = self._open_checkpoints()
+        self.saves, self.progress = Saves(self.manager, self.levels), resume.Progress()
         try:
             with explained(run, self.console.line):
                 self._restore_or_begin(pretrained)
@@ -120,6 +124,7 @@ class Trainer:
             if listening is not None:
                 assert self.inference is not None
                 self.server = live_server.LiveServer(config, self.inference, listening, keys, self.console)
+                self.server.front.metrics.add(self.saves.collect)
         except BaseException:
             if listening is not None:
                 listening.close()
@@ -127,6 +132,7 @@ class Trainer:
             raise
         self.stop, self._stopped = Stop(), False
         self._save: SaveHandle | None = None
+        self._saved_finite: tuple[jax.Array, str] | None = None
         self._clock = 0.0
 
     # ---------------------------------------------------------------------------------------------------- set-up
@@ -171,12 +177,17 @@ class Trainer:
 
     def _open_checkpoints(self) -> Manager:
         c = self.config.checkpoint
-        self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every)]
+        best = Best("heldout_loss", c.keep_best) if c.keep_best else None
+        kept: dict[str, Any] = {"keep_every": c.keep_every, "best": best, "verify": c.verify}
+        self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every, **kept)]
         if c.ram:
-            agree(default_coordinator(), {"checkpoint.ram, which needs one host": socket.gethostname()})
             ram = together(default_coordinator(), "ram", self._ram_directory)[0]
-            self.levels.insert(0, Level("ram", ram, keep=2, every=c.ram_every))
-        return Manager(self.levels)
+            self.levels.insert(0, Level("ram", f"{ram}/own", keep=2, every=c.ram_every, on="host"))
+            if c.peers is not None:
+                self.levels.insert(1, Level("peers", f"{ram}/peers", keep=2, every=c.peers, on="peer"))
+        if c.remote:
+            self.levels.append(Level("remote", c.remote, keep=c.remote_keep, every=c.remote_every, verify=c.verify))
+        return Manager(self.levels, staging_bytes=c.staging_mb * 10**6)
 
     def _ram_directory(self) -> str:
         """Of this run; process 0 says it for all, so that one alone writes the run's mark."""
@@ -188,7 +199,7 @@ class Trainer:
         self.watch.phase("making or restoring the state", setup=True)
         # A shared file system may show one process what another does not see yet: all go by what process 0 sees.
         if default_coordinator().gather("resume", str(self.manager.latest()))[0] != "None":
-            self._check_resume(opt_layout)
+            self._check_resume()
             with self.console.stage("resume") as said:
                 restored = self.manager.restore(
                     layout=self.layout, shardings={**self.abstract.stored.shardings, **opt_shardings}
@@ -197,10 +208,15 @@ class Trainer:
                     f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}"
                 )
             self.step = restored.step
+            resume.check_position(self.run_directory, restored.meta, self.train_data.position(self.step))
+            self.progress = resume.Progress(**restored.meta.get("metrics", {}))
+            self.saves.took(restored)
             self.params = {key: restored.arrays[key] for key in self.plan.layout}
             self.opt_state = {name: restored.arrays[name] for name in opt_layout}
             for key, (there, here) in resume.changes(restored.meta, self._meta()).items():
                 self.console.line(f"{key}: {there!r} before, {here!r} from here on")
+            if line := resume.versions_line(restored.meta, self._meta()):
+                self.console.line(line)
             if self.config.steps < self.step:
                 self.console.line(f"steps={self.config.steps} is below step {self.step}, which the run has reached")
             return
@@ -218,25 +234,30 @@ class Trainer:
                 return graph
 
             self.params = create(self.abstract.stored, self.abstract.unpadded.init, compile_init, seed)
+        trained = {key: self.params[key] for key in self.abstract.trained}
         begin = self.graphs.compile(
-            "init_optimizer", self.abstract.optimizer.init, self.params, out_shardings=opt_shardings
+            "init_optimizer", self.abstract.optimizer.init, trained, out_shardings=opt_shardings
         )
-        self.opt_state = begin(self.params)
+        self.opt_state = begin(trained)
 
-    def _check_resume(self, opt_layout: Layout) -> None:
+    def _check_resume(self) -> None:
         before, now = self.manager.meta(), self._meta()
         if before is None:
             return  # every manifest is damaged: restore says so
         resume.refuse(self.run_directory, before, now)
+        freeze = before["config"].get("freeze", [])
+        if frozen(freeze, self.plan.layout.logical) != self.abstract.frozen:
+            resume.refuse_frozen(self.run_directory, freeze, self.config.freeze)
         there = configuration.from_dict(OptimConfig, before["config"]["optim"], "optim.")
         ours = self.config.optim.optimizer
         if type(there.optimizer) is type(ours):
-            layout, _ = Optimizer(there, self.plan.layout, self.config.steps).layout_of_state()
-            if layout.logical == opt_layout.logical:
+            layout, _ = Optimizer(there, self.abstract.trained, self.config.steps).layout_of_state()
+            if layout.logical == self.abstract.optimizer_plan.layout.logical:
                 return
         resume.refuse_optimizer(self.run_directory, before, now)
 
     def _meta(self) -> dict[str, Any]:
+        """What a checkpoint says of the run beside its arrays, at any step; ``_checkpoint`` adds how far it is."""
         c = self.config
         return {
             "model": configuration.to_dict(self.model.config),
@@ -250,7 +271,7 @@ class Trainer:
                 "heldout": c.data.heldout,
                 "split_shares": list(c.data.split_shares) or None,
             },
-            "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
+            "versions": versions(),
         }
 
     def _compile(self) -> None:
@@ -306,6 +327,7 @@ class Trainer:
             step, device, host = pending
             pending = None
             self.watch.phase("waiting for the devices", step + 1)
+            self._check_saved()
             values = {name: float(value) for name, value in jax.device_get(device).items()}
             seconds = time.perf_counter() - self._clock
             self._clock = time.perf_counter()
@@ -313,11 +335,16 @@ class Trainer:
                 what = f"loss {values['loss']} and gradient norm {values['grad_norm']} at"
                 raise NonFiniteLoss(self._non_finite(f"{what} {self.train_data.identity(step)}"))
             losses.append(values["loss"])
+            self.progress.loss = values["loss"]
+            self.progress.tokens_seen += host["tokens"]
+            self.progress.training_seconds += seconds
             values |= {name: value for name, value in host.items() if name != "flops"}
             values |= {
                 "tokens_per_second": host["tokens"] / seconds,
                 "model_flops_per_second": host["flops"] / seconds,
                 "seconds": seconds,
+                "tokens_seen": self.progress.tokens_seen,
+                "training_seconds": self.progress.training_seconds,
             }
             if self.server is not None:
                 values |= self.server.trained(host["tokens"])
@@ -330,7 +357,9 @@ class Trainer:
         watched = explained(self.abstract, self.console.line)
         with watched, self.stop, self._profiler() as profile, contextlib.ExitStack() as stack:
             stack.callback(metrics.close)
+            self._record_saves(metrics)
             before = self._evaluated(metrics) if c.eval_batches else None
+            after = None
             self._sampled(metrics)
             advance = stack.enter_context(self.console.bar("train", c.steps, self.step))
             batches = stack.enter_context(
@@ -360,12 +389,15 @@ class Trainer:
                 stopping = self._stops()
                 if stopping:
                     drain()
+                # Before the save, which says what the weights are worth.
+                if (evaluates or (self.step == last and c.eval_batches)) and not self._asked:
+                    heldout = self._evaluated(metrics)
+                    after = heldout if self.step == last else None
                 if due or stopping:
-                    stall += self._checkpoint(final=self.step == last or stopping)
+                    stall += self._checkpoint(final=self.step == last or stopping, stopping=stopping)
                     saved = self.step
                     self._clock = time.perf_counter()
-                if evaluates and not self._asked:
-                    self._evaluated(metrics)
+                self._record_saves(metrics)
                 if samples and not self._asked:
                     self._sampled(metrics)
                 if evaluates or samples:
@@ -374,19 +406,22 @@ class Trainer:
                     break
                 self.watch.phase("waiting for the batch", self.step + 1)
             profile(None)
-            after = self._evaluated(metrics) if c.eval_batches and not self._asked else None
+            if self.step == begun and not self._asked:
+                after = before
             if not self._asked and self.step > begun:
                 self._sampled(metrics)
             self.watch.phase("finishing the last save", setup=True)
+            self._check_saved()
             self.manager.wait()
-            written = sum(w.nbytes for w in self._save.metrics.levels.values()) if self._save is not None else 0
+            self._record_saves(metrics)
+            written = sum(at.last.nbytes for at in self.saves.at.values() if at.last and at.last_step == saved)
             metrics.write(self.step, {"stall_seconds": stall, "checkpoint_bytes": written})
         if self.server is not None:
             self.console.line(self.server.report())
         peak = self._peak()
         lost = [str(f.error) for f in self.manager.failures if f.step == saved]
         return Summary(
-            begun, self.step, self.step >= c.steps, losses, before, after,
+            begun, self.step, self.step >= c.steps, losses, before, after, self.progress.tokens_seen,
             tokens / spent if spent else 0.0, flops / spent if spent else 0.0,
             flops / spent / peak if peak and spent else None, stall, written,
             lost[-1] if lost else None,
@@ -409,7 +444,7 @@ class Trainer:
     def _launch(self, batches: Any, step: int) -> float:
         """One step; returns seconds waited for a snapshot of what it donates."""
 
-        def copied(keys: Iterable[str] | None) -> float:
+        def copied(keys: Iterable[str]) -> float:
             return self._save.copied(keys) if self._save else 0.0
 
         def pause(arrays: Any) -> None:
@@ -423,17 +458,50 @@ class Trainer:
             )
         return waited
 
-    def _checkpoint(self, final: bool) -> float:
+    def _checkpoint(self, final: bool, stopping: bool) -> float:
+        """Saves the state; returns seconds waited. final: everywhere; where the machine is about to be gone, before
+        this returns and to what outlives it first."""
         arrays = {**self.params, **self.opt_state}
         self.watch.phase("saving", self.step, setup=True)
         start = time.perf_counter()
-        if not self.finite_graph(arrays):
-            batch = self.train_data.identity(self.step - 1)
-            raise NonFiniteLoss(self._non_finite(f"parameters or optimizer state are not finite after {batch}"))
+        self._check_saved()
+        finite, batch = self.finite_graph(arrays), self.train_data.identity(self.step - 1)
+        self._saved_finite = finite, f"parameters or optimizer state are not finite after {batch}"
+
+        def check() -> None:
+            if not finite:
+                raise UserError("it is not finite")
+
         if self.lead:
             self._save_tokenizer()
-        self._save = self.manager.save(self.step, arrays, self.layout, self._meta(), everywhere=final)
+        meta = self._meta() | {
+            "position": self.train_data.position(self.step),
+            "metrics": dataclasses.asdict(self.progress),
+        }
+
+        def save(*levels: str) -> SaveHandle:
+            self._save = self.manager.save(
+                self.step, arrays, self.layout, meta, everywhere=final, levels=levels or None, check=check
+            )
+            self.saves.began(self._save)
+            return self._save
+
+        if stopping and is_notice(self.watch.reason):
+            grace, since = self.config.checkpoint.grace_seconds, self.stop.since or start
+            line = save_within(grace, since, self.levels, self.saves, default_coordinator(), save)
+            self.console.line(f"step {self.step}: {line}")
+        else:
+            save()
         return time.perf_counter() - start
+
+    def _check_saved(self) -> None:
+        """Raises NonFiniteLoss for what the last save was to hold; no level has it then. The devices look at it, and
+        what they found is read when something of theirs is waited for anyway."""
+        if self._saved_finite is not None:
+            finite, what = self._saved_finite
+            self._saved_finite = None
+            if not finite:
+                raise NonFiniteLoss(self._non_finite(what))
 
     def evaluate(self) -> float:
         """Mean loss over the first ``eval_batches`` held-out batches, in nats a token."""
@@ -454,6 +522,7 @@ class Trainer:
             if not math.isfinite(loss):
                 raise NonFiniteLoss(self._non_finite(f"held-out loss {loss} at step {self.step}"))
             said.append(f"{loss:.4f}")
+        self.progress.heldout_loss, self.progress.heldout_step = loss, self.step
         metrics.write(self.step, {"heldout_loss": loss})
         return loss
 
@@ -472,6 +541,10 @@ class Trainer:
         for pair in pairs:
             self.console.line(f"  {pair['prompt']!r} -> {pair['text']!r}")
         metrics.write(self.step, {"samples": pairs})
+
+    def _record_saves(self, metrics: Metrics | NoMetrics) -> None:
+        for step, values in self.saves.rows():
+            metrics.write(step, values)
 
     # -------------------------------------------------------------------------------------------------- helpers
 
@@ -501,7 +574,8 @@ class Trainer:
         self.manager.wait()
         where = "there is no good checkpoint"
         if steps := self.manager.steps():
-            paths = [str(path) for level in self.levels for s, path in committed(Path(level.path)) if s == steps[-1]]
+            places = [f"{x.path}/{'*/' * (x.on != 'shared')}{directory_of(steps[-1])}" for x in self.levels]
+            paths = [place for place in places if "://" in place or any(Path("/").glob(str(Path(place).resolve())[1:]))]
             before = f"step {steps[-2]}" if steps[1:] else "the beginning"
             where = f"the same command resumes from step {steps[-1]}, or from {before} after rm -r {' '.join(paths)}"
         return f"{what}; {where}: lower the learning rate or look at the text"

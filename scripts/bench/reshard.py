@@ -31,6 +31,7 @@ RUNS = {
     "native": ["--format", "native"],
     "native bfloat16": ["--format", "native", "--dtype", "bfloat16"],
     "safetensors": ["--format", "safetensors"],
+    "orbax": ["--format", "orbax"],
     "hf": ["--format", "hf"],
     "gguf float16": ["--format", "gguf", "--dtype", "float16"],
     "gguf q8_0": ["--format", "gguf", "--dtype", "q8_0"],
@@ -53,7 +54,7 @@ class Args:
     directory: Path | None = None
     """Where to write; a new one under the system's for temporary files if not given."""
     back: bool = False
-    """Also from each of hf, safetensors and gguf to native."""
+    """Also from each of safetensors, orbax, hf and gguf to native."""
 
 
 def write_source(directory: Path, gigabytes: float) -> None:
@@ -88,7 +89,7 @@ def main() -> None:
         write_source(root / "source", args.gigabytes)
         for what, flags in RUNS.items():
             measure(what, root / "source", root / "out", flags)
-            if args.back and what in ("safetensors", "hf", "gguf q8_0"):
+            if args.back and what in ("safetensors", "orbax", "hf", "gguf q8_0"):
                 measure(f"{what} to native", root / "out", root / "back", [])
                 shutil.rmtree(root / "back")
             os.unlink(root / "out") if (root / "out").is_file() else shutil.rmtree(root / "out")

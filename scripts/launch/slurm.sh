@@ -6,10 +6,10 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
-#SBATCH --signal=TERM@120
+#SBATCH --signal=USR1@120
 #SBATCH --requeue
 set -euo pipefail
 
-# SIGTERM, also that of --signal before the time limit, saves and stops; a requeued job resumes. A process that fails
-# ends the step: the others have said why by then.
-exec srun --kill-on-bad-exit=1 --wait=120 jaxsys train "$@"
+# The signal before the time limit saves and stops within the grace time, as SIGTERM does, which comes when the job is
+# preempted; a requeued job resumes. A process that fails ends the step: the others have said why by then.
+exec srun --kill-on-bad-exit=1 --wait=120 jaxsys train --set checkpoint.grace_seconds=110 "$@"

@@ -8,7 +8,7 @@ import numpy as np
 from checkpoint import Level, Manager
 
 TEXT = (Path(__file__).parents[2] / "docs" / "checkpointing.md").read_text()
-WITH_A_MANAGER, WITHOUT = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+WITH_A_MANAGER, WITHOUT, ORBAX = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_the_example_with_a_manager(tmp_path, monkeypatch, h):
@@ -30,3 +30,11 @@ def test_the_example_without_a_manager(tmp_path, monkeypatch, h):
     exec(WITHOUT, scope)
     np.testing.assert_array_equal(np.asarray(scope["arrays"]["embed"])[:10], state.logical["embed"])
     assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_the_example_of_orbax(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(ORBAX, scope)
+    assert (scope["arrays"]["layers.0.w"].shape, scope["arrays"].meta) == ((512, 64), {"by": "me"})
+    np.testing.assert_array_equal(scope["arrays"].read("layers.0.w")[:, 0], np.arange(512) // 128 * 128)

@@ -115,7 +115,7 @@ def test_what_the_jobset_sets_is_what_is_read():
 def test_the_slurm_script_starts_processes_as_a_step_and_is_a_script():
     script = LAUNCH / "slurm.sh"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    assert re.search(r"^exec srun .*jaxsys train \"\$@\"$", script.read_text(), re.MULTILINE)
+    assert re.search(r"^exec srun .*jaxsys train .*\"\$@\"$", script.read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("flags", [["--processes", "0", "--", "true"], ["--processes", "2"]])

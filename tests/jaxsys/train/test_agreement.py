@@ -50,7 +50,7 @@ def test_a_key_of_the_configuration_is_named_with_both_values(tmp_path, material
 def test_versions_settings_and_variables_are_compared(tmp_path, material, monkeypatch):
     mine = facts(make_config(tmp_path, material))
     assert "jax: process 2 has 0.1, process 0 has " in refusal(mine, {**mine, "jax": "0.1"})
-    other = {name: "0.1" for name in PACKAGES} | {"Python": versions()["Python"]}
+    other = versions() | dict.fromkeys(PACKAGES, "0.1")
     monkeypatch.setattr(agreement, "versions", lambda: other)
     monkeypatch.setitem(os.environ, "XLA_FLAGS", "--xla_x=1")
     theirs = facts(make_config(tmp_path, material))

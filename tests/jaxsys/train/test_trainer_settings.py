@@ -71,9 +71,9 @@ def test_a_held_out_loss_that_is_nan_stops_the_run(tmp_path, material):
     with Trainer(make_config(tmp_path / "run", material), quiet()) as trainer:
         trainer.evaluate = lambda: float("nan") if trainer.step == 6 else 1.0
         with pytest.raises(
-            NonFiniteLoss, match="held-out loss nan at step 6; the same command resumes from step 6, or"
+            NonFiniteLoss, match="held-out loss nan at step 6; the same command resumes from step 4, or"
         ):
-            trainer.run()
+            trainer.run()  # and what it is of is not saved
 
 
 def test_settings_reach_the_step_the_storage_the_records_and_the_peak(tmp_path, material):

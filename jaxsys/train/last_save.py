@@ -1,0 +1,53 @@
+"""The save of a host that is about to be taken away: the fastest level that outlives the host first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from checkpoint import Level, SaveHandle
+from jaxsys.train.saves import Saves
+from parallelism.coordinator import Coordinator
+
+
+def order(levels: Sequence[Level], estimate: Callable[[str], float]) -> list[str]:
+    """The levels by name: those that survive the host before the others, each kind by how long a save there takes."""
+    return [level.name for level in sorted(levels, key=lambda x: (not x.survives_host, estimate(x.name)))]
+
+
+def save_within(
+    seconds: float,
+    since: float,
+    levels: Sequence[Level],
+    saves: Saves,
+    coordinator: Coordinator,
+    save: Callable[[str], SaveHandle],
+) -> str:
+    """Saves to one level after the other while time is left; returns what became of it, in a line.
+
+    seconds: of grace, from ``since`` (of ``time.monotonic``) on. save: begins a save to a level. Until one level has
+    the step every next one is tried, however late it is: there is nothing to lose. Processes do what process 0 finds.
+    """
+    done: list[str] = []
+    not_done: list[str] = []
+    slowest = 0.0
+    for name in coordinator.gather("order of the last save", order(levels, saves.estimate))[0]:
+        left = since + seconds - time.monotonic()
+        expected = saves.estimate(name)
+        if expected == float("inf"):  # never measured: not faster than those before it, and worth a try
+            expected = slowest
+        slowest = max(slowest, expected)
+        if not coordinator.gather("time for the last save", not done or left > expected)[0]:
+            not_done.append(f"{name} (no time: {max(left, 0.0):.0f} s left)")
+            continue
+        began = time.monotonic()
+        handle = save(name)
+        try:
+            handle.wait()
+        except Exception:  # the manager has logged it and keeps it
+            not_done.append(f"{name} (it failed)")
+            continue
+        done.append(f"{name} in {time.monotonic() - began:.1f} s")
+    line = f"saved to {' and '.join(done)}" if done else "saved nowhere"
+    line += f", {time.monotonic() - since:.1f} s after the notice (allowed: {seconds:g})"
+    return line + (f"; not to {', '.join(not_done)}" if not_done else "")

@@ -1,0 +1,190 @@
+"""Signals that ask a run to stop, and the save of a machine that is about to be gone."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+from tiny_runs import make_config, quiet
+
+from checkpoint import Level
+from checkpoint.levels import OpenLevel
+from jaxsys.train import last_save
+from jaxsys.train.config import CheckpointConfig
+from jaxsys.train.last_save import order, save_within
+from jaxsys.train.stop import AHEAD, Stop, is_notice
+from jaxsys.train.trainer import Trainer
+from parallelism.coordinator import SingleProcess
+from parallelism.errors import UserError
+
+LADDER = (
+    Level("ram", "memory", on="host"),
+    Level("peer", "peer"),
+    Level("disk", "disk"),
+    Level("store", "store"),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- signals
+
+
+def wait_for(stop):
+    while stop.asked is None:
+        threading.Event().wait(0.001)
+
+
+@pytest.mark.parametrize("number", AHEAD)
+def test_a_signal_ahead_of_sigterm_is_a_notice_and_the_sigterm_after_it_does_not_end_the_save(number):
+    with Stop() as stop:
+        os.kill(os.getpid(), number)
+        wait_for(stop)
+        since = stop.since
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (stop.asked, stop.since) == (number.name, since)
+    assert is_notice(stop.asked) and is_notice("SIGTERM (process 3)") and not is_notice("SIGINT (process 0)")
+
+
+def test_the_second_of_sigint_and_sigterm_ends_the_process():
+    code = (
+        "import os, signal, threading\nfrom jaxsys.train.stop import Stop\n"
+        "with Stop() as stop:\n"
+        "    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2):\n"
+        "        os.kill(os.getpid(), number)\n"
+        "        threading.Event().wait(0.1)\n"
+        "    print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    threading.Event().wait(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "still here\n")
+    assert done.stderr == "SIGUSR1: finishing the step, saving, then exiting; SIGTERM twice to exit at once\n"
+
+
+# ------------------------------------------------------------------------------------------------------- which level
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({}, ["peer", "disk", "store", "ram"]),  # as the ladder has them
+        ({"ram": 1.0, "peer": 9.0, "disk": 3.0, "store": 5.0}, ["disk", "store", "peer", "ram"]),
+        ({"peer": 9.0, "disk": 3.0}, ["disk", "peer", "store", "ram"]),
+    ],
+)
+def test_levels_that_survive_the_host_come_first_each_by_its_seconds(seconds, expected):
+    assert order(LADDER, lambda name: seconds.get(name, float("inf"))) == expected
+
+
+class Books:
+    """Estimates, and a clock that saves move."""
+
+    def __init__(self, monkeypatch, seconds, taken=(), failing=()):
+        self.seconds, self.taken, self.failing = seconds, {**seconds, **dict(taken)}, failing
+        self.now, self.begun = 100.0, []
+        monkeypatch.setattr(last_save, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def estimate(self, name):
+        return self.seconds.get(name, float("inf"))
+
+    def save(self, name):
+        self.begun.append(name)
+        self.now += self.taken[name]
+        return SimpleNamespace(wait=self._fail if name in self.failing else lambda: None)
+
+    def _fail(self):
+        raise UserError("the disk is full")
+
+    def within(self, seconds):
+        return save_within(seconds, 95.0, LADDER, self, SingleProcess(), self.save)
+
+
+def test_slower_levels_follow_while_there_is_time(monkeypatch):
+    books = Books(monkeypatch, {"ram": 1.0, "peer": 2.0, "disk": 8.0, "store": 60.0})
+    said = books.within(30.0)
+    assert books.begun == ["peer", "disk", "ram"]
+    assert said == (
+        "saved to peer in 2.0 s and disk in 8.0 s and ram in 1.0 s, 16.0 s after the notice (allowed: 30); not to "
+        "store (no time: 15 s left)"
+    )
+
+
+def test_until_one_level_has_it_the_next_is_tried_however_late(monkeypatch):
+    books = Books(monkeypatch, {"ram": 1.0, "peer": 2.0, "disk": 8.0, "store": 60.0}, failing=("peer", "disk"))
+    assert "not to peer (it failed), disk (it failed), ram" in books.within(6.0)
+    assert books.begun == ["peer", "disk", "store"]
+
+
+def test_a_level_that_was_never_measured_is_tried_as_long_as_any_time_is_left(monkeypatch):
+    seconds = {"ram": 1.0, "peer": 2.0, "disk": 3.0}
+    books = Books(monkeypatch, seconds, taken={"store": 50.0})
+    books.within(30.0)
+    assert books.begun == ["peer", "disk", "store"]  # and so no time for ram
+    books = Books(monkeypatch, seconds, taken={"store": 50.0})
+    books.within(10.0)  # no time for the disk, so none for what is slower
+    assert books.begun == ["peer", "ram"]
+
+
+# ------------------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """(level, step) in the order in which they are committed."""
+    found, write = [], OpenLevel.write
+
+    def spied(self, step, *arguments):
+        metrics = write(self, step, *arguments)
+        found.append((self.name, step))
+        # As slow as the level's name says, without anybody waiting for it.
+        return dataclasses.replace(metrics, seconds={"ram": 0.0, "disk": 1000.0}[self.name])
+
+    monkeypatch.setattr(OpenLevel, "write", spied)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("signal_name", "expected"),
+    [
+        ("SIGTERM", ["disk", "ram"]),
+        ("SIGUSR1", ["disk", "ram"]),
+        ("SIGINT", ["ram", "disk"]),  # up the ladder, as any save
+    ],
+)
+def test_a_notice_saves_first_where_the_host_is_not_needed(tmp_path, material, written, signal_name, expected):
+    levels = CheckpointConfig(every=100, ram=str(tmp_path / "memory"), ram_every=1, grace_seconds=2000.0)
+    config = make_config(tmp_path / "run", material, eval_batches=0, steps=5, checkpoint=levels)
+    console = quiet()
+    with Trainer(config, console) as trainer:
+        stops = trainer._stops
+
+        def asked():
+            if trainer.step == 2:
+                trainer.manager.wait()
+                trainer.stop.asked = signal_name
+            return stops()
+
+        trainer._stops = asked
+        summary = trainer.run()
+    assert (summary.step, summary.finished, summary.save_error) == (2, False, None)
+    assert written == [("ram", 1), *((name, 2) for name in expected)]
+    told = [line for line in console.lines if line.startswith("step 2: saved to disk in")]
+    assert len(told) == (signal_name != "SIGINT")
+    assert summary.checkpoint_bytes > 0
+    with Trainer(config, quiet()) as again:
+        assert again.step == 2
+
+
+def test_what_the_grace_time_has_no_room_for_is_left_out(tmp_path, material, written):
+    levels = CheckpointConfig(every=1, ram=str(tmp_path / "memory"), ram_every=100, grace_seconds=1e-6)
+    config = make_config(tmp_path / "run", material, eval_batches=0, steps=5, checkpoint=levels)
+    console = quiet()
+    with Trainer(config, console) as trainer:
+        trainer.stop.asked = "SIGTERM"
+        summary = trainer.run()
+    assert written == [("disk", 1)] and summary.save_error is None
+    assert any("not to ram (no time: 0 s left)" in line for line in console.lines)
