@@ -143,10 +143,7 @@ class OpenLevel:
 
     def open(self, step: int, others: Sequence[CheckpointReader] = ()) -> CheckpointReader:
         """A committed step; others: of the same step at other levels, for chunks that are damaged here."""
-        reader = CheckpointReader(self.store.open(directory_of(step)), others)
-        if reader.manifest.step != step:
-            raise CorruptError(f"{reader.where} holds step {reader.manifest.step}, expected {step}; use another step")
-        return reader
+        return CheckpointReader(self.store.open(directory_of(step)), others, step)
 
     # -- writing, in the thread of ``executor``
 
@@ -162,7 +159,8 @@ class OpenLevel:
         began = time.perf_counter()
         index, channel, directory = self._coordinator.index, f"write:{self.where}", directory_of(step)
         base: int | None = None
-        self._attempts[step] = {}
+        with self._lock:
+            self._attempts[step] = {}
 
         def begin() -> tuple[int | None, str]:
             nonlocal base
@@ -207,7 +205,9 @@ class OpenLevel:
             together(self._coordinator, channel, commit)
             self.bad.discard(step)
             self._newest = max(step, self.newest)
-            del self._attempts[step]
+            with self._lock:  # both at once, and not while a sweep that has not seen the manifest is under way
+                del self._attempts[step]
+                self._known_steps.pop(step, None)
         finally:
             with self._lock:
                 self._known_steps.pop(step, None)

@@ -318,9 +318,9 @@ class Manager:
     ) -> Restored:
         """Restore a step (None: the newest that verifies) into any layout and shardings, after pending saves.
 
-        A chunk that is damaged is read from the next level that has it, and mended, with a warning. A step with a chunk
-        that no level has is passed over, if no step was named, for the one before. ``partial``, ``cast`` and
-        ``origins`` as in ``reshard.load``.
+        A chunk that is damaged is read from the next level that has it, and mended, with a warning; where a manifest
+        is, the step is written again. A step with a chunk that no level has is passed over, if no step was named, for
+        the one before. ``partial``, ``cast`` and ``origins`` as in ``reshard.load``.
         Raises UserError if nothing can be restored or checkpoint and layout do not match.
         """
         self.wait()
@@ -336,22 +336,26 @@ class Manager:
         for at, names in candidates:
             damage: CorruptError | None = None
             readers: dict[OpenLevel, CheckpointReader] = {}
+            unreadable: list[str] = []
             arrays = None
             for level in reversed([level for level in self._levels if level.name in names]):
                 try:
                     readers[level] = level.open(at, list(readers.values())[::-1])
                 except CorruptError as e:
                     damage = e
+                    unreadable.append(level.name)
             ladder = list(readers.items())[::-1]
             try:
                 if ladder:
                     arrays, metrics = load(ladder[0][1], layout, shardings, partial=partial, cast=cast, origins=origins)
             except CorruptError as e:
                 damage = e
-            reports = self._coordinator.gather("restore", None if arrays is not None else str(damage))
+            outcomes = self._coordinator.gather("restore", [None if arrays is not None else str(damage), unreadable])
+            reports = [report for report, _ in outcomes]
             if arrays is not None and not any(reports):
                 level, reader = ladder[0]
                 self._mend(level, at, reader)
+                self._write_again(at, names, {name for _, found in outcomes for name in found})
                 seconds = time.perf_counter() - began
                 return Restored(arrays, reader.manifest.meta, at, level.name, reader.read_by_place, metrics, seconds)
             for level in self._levels:
@@ -372,6 +376,21 @@ class Manager:
                 logger.warning("%d damaged chunks of step %d in %s are mended", count, step, level.where)
         except OSError as e:
             logger.warning("step %d in %s stays damaged: %s", step, level.where, e.strerror)
+
+    def _write_again(self, step: int, holding: Sequence[str], unreadable: Collection[str]) -> None:
+        """Promote a step to levels where some process cannot read its manifest; holding: all that should have it."""
+        good = [level for level in self._levels if level.name in holding and level.name not in unreadable]
+        for level in self._levels if good else []:
+            if level.name in unreadable:
+                level.distrust(step)
+                level.pin(step)
+                try:
+                    level.promote(step, good[0])
+                    logger.warning("step %d in %s had a damaged manifest and is written again", step, level.where)
+                except Exception as e:
+                    logger.warning("step %d in %s stays damaged: %s", step, level.where, e)
+                finally:
+                    level.unpin(step)
 
     def meta(self) -> Mapping[str, Any] | None:
         """What ``restore`` is to return as ``meta``, from the newest manifest that can be read: no array is."""

@@ -74,18 +74,27 @@ class CheckpointReader:
     """A committed checkpoint. Safe to use from several threads.
 
     others: of the same step elsewhere; a chunk that is damaged here is read there, if one has it with the same digest.
-    manifest: of chunks that are not committed; read from the files if not given. bytes_read: bytes of chunks read so
-    far, here. mended: the chunks that were damaged here, with what they should be.
+    step: the one that it should be, where that is known: the manifest of another is damage. manifest: of chunks that
+    are not committed; read from the files if not given. bytes_read: bytes of chunks read so far, here. mended: the
+    chunks that were damaged here, with what they should be.
     Opening raises CorruptError if the manifest is missing or damaged, UserError if it is newer than this program.
     """
 
-    def __init__(self, files: Files, others: Sequence[CheckpointReader] = (), manifest: Manifest | None = None):
+    def __init__(
+        self,
+        files: Files,
+        others: Sequence[CheckpointReader] = (),
+        step: int | None = None,
+        manifest: Manifest | None = None,
+    ):
         self.where = files.where
         self.bytes_read = 0
         self.mended: list[tuple[Chunk, np.ndarray]] = []
         self._files, self._others = files, others
         self._lock = threading.Lock()
         self.manifest = manifest or Manifest.decode(files.read(MANIFEST), f"{files.where}/{MANIFEST}")
+        if step not in (None, self.manifest.step):
+            raise CorruptError(f"{self.where} holds step {self.manifest.step}, expected {step}; use another step")
 
     @functools.cached_property
     def _boxes(self) -> dict[tuple[str, tuple[int, ...], tuple[int, ...]], Chunk]:
@@ -286,9 +295,9 @@ def find_checkpoint(path: str | os.PathLike[str], progress: Progress | None = No
         open_checkpoint(path)
         return path
     found = committed(path)
-    for _, candidate in reversed(found):
+    for step, candidate in reversed(found):
         try:
-            report = CheckpointReader(LocalFiles(candidate)).verify(progress)
+            report = CheckpointReader(LocalFiles(candidate), step=step).verify(progress)
         except CorruptError as e:
             logger.warning("skipping checkpoint %s: %s", candidate, e)
             continue

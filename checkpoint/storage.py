@@ -9,6 +9,10 @@ system. Under its root:
 
 Data is on stable storage before the manifest that names it, and a manifest is gone before the data that only it names.
 So after a crash there may be files that no manifest names, which the next writer removes, and never the reverse.
+
+A writer that is killed, or a sync that fails, leaves what is seen but does not last. So all of that is synced before
+anything is deleted or committed: a step that comes undone must not have been the reason to delete another, and none may
+share chunks that come undone.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -88,7 +93,7 @@ class Store(Protocol):
         """Put bytes into a file where it is damaged, or make it: of no use to a reader until then."""
 
     def delete(self, directory: str, names: Iterable[str]) -> None:
-        """Remove files, for good, and a directory that has none left."""
+        """Remove files, for good, and a directory that has none left. What was put before is there for good then."""
 
 
 def directory_of(step: int) -> str:
@@ -117,8 +122,9 @@ def _names(root: Path) -> dict[str, set[str]]:
     return found
 
 
-def fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """What is in a file, or the names in a directory, are on stable storage then."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -135,6 +141,16 @@ def write_at(path: Path, offset: int, data: Any) -> None:
             left, offset = left[written:], offset + written
     finally:
         os.close(fd)
+
+
+def make_directory(path: Path) -> None:
+    """A directory of which the name, too, is on stable storage, and those of all above it, whoever made them."""
+    path.mkdir(parents=True, exist_ok=True)
+    for above in path.resolve().parents:
+        with contextlib.suppress(PermissionError):  # no name in it is ours
+            sync(above)
+        if above.is_mount():
+            break
 
 
 class WriterLock:
@@ -192,6 +208,8 @@ class LocalFiles:
             return self._at(name).read_bytes()
         except FileNotFoundError:
             raise self._missing(name) from None
+        except OSError as e:
+            raise CorruptError(f"cannot read {self._path / name}: {e.strerror}; use another checkpoint") from e
 
     def size(self, name: str) -> int:
         try:
@@ -238,7 +256,7 @@ def durable(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
-    fsync_directory(path.parent)
+    sync(path.parent)
 
 
 class LocalStore:
@@ -250,16 +268,22 @@ class LocalStore:
         self.root = Path(root)
         self.where = str(root)
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_directory(self.root)
         except OSError as e:
             raise UserError(f"cannot make checkpoint directory {root}: {e.strerror}; choose another") from e
         self._lock = WriterLock(self.root / ".lock", self.root)
+        self._unsettled: set[Path] = set()  # changed files, and directories with changed names, that are not synced
+        self._settling = threading.RLock()
 
     def acquire(self, mark: str = "") -> None:
         try:
             self._lock.acquire(mark)
         except OSError as e:
             raise UserError(f"cannot write in checkpoint directory {self.root}: {e.strerror}; choose another") from e
+        # A killed writer may have left anything so: what is seen here is not yet what a crash leaves.
+        names = self.names()
+        files = {self.root / directory / name for directory, names in names.items() for name in names}
+        self._unsettled = {self.root, *(self.root / directory for directory in names), *files}
 
     def mark(self) -> str | None:
         return self._lock.mark()
@@ -278,38 +302,57 @@ class LocalStore:
 
     @contextlib.contextmanager
     def create(self, directory: str, name: str) -> Iterator[BinaryIO]:
-        with contextlib.suppress(FileExistsError):
-            (self.root / directory).mkdir()
-            fsync_directory(self.root)
-        with durable(self.root / directory / name) as file:
+        self._settle_all()  # the file's owner may share chunks of others
+        with durable(self._made(self.root / directory) / name) as file:
             yield file
 
     def put(self, directory: str, name: str, data: bytes) -> None:
-        unfinished = f"{_UNFINISHED}{name}"
-        (self.root / directory / unfinished).unlink(missing_ok=True)
+        path, unfinished = self.root / directory, f"{_UNFINISHED}{name}"
+        (path / unfinished).unlink(missing_ok=True)
         with self.create(directory, unfinished) as file:
             file.write(data)
-        os.rename(self.root / directory / unfinished, self.root / directory / name)
-        fsync_directory(self.root / directory)
+        with self._changing(path):
+            os.rename(path / unfinished, path / name)
 
     def patch(self, directory: str, name: str, offset: int, data: bytes) -> None:
-        with contextlib.suppress(FileExistsError):
-            (self.root / directory).mkdir()
-            fsync_directory(self.root)
-        path = self.root / directory / name
-        write_at(path, offset, data)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        fsync_directory(path.parent)
+        path = Path(os.path.normpath(self.root / directory / name))
+        with self._changing(self._made(path.parent), path):
+            write_at(path, offset, data)
 
     def delete(self, directory: str, names: Iterable[str]) -> None:
+        self._settle_all()
         path = self.root / directory
-        for name in names:
-            (path / name).unlink(missing_ok=True)
-        fsync_directory(path)
-        with contextlib.suppress(OSError):  # not empty
+        with self._changing(path):
+            for name in names:
+                (path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty; one that is back after a crash, the next writer removes
             path.rmdir()
-            fsync_directory(self.root)
+
+    def _made(self, directory: Path) -> Path:
+        """A directory under the root, made if there is none."""
+        if not directory.is_dir():
+            with self._changing(self.root):
+                directory.mkdir(exist_ok=True)
+        return directory
+
+    @contextlib.contextmanager
+    def _changing(self, *paths: Path) -> Iterator[None]:
+        """Change files, or the names in directories: for good when the context ends, else they stay unsettled."""
+        with self._settling:
+            self._unsettled.update(paths)
+            yield
+            self._settle(paths)
+
+    def _settle(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # deleted, which is synced with the directory
+                sync(path)
+            self._unsettled.discard(path)
+
+    def _settle_all(self) -> None:
+        """Before anything is deleted, or committed that may rely on what is seen of the rest."""
+        with self._settling:
+            self._settle(sorted(self._unsettled))
 
 
 @contextlib.contextmanager
@@ -321,7 +364,7 @@ def sole_writer(path: Path, nbytes: int) -> Iterator[None]:
     lock_path = path.with_name(f".{path.name}.lock")
     lock = WriterLock(lock_path, path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         lock.acquire()
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}; choose another place") from e
@@ -370,14 +413,16 @@ class LocalDraft:
         self.directory.mkdir()
 
     def commit(self, only_file: str | None = None) -> None:
-        """Give the directory its name, or, of one that is a single file's draft, that file."""
-        for path in self.directory.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        fsync_directory(self.directory)
+        """Give it its name, or, of one that is a single file's draft, that file.
+
+        All that is in it, also what others wrote there, is on stable storage then.
+        """
+        for directory, _, names in os.walk(self.directory):
+            for name in names:
+                sync(Path(directory, name))
+            sync(Path(directory))
         os.rename(self.directory / (only_file or ""), self._path)
-        fsync_directory(self._path.parent)
+        sync(self._path.parent)
 
     def abort(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

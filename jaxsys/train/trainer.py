@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from jaxsys.train.inference import Inference, served_context
 from jaxsys.train.last_save import save_within
 from jaxsys.train.launch import batch_grid
 from jaxsys.train.metrics import Metrics, NoMetrics
+from jaxsys.train.metrics import read as rows
 from jaxsys.train.saves import Saves
 from jaxsys.train.stop import Stop, is_notice
 from parallelism import balance, create, detect, put, target
@@ -207,7 +209,15 @@ class Trainer:
                 said.append(
                     f"step {restored.step} from {restored.source}, onto mesh {self.config.mesh or 'of one device'}"
                 )
+                read: Counter[str] = Counter()
+                for sources in default_coordinator().gather("sources", dict(restored.sources)):
+                    read.update(sources)
+                if len(read) > 1:
+                    said.append(", ".join(f"{nbytes / 1e6:.1f} MB of {where}" for where, nbytes in read.items()))
             self.step = restored.step
+            lost = {row["step"]: row["seconds"] for row in rows(self.run_directory) if "seconds" in row}
+            if lost := {step: seconds for step, seconds in lost.items() if step > self.step}:
+                self.console.line(f"steps {min(lost)} to {max(lost)} are lost: {sum(lost.values()):.1f} s of training")
             resume.check_position(self.run_directory, restored.meta, self.train_data.position(self.step))
             self.progress = resume.Progress(**restored.meta.get("metrics", {}))
             self.saves.took(restored)
