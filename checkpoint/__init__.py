@@ -2,14 +2,17 @@
 
 from checkpoint.collect import Collected, collect
 from checkpoint.compare import CheckpointSource, DiffReport, diff
+from checkpoint.conversion import Progress, convert
 from checkpoint.copying import Copied, copy_steps
+from checkpoint.formats.native import NativeSink, NativeSource
 from checkpoint.inspect import StepInfo, StepReport, list_steps, verify
 from checkpoint.levels import Best, Level
 from checkpoint.manager import Failure, Manager, Restored, SaveHandle, SaveMetrics
 from checkpoint.manifest import CorruptError, Manifest
 from checkpoint.places import Place, find_place, root_of
 from checkpoint.reader import CheckpointReader, VerifyReport, find_checkpoint, open_checkpoint
-from checkpoint.reshard import Origin, copy, load, write
+from checkpoint.reshard import Origin, load, write
+from checkpoint.rules import Rules
 
 __all__ = [
     "Best",
@@ -23,16 +26,20 @@ __all__ = [
     "Level",
     "Manager",
     "Manifest",
+    "NativeSink",
+    "NativeSource",
     "Origin",
     "Place",
+    "Progress",
     "Restored",
+    "Rules",
     "SaveHandle",
     "SaveMetrics",
     "StepInfo",
     "StepReport",
     "VerifyReport",
     "collect",
-    "copy",
+    "convert",
     "copy_steps",
     "diff",
     "find_checkpoint",

@@ -1,4 +1,4 @@
-"""Any checkpoint into any mesh: the read plan, the load that follows it, and the offline copy."""
+"""Any checkpoint into any mesh: the read plan and the load that follows it; and a checkpoint out of pieces."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
-import shutil
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +14,20 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from checkpoint.ahead import in_order
 from checkpoint.cells import aligned, unpack, unpack_into
-from checkpoint.manifest import CHUNK_BYTES, DTYPES, MANIFEST, Chunk, Manifest
+from checkpoint.manifest import CHUNK_BYTES, MANIFEST, Chunk, Manifest
 from checkpoint.reader import (
     Box,
     CheckpointReader,
-    Progress,
-    find_checkpoint,
     intersect,
-    open_checkpoint,
     slices,
     worth_reading,
 )
-from checkpoint.storage import LocalDraft, LocalFiles, WriterLock, durable, make_directory
+from checkpoint.storage import LocalFiles, durable, new_directory
 from checkpoint.writer import ChunkWriter, Piece, blocks_of, data_file, manifest_of
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
-
-READ_THREADS = 4
 
 Index = tuple[slice, ...]
 """The box of a stored array that one device holds, as in ``Shard.index``."""
@@ -305,7 +298,7 @@ def load(
         for key, stored in layout.items()
     ]
     arrays: dict[str, jax.Array] = {}
-    for plan, pieces in zip(plans, _read_ahead(reader, plans), strict=True):
+    for plan, pieces in zip(plans, in_order(lambda plan: fill(reader, plan), plans), strict=True):
         stored, sharding = plan.stored, shardings[plan.stored.key]
         shards = [
             jax.device_put(piece, jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
@@ -316,23 +309,6 @@ def load(
             stored.shape, sharding, shards, dtype=stored.dtype
         )
     return arrays, LoadMetrics(sum(p.bytes_read for p in plans), sum(p.bytes_needed for p in plans))
-
-
-def _read_ahead(reader: CheckpointReader, plans: list[ArrayPlan]) -> Iterator[list[np.ndarray]]:
-    """The filled pieces of each plan in order, a few stored arrays ahead: host memory is bounded by those."""
-    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpoint-read") as pool:
-        ahead: deque[Future[list[np.ndarray]]] = deque()
-        waiting = iter(plans)
-        try:
-            while True:
-                while len(ahead) < READ_THREADS and (plan := next(waiting, None)):
-                    ahead.append(pool.submit(fill, reader, plan))
-                if not ahead:
-                    return
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
 
 
 def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
@@ -357,57 +333,6 @@ def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
     return pieces
 
 
-def copy(
-    src_dir: str | os.PathLike[str],
-    dst_dir: str | os.PathLike[str],
-    dtype: str | None = None,
-    select: Callable[[str], bool] | None = None,
-    rename: Callable[[str], str] | None = None,
-    progress: Progress | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
-    keep_dtype: Callable[[str], bool] | None = None,
-    add_files: Callable[[Path], None] | None = None,
-) -> Path:
-    """Stream a checkpoint (or the newest good one of a run) into the new checkpoint directory ``dst_dir``.
-
-    Holds one chunk at a time. Every chunk is verified when read, and the whole result before it gets its name.
-    dtype: for floating-point arrays (others stay), but not those that ``keep_dtype`` names. select: which logical
-    names to take. rename: their new names. add_files: as for ``write``.
-    Raises UserError if ``dst_dir`` exists, nothing is selected, two arrays get one name, or a value is too large for
-    ``dtype``; CorruptError on damage.
-    """
-    reader = open_checkpoint(find_checkpoint(src_dir))
-    dst = Path(dst_dir)
-    if dtype is not None and not (dtype in DTYPES and _is_float(DTYPES[dtype])):
-        raise UserError(f"dtype {dtype!r} is not a floating-point dtype; use float32, bfloat16 or float16")
-    targets: dict[str, Logical] = {}
-    for name, array in reader.manifest.arrays.items():
-        if select is None or select(name):
-            stays = not _is_float(array.dtype) or (keep_dtype is not None and keep_dtype(name))
-            new = array.dtype if dtype is None or stays else DTYPES[dtype]
-            targets[name] = Logical(rename(name) if rename else name, array.shape, new, array.axes)
-    if not targets:
-        raise UserError(f"no array of {reader.where} is selected; it holds {sorted(reader.manifest.arrays)[:3]}...")
-    by_new: dict[str, str] = {}
-    for name, logical in targets.items():
-        if logical.name in by_new:
-            raise UserError(f"arrays {by_new[logical.name]!r} and {name!r} are both renamed to {logical.name!r}")
-        by_new[logical.name] = name
-
-    total = sum(reader.manifest.arrays[name].nbytes for name in targets)
-
-    def pieces() -> Iterator[Piece]:
-        done = 0
-        for name, logical in targets.items():
-            for chunk in reader.manifest.arrays[name].chunks:
-                yield Piece(logical, chunk.start, narrow(reader.read_chunk(name, chunk), logical.dtype, name))
-                done += chunk.nbytes
-                if progress:
-                    progress(done, total)
-
-    return write(dst, reader.manifest.step, reader.manifest.meta, targets.values(), pieces(), chunk_bytes, add_files)
-
-
 def write(
     dst_dir: str | os.PathLike[str],
     step: int,
@@ -415,51 +340,20 @@ def write(
     specs: Collection[Logical],
     pieces: Iterable[Piece],
     chunk_bytes: int = CHUNK_BYTES,
-    add_files: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write ``pieces``, which cover the logical arrays ``specs``, as the new checkpoint directory ``dst_dir``.
 
     Holds one piece at a time; the result is verified before it gets its name, and after an error nothing is left.
-    add_files: called with the directory to write other files into, before it gets its name.
     Raises UserError if ``dst_dir`` exists and when the disk refuses.
     """
     dst = Path(dst_dir)
-    total = sum(spec.nbytes for spec in specs)
-    lock_path = dst.with_name(f".{dst.name}.lock")
-    lock = WriterLock(lock_path, dst)
-    draft = LocalDraft(dst)
-    try:
-        make_directory(dst.parent)
-        lock.acquire()
-    except OSError as e:
-        raise UserError(f"cannot write {dst}: {e.strerror}; choose another place") from e
-    try:
-        _refuse_existing(dst)
-        draft.begin()
-        try:
-            with ChunkWriter(lambda name: durable(draft.directory / name), lambda number: data_file(0)) as writer:
-                for block in blocks_of(pieces, chunk_bytes):
-                    writer.add(block)
-            with durable(draft.directory / MANIFEST) as file:
-                file.write(manifest_of(step, meta, specs, writer.chunks).encode())
-            report = CheckpointReader(LocalFiles(draft.directory)).verify()
-            if not report.ok:
-                raise UserError(f"{dst} did not verify after writing: {report.errors[0]}; check the disk")
-            if add_files is not None:
-                add_files(draft.directory)
-            _refuse_existing(dst)  # somebody else may have made it meanwhile, and a commit replaces
-            draft.commit()
-        finally:
-            draft.abort()  # finds nothing to remove after a commit
-    except OSError as e:
-        needed = f"{total >> 20} MiB needed, {shutil.disk_usage(dst.parent).free >> 20} MiB free"
-        raise UserError(f"cannot write {dst}: {e.strerror} ({needed}); choose another place") from e
-    finally:
-        lock_path.unlink(missing_ok=True)
-        lock.release()
+    with new_directory(dst, sum(spec.nbytes for spec in specs)) as draft:
+        with ChunkWriter(lambda name: durable(draft / name), lambda number: data_file(0)) as writer:
+            for block in blocks_of(pieces, chunk_bytes):
+                writer.add(block)
+        with durable(draft / MANIFEST) as file:
+            file.write(manifest_of(step, meta, specs, writer.chunks).encode())
+        report = CheckpointReader(LocalFiles(draft)).verify()
+        if not report.ok:
+            raise UserError(f"{dst} did not verify after writing: {report.errors[0]}; check the disk")
     return dst
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise UserError(f"{path} exists already; choose a new directory or remove it")

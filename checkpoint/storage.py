@@ -28,7 +28,7 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from checkpoint.manifest import MANIFEST, CorruptError
 from parallelism.errors import UserError
@@ -164,6 +164,18 @@ def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_at(path: Path, offset: int, data: Any) -> None:
+    """Put a buffer into a file, which is made if it is missing. Not synced."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        left = memoryview(data).cast("B")
+        while left:
+            written = os.pwrite(fd, left, offset)
+            left, offset = left[written:], offset + written
     finally:
         os.close(fd)
 
@@ -348,13 +360,7 @@ class LocalStore:
     def patch(self, directory: str, name: str, offset: int, data: bytes) -> None:
         path = Path(os.path.normpath(self.root / directory / name))
         with self._changing(self._made(path.parent), path):
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                while data:
-                    written = os.pwrite(fd, data, offset)
-                    data, offset = data[written:], offset + written
-            finally:
-                os.close(fd)
+            write_at(path, offset, data)
 
     def delete(self, directory: str, names: Iterable[str]) -> None:
         self._settle_all()
@@ -392,6 +398,52 @@ class LocalStore:
             self._settle(sorted(self._unsettled))
 
 
+@contextlib.contextmanager
+def sole_writer(path: Path, nbytes: int) -> Iterator[None]:
+    """Nobody else writes ``path``, which does not exist yet and is to have ``nbytes``.
+
+    Raises UserError if it exists or another process writes it, and for what the file system refuses meanwhile.
+    """
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock = WriterLock(lock_path, path)
+    try:
+        make_directory(path.parent)
+        lock.acquire()
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; choose another place") from e
+    try:
+        refuse_existing(path)
+        yield
+    except OSError as e:
+        needed = f"{nbytes >> 20 or '?'} MiB needed, {shutil.disk_usage(path.parent).free >> 20} MiB free"
+        raise UserError(f"cannot write {path}: {e.strerror} ({needed}); choose another place") from e
+    finally:
+        lock_path.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, nbytes: int = 0) -> Iterator[Path]:
+    """A directory to write into that becomes ``path`` when the context ends, and after an error is not there.
+
+    Raises as ``sole_writer`` does.
+    """
+    draft = LocalDraft(path)
+    with sole_writer(path, nbytes):
+        draft.begin()
+        try:
+            yield draft.directory
+            refuse_existing(path)  # somebody else may have made it meanwhile, and a commit replaces
+            draft.commit()
+        finally:
+            draft.abort()  # finds nothing to remove after a commit
+
+
+def refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already; choose a new directory or file, or remove it")
+
+
 class LocalDraft:
     """A directory being written beside its final place ``path``, as ``.tmp-<name>``: for what is not in a ``Store``."""
 
@@ -403,13 +455,16 @@ class LocalDraft:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir()
 
-    def commit(self) -> None:
-        """Give it its name. All that is in it, also what others wrote there, is on stable storage then."""
+    def commit(self, only_file: str | None = None) -> None:
+        """Give it its name, or, of one that is a single file's draft, that file.
+
+        All that is in it, also what others wrote there, is on stable storage then.
+        """
         for directory, _, names in os.walk(self.directory):
             for name in names:
                 sync(Path(directory, name))
             sync(Path(directory))
-        os.rename(self.directory, self._path)
+        os.rename(self.directory / (only_file or ""), self._path)
         sync(self._path.parent)
 
     def abort(self) -> None:

@@ -14,7 +14,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
@@ -56,8 +56,19 @@ class TensorInfo:
     nbytes: int
 
 
+class GGUFHeader(Protocol):
+    """What a GGUF file says of a model without its weights: of one that is there, or is to be written."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor that is no weight, in float32."""
+
+
 class GGUFFile:
-    """A GGUF file (versions 2 and 3, little-endian), memory-mapped.
+    """A GGUF file (versions 2 and 3, little-endian).
 
     metadata: key -> int, float, bool, str or a list of these.
     tensors: name -> TensorInfo, in the order of the file.
@@ -75,10 +86,10 @@ class GGUFFile:
                 size = os.fstat(file.fileno()).st_size
                 if size == 0:
                     raise UserError(f"{self.path}: the file is empty, expected a GGUF model")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    header = _Header(data, self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot read the GGUF model ({error.strerror}); check the path") from error
-        header = _Header(self._map, self.path)
         self.metadata, self.tensors = header.metadata, header.tensors
         last = max(self.tensors.values(), key=lambda t: t.start + t.nbytes, default=None)
         if last is not None and last.start + last.nbytes > size:
@@ -87,9 +98,10 @@ class GGUFFile:
                 "fetch the file again"
             )
 
-    def read(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
+    def read(self, name: str, dtype: DTypeLike = np.float32, rows: slice = slice(None)) -> np.ndarray:
         """The tensor ``name``, dequantised through float32 into ``dtype``: a new array of ``tensors[name].shape``.
 
+        rows: what to read of the first axis (step 1); only its bytes are read. Safe to use from several threads.
         Raises UserError for a name that is not in the file and for a quantisation type outside SUPPORTED_TYPES.
         """
         info = self.tensors.get(name)
@@ -100,11 +112,21 @@ class GGUFFile:
                 f"{self.path}: tensor {name!r} has quantisation type {info.type}, supported are "
                 f"{', '.join(SUPPORTED_TYPES)}; convert the file to one of these"
             )
-        raw = np.frombuffer(self._map, np.uint8, info.nbytes, info.start)
-        if not raw.size:
-            return np.zeros(info.shape, dtype)
-        rows = raw.reshape(math.prod(info.shape[:-1]), -1)
-        return dequantize(rows, GGMLQuantizationType[info.type]).reshape(info.shape).astype(dtype)
+        shape, start, nbytes = info.shape, info.start, info.nbytes
+        if len(shape) > 1:  # a vector is one row of blocks
+            first, stop, _ = rows.indices(shape[0])
+            row = nbytes // (shape[0] or 1)
+            shape, start, nbytes = (stop - first, *shape[1:]), start + first * row, (stop - first) * row
+        if not nbytes:
+            return np.zeros(shape, dtype)[rows if len(shape) == 1 else ...]
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            raw = np.fromfile(file, np.uint8, nbytes)
+        if raw.nbytes < nbytes:
+            raise UserError(f"{self.path}: truncated since it was opened: tensor {name!r} ends early; fetch it again")
+        blocks = raw.reshape(math.prod(shape[:-1]), -1)
+        found = dequantize(blocks, GGMLQuantizationType[info.type]).reshape(shape).astype(dtype, copy=False)
+        return found[rows] if len(shape) == 1 else found
 
 
 class _Header:

@@ -7,7 +7,6 @@ A checkpoint of ``CheckpointManager`` is ``<root>/<step>/<item>``.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ import numpy as np
 
 from checkpoint.header import ArrayHeader, bounded, check_shape, is_file_name, unique
 from checkpoint.manifest import CHUNK_BYTES, Array, Chunk, CorruptError, check_coverage, digest, split
-from checkpoint.storage import LocalDraft, WriterLock, durable
+from checkpoint.storage import durable, new_directory
 from parallelism.errors import UserError
 
 METADATA = "_METADATA"
@@ -148,13 +147,14 @@ def write_orbax(
     arrays: Iterable[tuple[str, tuple[int, ...], np.dtype, Boxes]],
     meta: Mapping[str, Any],
     step: int | None = None,
+    add_files: Callable[[Path], None] = lambda directory: None,
 ) -> Path:
     """Write a checkpoint that Orbax restores: ``directory`` as an item, for ``StandardCheckpointer`` and the like.
 
     step: write it as that step of ``directory``, the root of a ``CheckpointManager``, which may hold others.
     arrays: name, global shape, dtype, and boxes, each (start, data), that cover the array once. Names with dots become
     nested dictionaries. The first box's shape decides what is one chunk of the file, of at most 16 MiB.
-    meta: JSON; Orbax's ``custom_metadata``, ``OrbaxDir.meta``.
+    meta: JSON; Orbax's ``custom_metadata``, ``OrbaxDir.meta``. add_files: called with the item, to write other files.
 
     Takes boxes one by one, and besides them some 100 MiB of memory (300 where each thread has an arena of malloc's).
     All is read back and compared before it gets its name; after an error nothing is left. Returns the item's directory.
@@ -165,7 +165,7 @@ def write_orbax(
     ts = _tensorstore()
     final = Path(directory) if step is None else Path(directory) / str(step)
     json.dumps(meta, allow_nan=False)  # fails before anything is written
-    with _new_directory(final) as draft:
+    with new_directory(final) as draft:
         item = draft if step is None else draft / ITEM
         item.mkdir(exist_ok=True)
         written = _write_arrays(ts, item, final, arrays)
@@ -182,37 +182,8 @@ def write_orbax(
             with durable(draft / "_CHECKPOINT_METADATA") as file:
                 file.write(json.dumps({"item_handlers": {ITEM: _HANDLER}}).encode())
         _verify(OrbaxDir(item), final, written)
+        add_files(item)
     return final if step is None else final / ITEM
-
-
-@contextlib.contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into that becomes ``path`` when the context ends, and after an error is not there.
-
-    Raises UserError if ``path`` exists, if another process writes it at this moment, and when the disk refuses.
-    """
-    lock_path = path.with_name(f".{path.name}.lock")
-    lock, draft = WriterLock(lock_path, path), LocalDraft(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        try:
-            _refuse_existing(path)
-            draft.begin()
-            yield draft.directory
-            _refuse_existing(path)  # somebody else may have made it meanwhile, and a commit replaces
-            draft.commit()
-        finally:
-            draft.abort()  # finds nothing to remove after a commit
-            lock_path.unlink(missing_ok=True)
-            lock.release()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise UserError(f"{path} exists already; choose a new directory or remove it")
 
 
 def _write_arrays(

@@ -40,7 +40,7 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,8 +61,9 @@ class ArrayInfo(ArrayHeader):
 class SafetensorsDir(Mapping[str, ArrayInfo]):
     """The arrays of a ``.safetensors`` file, or of a directory with a single file or a sharded index.
 
-    Maps each name to its ArrayInfo; only headers are read until ``read``. Raises UserError if a file is missing,
-    truncated or damaged, if the index and the files disagree, and if two files hold one name.
+    Maps each name to its ArrayInfo; only headers are read until ``read``. metadata: of the first file's header. Raises
+    UserError if a file is missing, truncated or damaged, if the index and the files disagree, and if two files hold one
+    name.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -79,17 +80,20 @@ class SafetensorsDir(Mapping[str, ArrayInfo]):
         else:
             raise UserError(f"{self.path}: no safetensors weights: neither {SINGLE} nor {INDEX} is there")
         self._arrays: dict[str, ArrayInfo] = {}
+        self.files = files
+        self.metadata: Any = None
         for file in files:
             if not file.is_file():
                 raise UserError(f"{index}: names {file.name}, which is not there; fetch the missing file")
-            for name, info in _read_header(file).items():
+            arrays, metadata = _read_header(file)
+            self.metadata = self.metadata or metadata
+            for name, info in arrays.items():
                 if name in self._arrays:
                     raise UserError(f"{self.path}: array {name!r} is in {self._arrays[name].file.name} and {file.name}")
                 self._arrays[name] = info
         for name, shard in listed.items():
             if name not in self._arrays or self._arrays[name].file.name != shard:
                 raise UserError(f"{index}: array {name!r} is not in {shard}, where the index has it")
-        self._maps: dict[Path, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> ArrayInfo:
         return self._arrays[name]
@@ -101,18 +105,21 @@ class SafetensorsDir(Mapping[str, ArrayInfo]):
         return len(self._arrays)
 
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A new array in its own dtype: all of ``name``, or what ``box`` (one slice a dimension) selects."""
+        """A new array in its own dtype: all of ``name``, or what ``box`` (one slice a dimension) selects.
+
+        Safe to use from several threads.
+        """
         info = self._arrays.get(name)
         if info is None:
             raise UserError(f"{self.path}: no array {name!r} among the {len(self)} there")
-        if info.file not in self._maps:
-            self._maps[info.file] = np.memmap(info.file, np.uint8, "r")
-        raw = self._maps[info.file][info.start : info.start + info.nbytes]
-        array = np.ndarray(info.shape, info.dtype, buffer=raw if info.nbytes else None)
+        # Mapped for this read alone: what a mapping has read counts as memory of the process as long as it is there.
+        raw = np.memmap(info.file, np.uint8, "r", info.start, info.nbytes) if info.nbytes else None
+        array = np.ndarray(info.shape, info.dtype, buffer=raw)
         return np.array(array if box is None else array[box], order="C")
 
 
-def _read_header(path: Path) -> dict[str, ArrayInfo]:
+def _read_header(path: Path) -> tuple[dict[str, ArrayInfo], Any]:
+    """The arrays of a file, and its metadata."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -125,7 +132,7 @@ def _read_header(path: Path) -> dict[str, ArrayInfo]:
             header = json.loads(file.read(length), object_pairs_hook=unique)
         if not isinstance(header, dict):
             raise ValueError(f"it is a {type(header).__name__}, expected an object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         arrays = {name: _array_info(path, name, entry, 8 + length) for name, entry in header.items()}
         check_disjoint({name: (info.start, info.start + info.nbytes) for name, info in arrays.items()})
     except OSError as error:
@@ -140,7 +147,7 @@ def _read_header(path: Path) -> dict[str, ArrayInfo]:
             f"{path}: truncated safetensors file: array {last[0]!r} ends at byte {end}, the file at {size}; "
             "fetch it again"
         )
-    return arrays
+    return arrays, metadata
 
 
 def _array_info(path: Path, name: str, entry: Any, base: int) -> ArrayInfo:
@@ -203,7 +210,7 @@ def write_safetensors(
         for name, array in arrays:
             if name in shard_of:
                 raise UserError(f"{directory}: array {name!r} is given twice")
-            if array.dtype not in _CODES:
+            if array.dtype not in CODES:
                 raise UserError(f"{directory}: array {name!r} has dtype {array.dtype}, safetensors has no such type")
             if not shards or not shards[-1].has_room(name, array, max_shard_bytes):
                 if shards:
@@ -215,7 +222,7 @@ def write_safetensors(
             shards.append(_Shard(directory / f".shard-0.{tag}", metadata))
         shards[-1].close()
         count = len(shards)
-        finals = [directory / (SINGLE if count == 1 else _shard_name(i, count)) for i in range(count)]
+        finals = [directory / (SINGLE if count == 1 else shard_name(i, count)) for i in range(count)]
         if count > 1:
             total = sum(shard.nbytes for shard in shards)
             weight_map = {name: finals[i].name for name, i in shard_of.items()}
@@ -237,7 +244,7 @@ def write_safetensors(
                 path.unlink(missing_ok=True)
 
 
-def _shard_name(i: int, count: int) -> str:
+def shard_name(i: int, count: int) -> str:
     return f"model-{i + 1:05}-of-{count:05}.safetensors"
 
 
@@ -254,7 +261,7 @@ class _Shard:
 
     def _entry(self, array: np.ndarray) -> dict[str, Any]:
         offsets = [self.nbytes, self.nbytes + array.nbytes]
-        return {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
+        return {"dtype": CODES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
 
     def has_room(self, name: str, array: np.ndarray, max_bytes: int) -> bool:
         entry = len(json.dumps({name: self._entry(array)}))

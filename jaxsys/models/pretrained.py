@@ -29,6 +29,7 @@ from checkpoint.formats.dcp import DCPDir
 from checkpoint.formats.gguf import GGUFFile
 from checkpoint.formats.orbax import OrbaxDir
 from checkpoint.formats.safetensors import SafetensorsDir, write_safetensors
+from checkpoint.formats.tensors import Tensor
 from checkpoint.header import ArrayHeader
 from checkpoint.reshard import narrow
 from jaxsys import configuration
@@ -65,6 +66,11 @@ class Pretrained:
     path: Path
     config: ModelConfig
     reader: Reader
+
+    @property
+    def streamed(self) -> Reader:
+        """``reader`` for several threads at once, which holds nothing but the rows that a box lies in."""
+        return self.reader.rows if isinstance(self.reader, _Whole) else self.reader
 
     @classmethod
     def open(cls, source: ModelSource | str | os.PathLike[str]) -> Pretrained:
@@ -116,7 +122,11 @@ def _open_native(source: ModelSource) -> Pretrained:
     checkpoint = open_checkpoint(find_checkpoint(path))
     config = config_of_meta(checkpoint.manifest.meta, checkpoint.where)
     _check_logical(path, config, {name: array.shape for name, array in checkpoint.manifest.arrays.items()})
-    return Pretrained(path, config, _Whole(lambda logical: checkpoint.read(logical.name)))
+
+    def read(logical: Logical, rows: slice) -> np.ndarray:
+        return checkpoint.read(logical.name, (rows, *logical.box[1:]))
+
+    return Pretrained(path, config, _Whole(read))
 
 
 def config_of_meta(meta: Mapping[str, Any], where: str) -> ModelConfig:
@@ -261,29 +271,36 @@ def _open_gguf(source: ModelSource) -> Pretrained:
     extras = _check(path, _file_shapes(config, names), shapes, functools.partial(kind.redundant_gguf, config))
     _check_extras(path, extras, file.read, names)
 
-    def whole(logical: Logical) -> np.ndarray:
-        return kind.undo_gguf(config, logical.name, file.read(names[logical.name])).reshape(logical.shape)
+    def read(logical: Logical, rows: slice) -> np.ndarray:
+        inner = math.prod(_merged_dimensions(logical, logical.shape)[0][1:])  # rows of a head
+        array = file.read(names[logical.name], rows=slice(rows.start * inner, rows.stop * inner))
+        return kind.undo_gguf(config, logical.name, array).reshape(-1, *logical.shape[1:])
 
-    return Pretrained(path, config, _Whole(whole))
+    return Pretrained(path, config, _Whole(read))
 
 
 class _Whole:
-    """A reader of files that give a tensor only whole (dequantised, or verified by its digest): once for all its boxes.
+    """A reader of files that give whole rows at best (dequantised, or verified by digests): all once for its boxes.
 
-    read: the whole logical array.
+    read: a range of the first dimension of a logical array.
     """
 
-    def __init__(self, read: Callable[[Logical], np.ndarray]):
+    def __init__(self, read: Callable[[Logical, slice], np.ndarray]):
         self._read = read
         self._last: tuple[str, np.ndarray] | None = None
 
     def __call__(self, logical: Logical, box: Box) -> np.ndarray:
         if self._last is None or self._last[0] != logical.name:
             self._last = None  # freed before the next one is read
-            array = self._read(logical)
+            array = self._read(logical, slice(0, logical.shape[0]))
             array.flags.writeable = False  # boxes may be views of it
             self._last = (logical.name, array)
         return self._last[1][box].astype(logical.dtype, copy=False)
+
+    def rows(self, logical: Logical, box: Box) -> np.ndarray:
+        """The same, of the rows of this box alone, and nothing is kept."""
+        first, *rest = _bounded(box, logical.shape)
+        return self._read(logical, first)[(slice(None), *rest)].astype(logical.dtype, copy=False)
 
 
 def _config(make: Callable[[], ModelConfig], where: str) -> ModelConfig:
@@ -418,22 +435,14 @@ def export_hf(
     directory = Path(os.path.abspath(directory))
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
-    if wrong := token_ids.keys() - {"bos", "eos", "pad"}:
-        raise ValueError(f"token_ids has {sorted(wrong)}, expected bos, eos and pad")
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not an empty directory; choose another or remove it")
-    kind = family(config.family, "model")
-    values = kind.config_to_hf(config)
-    back = kind.config_from_hf(values, f"{directory / CONFIG}")
-    if (found := vars(back.inference)) != (wanted := vars(config.inference)):
-        different = ", ".join(name for name in wanted if found[name] != wanted[name])
-        raise UserError(f"{directory}: a {config.family} config.json cannot express this model's {different}")
-    ids = {f"{name}_token_id": token_ids.get(name) for name in ("bos", "eos", "pad")}
-    values |= {"dtype": dtype, "torch_dtype": dtype, **ids}
+    values = hf_config(config, dtype, token_ids, str(directory))
+    names = family(config.family, "model").weight_names(config)
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
-        write_safetensors(temporary, _renamed(directory, config, kind.weight_names(config), arrays, DTYPES[dtype]))
+        write_safetensors(temporary, _renamed(directory, config, names, arrays, DTYPES[dtype]))
         (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         if save_tokenizer is not None:
             save_tokenizer(temporary)
@@ -443,6 +452,40 @@ def export_hf(
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary)
+
+
+def hf_config(config: ModelConfig, dtype: str, token_ids: Mapping[str, int | list[int]], where: str) -> dict[str, Any]:
+    """The config.json of a model whose weights are written in ``dtype``; ``token_ids`` as for ``export_hf``.
+
+    Raises UserError, after ``where``, if it cannot express ``config``.
+    """
+    if wrong := token_ids.keys() - {"bos", "eos", "pad"}:
+        raise ValueError(f"token_ids has {sorted(wrong)}, expected bos, eos and pad")
+    kind = family(config.family, "model")
+    values = kind.config_to_hf(config)
+    expect_expressed(config, kind.config_from_hf(values, f"{where}: {CONFIG}"), f"{where}: a {config.family} {CONFIG}")
+    ids = {f"{name}_token_id": token_ids.get(name) for name in ("bos", "eos", "pad")}
+    return {**values, "dtype": dtype, "torch_dtype": dtype, **ids}
+
+
+def expect_expressed(config: ModelConfig, back: ModelConfig, what: str) -> None:
+    """Raises UserError unless ``back``, as read from what a file would say, is the same model."""
+    if (found := vars(back.inference)) != (wanted := vars(config.inference)):
+        different = ", ".join(name for name in wanted if found[name] != wanted[name])
+        raise UserError(f"{what} cannot express this model's {different}")
+
+
+def hf_tensors(config: ModelConfig, arrays: Mapping[str, Logical]) -> list[Tensor]:
+    """The tensors of a Hugging Face directory, of the model's arrays in the dtypes to write."""
+    names, tensors = family(config.family, "model").weight_names(config), []
+    for name, logical in expected_weights(config).items():
+        theirs = names[name]
+        if isinstance(theirs, tuple):
+            shape = file_shape(_slice(logical))
+            tensors += [Tensor(one, shape, arrays[name], i) for i, one in enumerate(theirs)]
+        else:
+            tensors.append(Tensor(theirs, file_shape(logical), arrays[name]))
+    return tensors
 
 
 def _renamed(

@@ -61,10 +61,15 @@ def write_random(config: ModelConfig, directory: Path) -> None:
         (name, np.ones(a.shape, np.float32) if "norm" in a.axes else random.normal(0, 0.02, a.shape).astype(np.float32))
         for name, a in logical.items()
     )
+    export_hf(directory, config, arrays, dtype="float32", token_ids={}, save_tokenizer=byte_tokenizer().save)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    export_hf(directory, config, arrays, dtype="float32", token_ids={}, save_tokenizer=Tokenizer(backend).save)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return Tokenizer(backend)
 
 
 def torch_model(config: ModelConfig, seed: int = 0) -> Any:

@@ -298,14 +298,14 @@ def interpreters(peers: Sequence[str]) -> dict[str, str]:
 def write_weights(model: str, directory: Path) -> None:
     """A Hugging Face directory, in float32, of a model as jaxsys.load takes it, or random."""
     from jaxsys.console import Console
-    from jaxsys.export import to_hugging_face
+    from jaxsys.export import Asked, reshard
 
     if model == "tiny":
         write_random(ModelConfig("llama", 300, 64, 2, 2, 1, 32, 96, max_seq_len=QUICK.context), directory)
     elif model in MODELS:
         write_random(MODELS[model], directory)
     else:
-        to_hugging_face(model, directory, "float32", Console())
+        reshard(model, directory, Asked("hf"), Console())
 
 
 def main() -> None:

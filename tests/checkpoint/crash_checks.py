@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from crash_model import is_lock
 
-from checkpoint import Level
+from checkpoint import Level, NativeSink, NativeSource, Rules, convert
 from checkpoint.levels import OpenLevel
 from checkpoint.storage import LocalStore, steps_in
 from checkpoint.writer import Piece, blocks_of
@@ -99,3 +99,10 @@ def check(root, keep, promised):
     finally:
         level.store.release()
     return following
+
+
+def copy(source, destination, add_files=None):
+    """The newest good step under ``source`` as a checkpoint of its own."""
+    opened = NativeSource(source)
+    chosen = Rules().apply(opened.arrays, opened.where)
+    convert(opened, chosen, NativeSink(chosen, opened.step, opened.meta), destination, add_files=add_files)

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from crash_checks import CHUNK_BYTES, LAYOUT, check, meta, open_level, there, values, version_of, write
+from crash_checks import CHUNK_BYTES, LAYOUT, check, copy, meta, open_level, there, values, version_of, write
 
-from checkpoint import Level, Manager, cells, copy, open_checkpoint
+from checkpoint import Level, Manager, cells, open_checkpoint
 from parallelism.errors import UserError
 
 KEEP = {"ram": 1, "disk": 2}

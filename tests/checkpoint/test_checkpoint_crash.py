@@ -25,6 +25,7 @@ from crash_checks import (
     LAYOUT,
     SPECS,
     check,
+    copy,
     meta,
     named,
     open_level,
@@ -37,7 +38,7 @@ from crash_checks import (
 from crash_model import SYNCING, Killed, Recorder, crashes, make_tree
 from jax.sharding import SingleDeviceSharding
 
-from checkpoint import Level, Manager, copy, levels, open_checkpoint, storage
+from checkpoint import Level, Manager, levels, open_checkpoint, storage
 from checkpoint.levels import OpenLevel
 from checkpoint.storage import LocalStore
 from parallelism.errors import UserError
@@ -203,7 +204,7 @@ def record_copy(recording):
         (directory / "tokenizer" / "words.json").write_bytes(TOKENIZER)
 
     with recording.on() as recorder:
-        copy(source.where, recording.root / "new" / "out", chunk_bytes=CHUNK_BYTES, add_files=add_files)
+        copy(source.where, recording.root / "new" / "out", add_files=add_files)
         recorder.mark("copied")
     return recorder.log
 

@@ -1,4 +1,4 @@
-"""Read plans against numpy slicing, loading into other meshes and layouts, the offline copy, the reader."""
+"""Read plans against numpy slicing, loading into other meshes and layouts, the reader."""
 
 import itertools
 import logging
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import CorruptError, Level, Manager, copy, find_checkpoint, load, open_checkpoint
+from checkpoint import CorruptError, Level, Manager, find_checkpoint, load, open_checkpoint
 from checkpoint.manifest import DTYPES, MANIFEST
 from checkpoint.reader import CheckpointReader
 from checkpoint.reshard import castable, exact, fill, plan_array
@@ -201,10 +201,6 @@ def test_a_cast_refuses_values_that_the_dtype_does_not_reach(tmp_path, h):
     plan = plan_array(open_checkpoint(path).manifest, stored, ((slice(0, 2),),))
     with pytest.raises(UserError, match="'w' has values beyond float16"):
         fill(open_checkpoint(path), plan)
-    with pytest.raises(UserError, match="'w' has values beyond float16"):
-        copy(path, tmp_path / "out", dtype="float16")
-    copy(path, tmp_path / "out", dtype="float16", keep_dtype=lambda name: name == "w")
-    np.testing.assert_array_equal(open_checkpoint(tmp_path / "out").read("w"), values["w"], strict=True)
 
 
 @pytest.mark.parametrize("source", ["int8", "uint8", "int16", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
@@ -368,85 +364,3 @@ def test_find_checkpoint_takes_the_newest_step_that_verifies(tmp_path, h, caplog
         assert find_checkpoint(tmp_path).name == "step-00000002"
     assert ["step-00000003" in record.getMessage() for record in caplog.records] == [True]
     assert find_checkpoint(tmp_path / "step-00000001").name == "step-00000001"
-
-
-# -- copy
-
-
-def contents(path):
-    reader = open_checkpoint(path)
-    assert reader.verify().ok
-    return {name: reader.read(name) for name in reader.manifest.arrays}
-
-
-def test_copy_keeps_everything(tmp_path, h):
-    state = save(h, tmp_path / "run")
-    seen = []
-    assert copy(tmp_path / "run", tmp_path / "out", progress=lambda *x: seen.append(x)) == tmp_path / "out"
-    h.assert_same(contents(tmp_path / "out"), state.logical)
-    manifest = open_checkpoint(tmp_path / "out").manifest
-    assert (manifest.step, manifest.meta) == (5, {"seed": 1})
-    assert seen[-1] == (manifest.nbytes, manifest.nbytes)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
-
-
-def test_copy_casts_floats_only(tmp_path, h):
-    state = save(h, tmp_path / "run")
-    found = contents(copy(tmp_path / "run", tmp_path / "out", dtype="bfloat16"))
-    assert found["count"].dtype == np.int32
-    np.testing.assert_array_equal(found["layers.1.w"], state.logical["layers.1.w"].astype(ml_dtypes.bfloat16))
-
-
-def test_copy_selects_and_renames(tmp_path, h):
-    state = save(h, tmp_path / "run")
-    found = contents(
-        copy(tmp_path / "run", tmp_path / "out", select=lambda n: "layers" in n, rename=lambda n: "model." + n)
-    )
-    h.assert_same(found, {f"model.layers.{i}.w": state.logical[f"layers.{i}.w"] for i in range(4)})
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ({"rename": lambda n: "same"}, "both renamed to 'same'"),
-        ({"select": lambda n: False}, "is selected"),
-        ({"dtype": "int8"}, "not a floating-point dtype"),
-        ({"dtype": "nope"}, "not a floating-point dtype"),
-    ],
-)
-def test_copy_refuses_bad_arguments_and_writes_nothing(tmp_path, h, how, message):
-    save(h, tmp_path / "run")
-    with pytest.raises(UserError, match=message):
-        copy(tmp_path / "run", tmp_path / "out", **how)
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_copy_leaves_an_existing_directory_alone(tmp_path, h):
-    save(h, tmp_path / "run")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(UserError, match="exists already"):
-        copy(tmp_path / "run", tmp_path / "out")
-    assert (tmp_path / "out" / "mine").read_text() == "x"
-
-
-def test_copy_of_a_damaged_checkpoint_fails_and_leaves_nothing(tmp_path, h):
-    save(h, tmp_path / "run")
-    source = tmp_path / "run" / "step-00000005"
-    data_of(source).write_bytes(b"\0" * data_of(source).stat().st_size)
-    with pytest.raises(CorruptError):
-        copy(source, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_copy_holds_one_chunk_at_a_time(tmp_path):
-    import tracemalloc
-
-    values = {"w": np.arange(1 << 20, dtype=np.float32)}
-    write(tmp_path / "c", values, {"w": [(slice(0, 1 << 20),)]}, chunk_bytes=1 << 16)
-    tracemalloc.start()
-    copy(tmp_path / "c", tmp_path / "out", dtype="bfloat16")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < values["w"].nbytes / 4
-    assert math.prod(open_checkpoint(tmp_path / "out").manifest.arrays["w"].shape) == 1 << 20

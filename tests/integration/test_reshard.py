@@ -14,7 +14,7 @@ from checkpoint.writer import Piece
 from jaxsys import configuration
 from jaxsys.cli.main import main
 from jaxsys.models.families import FAMILIES
-from jaxsys.models.pretrained import expected_weights, file_shape
+from jaxsys.models.pretrained import Pretrained, expected_weights, file_shape
 from jaxsys.tokenizer import Tokenizer
 from parallelism.layout import Logical
 
@@ -115,11 +115,15 @@ def test_the_commands_in_the_documentation(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = (ROOT / "docs" / "checkpointing.md").read_text().splitlines()
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("jaxsys reshard ")]
-    assert len(commands) == 4 and not any(main(command) for command in commands)
+    assert len(commands) == 7 and not any(main(command) for command in commands)
     assert_same(native("out"), state())
     assert_same(native("half"), cast(state(), "bfloat16"))
     assert_same(native("model"), parameters(state()))
     assert {info.dtype for info in SafetensorsDir("exported").values()} == {DTYPES["bfloat16"]}
+    assert SafetensorsDir("tensors").keys() == state().keys()
+    assert Pretrained.open("model.gguf").config == MODEL
+    layers = {name for name in state() if name.startswith("layers.") and ".mlp." not in name}
+    assert native("some").keys() == {name.replace("layers", "blocks") for name in layers}
 
 
 def test_both_formats_generate_the_same(run, hugging_face, tmp_path):
@@ -202,7 +206,7 @@ def test_a_missing_tokenizer_is_found_before_anything_is_written(complaint, tmp_
     for path in (source / "checkpoints" / "tokenizer").iterdir():
         path.unlink()
     (source / "checkpoints" / "tokenizer").rmdir()
-    monkeypatch.setattr(checkpoint, "copy", None)
+    monkeypatch.setattr("jaxsys.export.convert", None)
     assert "no tokenizer" in complaint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -7,7 +7,7 @@ import pytest
 import jaxsys
 from jaxsys.console import Console
 from jaxsys.data import documents
-from jaxsys.export import to_hugging_face
+from jaxsys.export import Asked, reshard
 
 pytestmark = pytest.mark.parity
 
@@ -16,7 +16,7 @@ MODEL, TOKENS = "smollm2-135m-instruct", 24
 
 def test_fifty_prompts_of_mixed_lengths_end_as_in_transformers(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    to_hugging_face(MODEL, tmp_path / "hf", None, Console(shown=False))
+    reshard(MODEL, tmp_path / "hf", Asked("hf"), Console(shown=False))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     llm = jaxsys.load(MODEL, max_context=256)
     draw, texts = random.Random(0), [document.text for document in documents("stdlib", 60)]

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from checkpoint.formats.gguf import GGUFFile
+from checkpoint.formats.gguf import GGUFHeader
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.families import gemma2, llama, mixtral, olmoe, qwen3_moe
 from parallelism.errors import UserError
@@ -39,10 +39,13 @@ class Family(Protocol):
 
 
 class GGUFFamily(Protocol):
-    """What the module of a family offers whose GGUF files can be read."""
+    """What the module of a family offers whose GGUF files can be read and written."""
 
-    def config_from_gguf(self, file: GGUFFile) -> ModelConfig:
+    def config_from_gguf(self, file: GGUFHeader) -> ModelConfig:
         """From a GGUF file's metadata, and what its tensors say of the architecture."""
+
+    def config_to_gguf(self, config: ModelConfig) -> dict[str, Any]:
+        """The metadata that describes the architecture, without its prefix."""
 
     def gguf_names(self, config: ModelConfig) -> dict[str, str]:
         """Logical name -> GGUF tensor name."""
@@ -51,7 +54,11 @@ class GGUFFamily(Protocol):
         """As ``redundant_weights``, for GGUF files."""
 
     def undo_gguf(self, config: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
-        """The logical array ``name`` from its GGUF tensor (float32), before the reshape."""
+        """The logical array ``name``, or rows of whole heads of it, from its GGUF tensor (float32), before the
+        reshape."""
+
+    def to_gguf(self, config: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
+        """The inverse of ``undo_gguf``, in the dtype of ``array``."""
 
 
 FAMILIES: dict[str, Family] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.formats.gguf import GGUFFile
+from checkpoint.formats.gguf import GGUFHeader
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.families import gguf, hugging_face
 from jaxsys.models.families.fields import Fields
@@ -105,7 +105,7 @@ def redundant_weights(config: ModelConfig) -> dict[str, str | np.ndarray]:
     return {hugging_face.HF_HEAD: hugging_face.EMBED} if config.tie_embeddings else {}
 
 
-def config_from_gguf(file: GGUFFile) -> ModelConfig:
+def config_from_gguf(file: GGUFHeader) -> ModelConfig:
     fields = gguf.architecture_fields(file, "gemma2")
     shape = gguf.take_shape(fields, file)
     window = fields.take("attention.sliding_window", int)
@@ -124,6 +124,16 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     return dataclasses.replace(config, windows=tuple(None if i % 2 else window for i in range(config.n_layers)))
 
 
+def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
+    named = {
+        "attention.sliding_window": next((w for w in config.windows if w is not None), None),
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+    }
+    # What is not there is found missing when the metadata is read again.
+    return {**gguf.shape_to_gguf(config), **{name: value for name, value in named.items() if value is not None}}
+
+
 def gguf_names(config: ModelConfig) -> dict[str, str]:
     return gguf.gguf_names(config, GGUF_NORMS)
 
@@ -135,3 +145,7 @@ def redundant_gguf(config: ModelConfig) -> dict[str, str | np.ndarray]:
 def undo_gguf(config: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
     # The converter adds the offset to every norm.
     return array - np.float32(config.norm_offset) if name.endswith("norm.scale") else array
+
+
+def to_gguf(config: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
+    return array + array.dtype.type(config.norm_offset) if name.endswith("norm.scale") else array

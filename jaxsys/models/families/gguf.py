@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.formats.gguf import GGUFFile
+from checkpoint.formats.gguf import GGUFHeader
 from jaxsys.models.config import ModelConfig
 from jaxsys.models.families.fields import Fields
 from jaxsys.models.families.hugging_face import EMBED, HEAD
@@ -38,14 +38,14 @@ def gguf_names(config: ModelConfig, norms: Mapping[str, str]) -> dict[str, str]:
     return names if config.tie_embeddings else {**names, HEAD: GGUF_HEAD}
 
 
-def architecture_fields(file: GGUFFile, architecture: str) -> Fields:
+def architecture_fields(file: GGUFHeader, architecture: str) -> Fields:
     """The metadata that describes the architecture, without its prefix."""
     prefix = f"{architecture}."
     values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     return Fields(values, f"{file.path}: {architecture}")
 
 
-def take_shape(fields: Fields, file: GGUFFile) -> dict[str, Any]:
+def take_shape(fields: Fields, file: GGUFHeader) -> dict[str, Any]:
     """The arguments of ModelConfig that all families name alike.
 
     Vocabulary size and tying are read off the tensors: old files have no key for the first, none has for the second.
@@ -74,6 +74,24 @@ def take_shape(fields: Fields, file: GGUFFile) -> dict[str, Any]:
         "norm_eps": decimal(fields.take("attention.layer_norm_rms_epsilon", float)),
         "rope_theta": decimal(fields.take("rope.freq_base", float, 10_000.0)),
         "tie_embeddings": GGUF_HEAD not in file.tensors,
+    }
+
+
+def shape_to_gguf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of ``take_shape``."""
+    return {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_seq_len,
+        "embedding_length": config.d_model,
+        "block_count": config.n_layers,
+        "feed_forward_length": config.d_ff,
+        "attention.head_count": config.n_heads,
+        "attention.head_count_kv": config.n_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_theta,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.formats.gguf import GGUFFile
+from checkpoint.formats.gguf import GGUFHeader
 from jaxsys.models.config import Llama3Scaling, ModelConfig
 from jaxsys.models.families import gguf, hugging_face
 from jaxsys.models.families.fields import Fields
@@ -62,7 +62,7 @@ def redundant_weights(config: ModelConfig) -> dict[str, str | np.ndarray]:
     return {**values, hugging_face.HF_HEAD: hugging_face.EMBED} if config.tie_embeddings else values
 
 
-def config_from_gguf(file: GGUFFile) -> ModelConfig:
+def config_from_gguf(file: GGUFHeader) -> ModelConfig:
     fields = gguf.architecture_fields(file, "llama")
     config = ModelConfig(family="llama", **gguf.take_shape(fields, file))
     fields.finish()
@@ -72,6 +72,10 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         factor = float(file.read(gguf.ROPE_FACTORS).max())
         config = dataclasses.replace(config, rope_scaling=Llama3Scaling(factor))
     return config
+
+
+def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
+    return gguf.shape_to_gguf(config)
 
 
 def gguf_names(config: ModelConfig) -> dict[str, str]:
@@ -91,3 +95,11 @@ def undo_gguf(config: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
     rows, width = array.shape
     pairs = array.reshape(rows // config.head_dim, config.head_dim // 2, 2, width)
     return pairs.swapaxes(1, 2).reshape(rows, width)
+
+
+def to_gguf(config: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
+    if not name.endswith(("attention.q.kernel", "attention.k.kernel")):
+        return array
+    rows, width = array.shape
+    halves = array.reshape(rows // config.head_dim, 2, config.head_dim // 2, width)
+    return halves.swapaxes(1, 2).reshape(rows, width)

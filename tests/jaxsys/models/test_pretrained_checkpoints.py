@@ -19,7 +19,7 @@ from checkpoint.formats.orbax import write_orbax
 from checkpoint.formats.safetensors import SafetensorsDir
 from jaxsys import configuration
 from jaxsys.console import Console
-from jaxsys.export import to_native
+from jaxsys.export import Asked, reshard
 from jaxsys.hub import ModelSource, resolve
 from jaxsys.llm import _read
 from jaxsys.models.pretrained import Pretrained, expected_weights
@@ -217,7 +217,7 @@ def test_the_tokenizer_is_in_the_checkpoint_or_beside_it_and_reshard_takes_both(
         shutil.copy(file, tmp_path / place)
     expected = Tokenizer.from_hf(tmp_path / "made").encode("some text")
     assert Tokenizer.of(resolve(tmp_path / "saved")).encode("some text") == expected
-    to_native(str(tmp_path / "saved"), tmp_path / "native", None, False, Console())
+    reshard(str(tmp_path / "saved"), tmp_path / "native", Asked(), Console())
     assert_same_model(tmp_path / "native")
 
 

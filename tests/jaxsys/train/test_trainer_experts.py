@@ -10,7 +10,7 @@ from tiny_runs import MODEL, make_config, quiet, write_model, write_recipe
 from checkpoint import open_checkpoint
 from jaxsys import configuration
 from jaxsys.cli.main import main
-from jaxsys.export import to_hugging_face
+from jaxsys.export import Asked, reshard
 from jaxsys.models.config import Experts
 from jaxsys.models.pretrained import Pretrained
 from jaxsys.optim import SGD, Constant, OptimConfig
@@ -59,7 +59,7 @@ def test_a_run_resumed_on_another_mesh_is_the_run_on_one_device(tmp_path, materi
     assert whole.manifest.arrays["layers.0.experts.gate.kernel"].shape == (4, 12, 16)
     kernels = [name for name in whole.manifest.arrays if name.endswith("kernel") and not name.startswith("optimizer")]
     assert_near({n: resumed.read(n) for n in kernels}, {n: whole.read(n) for n in kernels}, 1e-4)
-    to_hugging_face(str(tmp_path / "two"), tmp_path / "out", None, quiet())
+    reshard(str(tmp_path / "two"), tmp_path / "out", Asked("hf"), quiet())
     assert Pretrained.open(tmp_path / "out").config.inference == OLMOE.inference
 
 
