@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -138,6 +139,7 @@ class Manager:
         self._planned: tuple[Any, tuple[Shares, Sequence[Logical]]] | None = None
         self._handles: list[SaveHandle] = []
         self._closed = False
+        self._lock = threading.Lock()
         try:
             for level in levels:
                 self._levels.append(OpenLevel(level, _store(level, self._coordinator), self._coordinator))
@@ -226,10 +228,11 @@ class Manager:
             raise
         handle = SaveHandle(step, snapshot)
         # Submitted here, in order, so that every process writes every level in the same order.
+        open_ = {level.name for level in due}
         for level in due:
             level.pin(step)
             earlier = dict(handle._futures)
-            work = level, step, snapshot, specs, meta, earlier, due, check
+            work = level, step, snapshot, specs, meta, earlier, due, open_, check
             handle._futures[level.name] = level.executor.submit(self._write, *work)
         self._handles = [h for h in self._handles if not h.done] + [handle]
         handle._waiting_seconds = waited
@@ -254,6 +257,7 @@ class Manager:
         meta: Mapping[str, Any],
         earlier: Mapping[str, Future[WriteMetrics]],
         due: Sequence[OpenLevel],
+        open_: set[str],
         check: Callable[[], None] | None,
     ) -> WriteMetrics:
         try:
@@ -280,7 +284,10 @@ class Manager:
             self.failures.append(Failure(step, level.name, error))
             raise error from (None if error is e else e)
         finally:
-            if level is due[-1]:
+            with self._lock:
+                open_.remove(level.name)
+                last = not open_
+            if last:  # a level may be done before one that it does not come after
                 snapshot.release()
                 for each in due:
                     each.unpin(step)

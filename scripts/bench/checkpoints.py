@@ -1,7 +1,7 @@
 """What checkpoints cost: throughput against the disk itself and other libraries, and the stall of a training loop.
 
-    python scripts/bench/checkpoint.py io [--megabytes 1024] [--rounds 5] [--directory DIR]
-    python scripts/bench/checkpoint.py train [--rounds 3]
+    python scripts/bench/checkpoints.py io [--megabytes 1024] [--rounds 5] [--directory DIR]
+    python scripts/bench/checkpoints.py train [--rounds 3]
 
 io: the same arrays of random bytes, on a mesh of eight devices, are saved, restored, and restored onto another mesh by
 jaxsys, Orbax and, where torch is installed, torch's DCP (its process has one device, so it has no other mesh), in turn;
