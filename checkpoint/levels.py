@@ -172,13 +172,14 @@ class OpenLevel:
             return base, uuid.uuid4().hex[:8]
 
         def write() -> dict[str, list[dict[str, Any]]]:
-            known, files = self._known(shared, step), self.store.open(directory)
+            (known, settled), files = self._known(shared, step), self.store.open(directory)
             writer = ChunkWriter(
                 lambda name: self.store.create(directory, name),
                 lambda number: data_file(index, mark, number),
                 self.store.file_bytes,
                 known,
                 files,
+                settled,
                 self.level.zstd,
             )
             self._attempts[step] = writer.chunks
@@ -234,15 +235,17 @@ class OpenLevel:
             for chunk in arrays[spec.name].chunks:
                 yield reader.block(spec, chunk, memory)
 
-    def _known(self, base: int | None, step: int) -> dict[Key, Chunk]:
-        """The chunks of a committed step as one of ``step`` names them, of files that are used enough."""
+    def _known(self, base: int | None, step: int) -> tuple[dict[Key, Chunk], dict[Key, Chunk]]:
+        """The chunks of a committed step as ``step`` would name them: in files that are used enough, and in others."""
+        known: dict[Key, Chunk] = {}
+        settled: dict[Key, Chunk] = {}
         if base is None:
-            return {}
-        directory, found, used, enough = directory_of(step), {}, Counter[str](), set[str]()
+            return known, settled
+        directory, used, enough = directory_of(step), Counter[str](), set[str]()
         try:
             manifest, files = self.open(base).manifest, self.store.open(directory_of(base))
         except CorruptError:
-            return {}
+            return known, settled
         chunks = [(name, chunk) for name, array in manifest.arrays.items() for chunk in array.chunks]
         for _, chunk in chunks:
             used[chunk.file] += chunk.stored_bytes
@@ -251,11 +254,10 @@ class OpenLevel:
                 if nbytes >= IN_USE * files.size(file):
                     enough.add(file)
         for name, chunk in chunks:
-            if chunk.file in enough:
-                there, file = posixpath.split(_resolved(directory_of(base), chunk.file))
-                named = file if there == directory else f"../{there}/{file}"
-                found[name, chunk.start, chunk.shape] = dataclasses.replace(chunk, file=named)
-        return found
+            there, file = posixpath.split(_resolved(directory_of(base), chunk.file))
+            named = dataclasses.replace(chunk, file=file if there == directory else f"../{there}/{file}")
+            (known if chunk.file in enough else settled)[name, chunk.start, chunk.shape] = named
+        return known, settled
 
     def promote(self, step: int, source: OpenLevel) -> WriteMetrics:
         """Write a step from the chunks that another level holds, each verified on the way."""

@@ -67,6 +67,10 @@ class Chunk:
     grid: Grid | None = None
     zstd: tuple[int, str] | None = None
 
+    def holds(self, digest: str, grid: Grid | None) -> bool:
+        """Whether it is of these bytes, cell by cell."""
+        return (self.digest, self.grid) == (digest, grid)
+
     @property
     def whole_bytes(self) -> int:
         """Of it and its table, if it has one."""

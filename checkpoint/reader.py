@@ -151,9 +151,11 @@ class CheckpointReader:
                 if (twin := other.twin(name, chunk)) is not None:
                     with contextlib.suppress(CorruptError):
                         raw = other._verified(name, twin, None, np.empty(chunk.whole_bytes, np.uint8))
-                        logger.warning("%s; read from %s", damage, other.where)
                         with self._lock:
+                            first = all(chunk.file != before.file for before, _ in self.mended)
                             self.mended.append((chunk, raw))
+                        if first:  # of a file that is lost there would be a line a chunk
+                            logger.warning("%s; read from %s", damage, other.where)
                         return raw
             raise
 

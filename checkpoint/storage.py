@@ -198,21 +198,25 @@ class WriterLock:
         self._fd: int | None = None
 
     def acquire(self, mark: str = "") -> None:
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self._guards} is being written by {self._holder(fd)}; stop that or choose another directory"
-            ) from None
-        else:
-            os.ftruncate(fd, 0)
-            holder = {"host": socket.gethostname(), "pid": os.getpid(), "mark": mark}
-            os.pwrite(fd, json.dumps(holder).encode(), 0)
-            self._fd, fd = fd, -1
-        finally:
-            if fd >= 0:
-                os.close(fd)
+        while True:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+                        os.ftruncate(fd, 0)
+                        holder = {"host": socket.gethostname(), "pid": os.getpid(), "mark": mark}
+                        os.pwrite(fd, json.dumps(holder).encode(), 0)
+                        self._fd, fd = fd, -1
+                        return
+                # Its last holder removed the file between: the lock on it keeps nobody out.
+            except BlockingIOError:
+                raise UserError(
+                    f"{self._guards} is being written by {self._holder(fd)}; stop that or choose another directory"
+                ) from None
+            finally:
+                if fd >= 0:
+                    os.close(fd)
 
     def release(self) -> None:
         if self._fd is not None:

@@ -75,12 +75,23 @@ Key = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Array, start and shape of a chunk."""
 
 
+@dataclasses.dataclass
+class _Open:
+    """A file being written."""
+
+    name: str
+    context: AbstractContextManager[BinaryIO]
+    file: BinaryIO
+    offset: int = 0
+
+
 class ChunkWriter:
     """Appends chunks with their digests to one file after the other, those in ``known`` excepted.
 
     create: opens a new file by name. name: of a file, by its number. file_bytes: a file gets no more chunks once it has
     that many bytes. known: chunks that are there already, in ``files``; one of the same box and bytes is taken in place
-    of a new one. zstd: level at which chunks are compressed.
+    of a new one. settled: chunks that are there, too, and are to be written again: those that are the same now go to
+    files of their own, of which later steps can share all. zstd: level at which chunks are compressed.
     """
 
     def __init__(
@@ -90,14 +101,15 @@ class ChunkWriter:
         file_bytes: int | None = None,
         known: Mapping[Key, Chunk] | None = None,
         files: Files | None = None,
+        settled: Mapping[Key, Chunk] | None = None,
         zstd: int | None = None,
     ):
-        self._zstd = zstd
+        self._settled, self._zstd = settled or {}, zstd
         self._create, self._name_of, self._limit = create, name, file_bytes
         self._known, self._files = known or {}, files
         self._there = np.empty(0, np.uint8)
-        self._open: AbstractContextManager[BinaryIO] | None = None
-        self._count = self._offset = 0
+        self._count = 0
+        self._open: dict[bool, _Open] = {}  # of chunks that stay the same, and of the others
         self.chunks: dict[str, list[Chunk]] = defaultdict(list)
         self.nbytes = self.kept_bytes = 0
 
@@ -105,9 +117,14 @@ class ChunkWriter:
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        if self._open is not None:
-            context, self._open = self._open, None
-            context.__exit__(*exc)
+        self._close(list(self._open), exc)
+
+    def _close(self, which: list[bool], exc: tuple[Any, ...] = (None, None, None)) -> None:
+        if which:
+            try:
+                self._open.pop(which[0]).context.__exit__(*exc)
+            finally:
+                self._close(which[1:], exc)
 
     def add(self, block: Block) -> None:
         """Write a chunk, if it is not known. Its memory may be used again afterwards."""
@@ -116,29 +133,33 @@ class ChunkWriter:
             table = digests(block.raw, block.grid) if math.prod(block.grid) > 1 else b""
         digest_, grid = digest(table or block.raw.data), block.grid if table else None
         name = block.logical.name
-        old = self._known.get((name, block.start, block.shape))
-        same = old is not None and (old.digest, old.grid) == (digest_, grid)
-        if old is not None and same and self._is_there(old, block.raw, table):
+        key = name, block.start, block.shape
+        old, settled = self._known.get(key), self._settled.get(key)
+        if old is not None and old.holds(digest_, grid) and self._is_there(old, block.raw, table):
             self.kept_bytes += block.raw.nbytes
             self.chunks[name].append(old)
             return
-        file, offset = self._file(), self._offset
+        to = self._file(settled is not None and settled.holds(digest_, grid))
         frame = compressed(block.raw, table, self._zstd) if self._zstd is not None else None
+        place = to.name, to.offset, block.raw.nbytes, digest_
         for data in (block.raw.data, table) if frame is None else (frame,):
-            done = file.write(data)
-            self.nbytes, self._offset = self.nbytes + done, self._offset + done
+            done = to.file.write(data)
+            self.nbytes, to.offset = self.nbytes + done, to.offset + done
+        to.file.flush()  # or what is said to be there may not be, where the disk is full
         zstd = None if frame is None else (len(frame), digest(frame))
-        place = self._name, offset, block.raw.nbytes, digest_
         self.chunks[name].append(Chunk(block.start, block.shape, *place, grid, zstd))
 
-    def _file(self) -> BinaryIO:
-        if self._open is not None and self._limit is not None and self._offset >= self._limit:
-            self.__exit__(None, None, None)
-        if self._open is None:
-            self._name = self._name_of(self._count)
-            self._open, self._count, self._offset = self._create(self._name), self._count + 1, 0
-            self._stream = self._open.__enter__()
-        return self._stream
+    def _file(self, settled: bool) -> _Open:
+        found = self._open.get(settled)
+        if found is not None and self._limit is not None and found.offset >= self._limit:
+            self._close([settled])
+            found = None
+        if found is None:
+            name = self._name_of(self._count)
+            context = self._create(name)
+            self._open[settled] = found = _Open(name, context, context.__enter__())
+            self._count += 1
+        return found
 
     def _is_there(self, old: Chunk, raw: np.ndarray, table: bytes) -> bool:
         """Whether the file has these bytes indeed: damage is not to spread to this step, but to be mended by it."""

@@ -256,6 +256,9 @@ class TrainConfig:
         expect_at_least(self, 0, "seed", "eval_every", "eval_batches")
         expect(self, "less than 2**31", lambda number: number < 2**31, "seed", "steps")
         Offload.parse(self.offload)
+        if self.checkpoint.keep_best and not self.eval_batches:
+            found = self.checkpoint.keep_best
+            raise BadValue("checkpoint.keep_best", found, "0 where nothing is evaluated (eval_batches=0)")
         if self.target is not None:
             target(self.target)
         start, _ = self.profile_steps

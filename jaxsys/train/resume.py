@@ -26,7 +26,8 @@ class Progress:
     """Metrics of a run so far, through all its starts.
 
     tokens_seen: trained on, padding not counted. training_seconds: of steps, without set-up, evaluation and waits for
-    checkpoints. loss: of the last step. heldout_loss: the last one, of the weights after heldout_step.
+    checkpoints. loss: of the last step. heldout_loss: the last one, of the weights after heldout_step; a
+    checkpoint of others has None.
     """
 
     tokens_seen: float = 0.0

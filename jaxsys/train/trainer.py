@@ -484,10 +484,10 @@ class Trainer:
 
         if self.lead:
             self._save_tokenizer()
-        meta = self._meta() | {
-            "position": self.train_data.position(self.step),
-            "metrics": dataclasses.asdict(self.progress),
-        }
+        so_far = dataclasses.asdict(self.progress)
+        if self.progress.heldout_step != self.step:
+            so_far["heldout_loss"] = None  # of other weights: the best checkpoints are found by it
+        meta = self._meta() | {"position": self.train_data.position(self.step), "metrics": so_far}
 
         def save(*levels: str) -> SaveHandle:
             self._save = self.manager.save(

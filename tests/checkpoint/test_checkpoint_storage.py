@@ -186,6 +186,14 @@ def test_a_file_of_which_little_is_used_is_left(level):
     assert not [name for name in files(level) if name.startswith("step-00000001")]
 
 
+def test_what_stays_the_same_is_written_at_most_twice_however_little_it_is(level):
+    """The second time into a file of its own."""
+    kept = [save(level, step, a=1, b=step, c=step, d=step).kept_bytes for step in range(1, 7)]
+    assert kept == [0, 256, 0, 256, 256, 256]
+    check(level, 6, a=1, b=6, c=6, d=6)
+    assert len([name for name in files(level) if "/data" in name]) == 3  # the last two steps', and what they share
+
+
 def test_a_step_may_be_written_again(level):
     save(level, 1, a=1, b=1)
     save(level, 2, a=1, b=2)
