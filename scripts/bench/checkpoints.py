@@ -292,7 +292,7 @@ def run(directory: Path, ram: Path | None, every: int) -> dict[str, float]:
     changes = {"run": directory, "steps": STEPS, "eval_every": 0, "eval_batches": 0, "checkpoint.every": every}
     changes |= {"checkpoint.ram": ram, "checkpoint.ram_every": 1} if ram else {}
     options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "jaxsys.cli.main", "train", "llama_25m", *options]
+    command = [sys.executable, "-m", "jaxsys.cli.main", "train", "--config", "llama_25m", *options]
     began = resource_peak()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
 """Read plans against numpy slicing, loading into other meshes and layouts, the reader."""
 
+import collections
 import itertools
 import logging
 import math
@@ -11,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import CorruptError, Level, Manager, find_checkpoint, load, open_checkpoint
+from checkpoint.cells import pack_into
 from checkpoint.manifest import DTYPES, MANIFEST
 from checkpoint.reader import CheckpointReader
 from checkpoint.reshard import castable, exact, fill, plan_array
+from checkpoint.shares import shares_of, stored_specs
 from checkpoint.storage import LocalFiles
-from checkpoint.writer import ChunkWriter, Piece, blocks_of, data_file, manifest_of
+from checkpoint.writer import Block, ChunkWriter, Piece, blocks_of, data_file, manifest_of
 from parallelism.errors import UserError
-from parallelism.layout import Logical, Stored
+from parallelism.layout import Layout, Logical, Stored
 
 
 def grid(draw, shape):
@@ -104,7 +107,7 @@ def sharded(draw, values):
             ways, wholes = [draw(st.sampled_from([k for k in (1, 2, 3) if len(rows) % k == 0])), *ways], [whole]
         else:
             stored = [Stored(part.name, padded, rows.dtype, axes, (part,)) for part in parts]
-            wholes = list(whole)
+            wholes = [whole[i, ...] for i in range(len(rows))]
         for each, array in zip(stored, wholes, strict=True):
             sizes = [n // k for n, k in zip(each.shape, ways, strict=True)]
             cuts = [[slice(i * n, (i + 1) * n) for i in range(k)] for n, k in zip(sizes, ways, strict=True)]
@@ -112,31 +115,57 @@ def sharded(draw, values):
     return out
 
 
+KINDS = [
+    "float32", "bfloat16", "int32", "uint8", "bool", "int4", "float8_e4m3fn", "float8_e5m2", "float64", "complex64",
+]  # fmt: skip
+
+
+def saved(draw, path, source):
+    """A checkpoint of what some processes hold, boxes of which several may hold, each written by the write plan."""
+    layout = Layout([stored for stored, _, _ in source])
+    count, chunk_bytes = draw(st.integers(1, 4)), draw(st.integers(1, 64))
+    some = st.lists(st.integers(0, count - 1), min_size=1, unique=True)
+    bounds = {s.key: [tuple((i.start, i.stop) for i in box) for box in boxes] for s, boxes, _ in source}
+    holders = {key: {box: draw(some) for box in boxes} for key, boxes in bounds.items()}
+    wholes = {stored.key: whole for stored, _, whole in source}
+    path.mkdir()
+    chunks = collections.defaultdict(list)
+    for process in range(count):
+        with ChunkWriter(
+            lambda name: (path / name).open("wb"), lambda n, p=process: data_file(p, "", n), 100
+        ) as writer:
+            for key, own in shares_of(layout, holders, process, chunk_bytes).items():
+                for box, shares in own:
+                    held = wholes[key][tuple(slice(*b) for b in box)]
+                    for share in shares:
+                        raw = np.empty(share.nbytes, np.uint8)
+                        pack_into(raw, np.asarray(held[share.within]), share.grid)
+                        writer.add(Block(share.logical, share.start, share.shape, share.grid, raw))
+        for name, found in writer.chunks.items():
+            chunks[name] += found
+    (path / MANIFEST).write_bytes(manifest_of(3, {}, stored_specs(layout), chunks).encode())
+    return open_checkpoint(path)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_any_mesh_written_reads_back_on_any_other(tmp_path_factory, data):
+def test_any_mesh_and_processes_to_any_other_and_back_is_identity(tmp_path_factory, data):
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     values = {}
     for name in "abc"[: draw(st.integers(1, 3))]:
         shape = (draw(st.integers(1, 4)), *draw(st.lists(st.integers(0, 5), max_size=3)))
-        dtype = DTYPES[draw(st.sampled_from(["float32", "bfloat16", "int32"]))]
-        values[name] = (100 * rng.standard_normal(shape)).astype(dtype)
-
-    source = sharded(draw, values)
-    pieces = [
-        Piece(region.logical, region.start, np.array(whole[box][region.within], order="C"))
-        for stored, boxes, whole in source
-        for box in boxes
-        for region in stored.regions(box)
-    ]
-    specs = [part for stored, _, _ in source for part in stored.parts]
-    path = commit(tmp_path_factory.mktemp("mesh") / "c", specs, pieces, draw(st.integers(1, 64)))
-
-    reader = open_checkpoint(path)
-    for stored, boxes, whole in sharded(draw, values):
-        for box, piece in zip(boxes, fill(reader, plan_array(reader.manifest, stored, boxes)), strict=True):
-            np.testing.assert_array_equal(piece, whole[box], strict=True)
+        dtype = DTYPES[draw(st.sampled_from(KINDS))]
+        values[name] = (7 * rng.standard_normal(shape)).astype(np.float32).astype(dtype)
+    root, source = tmp_path_factory.mktemp("mesh"), sharded(draw, values)
+    for name in ("there", "back"):
+        reader = saved(draw, root / name, source)
+        assert reader.verify().ok
+        source = sharded(draw, values)
+        for stored, boxes, whole in source:
+            for box, piece in zip(boxes, fill(reader, plan_array(reader.manifest, stored, boxes)), strict=True):
+                assert piece.dtype == whole.dtype and piece.tobytes() == whole[box].tobytes()
+                whole[box] = piece
 
 
 def save(h, root, chunk_bytes=64, **how):
