@@ -12,9 +12,9 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from checkpoint.compression import compressed
 from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, chunk_from_json, digest
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 IN_USE = 0.5
 """A file is shared with later steps only while at least this part of its bytes is in use: so a run with n steps' worth
 of chunks in use takes at most twice that."""
+
+
+Where = Literal["shared", "host", "peer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Level:
     path: str | os.PathLike[str]
     keep: int | None = 2
     every: int | Literal["auto"] = 1
-    on: Literal["shared", "host", "peer"] = "shared"
+    on: Where = "shared"
     keep_every: int | None = None
     best: Best | None = None
     verify: bool = False
@@ -71,10 +74,23 @@ class Level:
         numbers: dict[str, Any] = {"keep": self.keep, "every": self.every, "keep_every": self.keep_every}
         if self.best is not None:
             numbers["best.keep"] = self.best.keep
+        if self.on not in get_args(Where):
+            found = f"on={self.on!r}, expected one of {', '.join(get_args(Where))}"
+            raise UserError(f"checkpoint level {self.name!r}: {found}")
         for what, number in numbers.items():
-            if number is not None and number != "auto" and number < 1:
+            auto = what == "every" and number == "auto"
+            if number is not None and not auto and (type(number) is not int or number < 1):
                 none = " (None: all)" if what == "keep" else ""
                 raise UserError(f"checkpoint level {self.name!r}: {what}={number}, expected at least 1{none}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a save writes: all that the checkpoint holds, and the chunks that are this process's to write."""
+
+    meta: Mapping[str, Any]
+    specs: Sequence[Logical]
+    blocks: Iterable[Block]
 
 
 class OpenLevel:
@@ -84,7 +100,9 @@ class OpenLevel:
         self.level, self.store = level, store
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"checkpoint-{level.name}")
         self._slots, self._busy = threading.BoundedSemaphore(2), 0
-        self._pace, self._write_seconds = Pace(coordinator, f"due:{store.where}"), 0.0
+        self.mark = ""  # of this run's start, the same in all processes
+        self._pace: Pace | None = None
+        self._write_seconds = 0.0
         self._asked: tuple[int, bool] | None = None
         self.bad: set[int] = set()
         self._coordinator = coordinator
@@ -106,6 +124,8 @@ class OpenLevel:
         """Whether the level takes this step: asked for each, in order, and in all processes."""
         if isinstance(self.level.every, int):
             return step % self.level.every == 0
+        if self._pace is None:
+            self._pace = Pace(self._coordinator, f"due:{self.where}:{self.mark}")
         if self._asked is None or self._asked[0] != step:
             self._asked = step, self._pace.due(step, None if self._busy else self._write_seconds)
         return self._asked[1]
@@ -148,28 +168,59 @@ class OpenLevel:
     # -- writing, in the thread of ``executor``
 
     def write(
-        self, step: int, meta: Mapping[str, Any], specs: Iterable[Logical], blocks: Iterable[Block]
+        self,
+        step: int,
+        meta: Mapping[str, Any],
+        specs: Sequence[Logical],
+        blocks: Iterable[Block],
+        check: Callable[[], None] | None = None,
     ) -> WriteMetrics:
         """Write and commit a step, all processes together, then delete what retention does not keep.
 
-        blocks: those this process writes. specs: every array of the checkpoint, the same in all processes. Chunks that
-        the newest good step has already are not written again. If one process fails, nothing is committed, and what was
-        written stays for ``salvage`` until ``unpin``.
+        blocks: those this process writes. specs: every array of the checkpoint, the same in all processes. check:
+        called first; what it raises fails the save. Chunks that the newest good step has already are not written again.
+        If one process fails, nothing is committed, and what was written stays for ``salvage`` until ``unpin``.
         """
+        return self._write(step, lambda: Content(meta, specs, blocks), check)
+
+    def promote(
+        self, step: int, source: OpenLevel, others: Sequence[OpenLevel] = (), check: Callable[[], None] | None = None
+    ) -> WriteMetrics:
+        """``write`` from the chunks that another level holds, each verified; others: for what is damaged there."""
+
+        def content() -> Content:
+            readers = []
+            for other in others:
+                with contextlib.suppress(CorruptError, OSError):
+                    readers.append(other.open(step))
+            reader = source.open(step, readers)
+            arrays = reader.manifest.arrays
+            specs = [Logical(name, a.shape, a.dtype, a.axes) for name, a in arrays.items()]
+            return Content(reader.manifest.meta, specs, self._own_blocks(reader, specs))
+
+        return self._write(step, content, check)
+
+    def _write(self, step: int, content_of: Callable[[], Content], check: Callable[[], None] | None) -> WriteMetrics:
         began = time.perf_counter()
         index, channel, directory = self._coordinator.index, f"write:{self.where}", directory_of(step)
         base: int | None = None
+        contents: list[Content] = []
         with self._lock:
             self._attempts[step] = {}
 
-        def begin() -> tuple[int | None, str]:
+        def begin() -> tuple[int | None, str, int]:
+            # Whatever can fail is done where all hear of it: a process that skipped a save would be taken to be in this
+            # one when it comes to the next.
             nonlocal base
+            if check is not None:
+                check()
+            contents.append(content_of())
             if index == 0:
                 with self._lock:
                     base = max(self.steps(), default=None)
                     if base is not None:
                         self._pins[base] += 1
-            return base, uuid.uuid4().hex[:8]
+            return base, uuid.uuid4().hex[:8], step
 
         def write() -> dict[str, list[dict[str, Any]]]:
             (known, settled), files = self._known(shared, step), self.store.open(directory)
@@ -184,10 +235,10 @@ class OpenLevel:
             )
             self._attempts[step] = writer.chunks
             with writer:
-                for block in blocks:
+                for block in contents[0].blocks:
                     writer.add(block)
             if self.level.verify:
-                self._read_back(step, specs, writer)
+                self._read_back(step, contents[0].specs, writer)
             metrics.append(WriteMetrics(0.0, writer.nbytes, writer.kept_bytes))
             return {name: [c.to_json() for c in chunks] for name, chunks in writer.chunks.items()}
 
@@ -197,19 +248,24 @@ class OpenLevel:
                 for own in written:
                     for name, chunks in own.items():
                         merged[name] += [chunk_from_json(c) for c in chunks]
-                self.store.put(directory, MANIFEST, manifest_of(step, meta, specs, merged).encode())
+                manifest = manifest_of(step, contents[0].meta, contents[0].specs, merged)
+                self.store.put(directory, MANIFEST, manifest.encode())
 
         metrics: list[WriteMetrics] = []
         try:
-            shared, mark = together(self._coordinator, channel, begin)[0]
+            begun = together(self._coordinator, channel, begin)
+            if steps := {theirs for _, _, theirs in begun if theirs != step}:
+                raise RuntimeError(f"processes save steps {sorted({step, *steps})} at once to {self.where}")
+            shared, mark, _ = begun[0]
             written = together(self._coordinator, channel, write)
             together(self._coordinator, channel, commit)
             self.bad.discard(step)
-            self._newest = max(step, self.newest)
+            self._newest = None if self._newest is None else max(step, self._newest)
             with self._lock:  # both at once, and not while a sweep that has not seen the manifest is under way
                 del self._attempts[step]
                 self._known_steps.pop(step, None)
         finally:
+            contents.clear()  # an error that is kept keeps the functions above
             with self._lock:
                 self._known_steps.pop(step, None)
                 if base is not None:
@@ -259,13 +315,6 @@ class OpenLevel:
             (known if chunk.file in enough else settled)[name, chunk.start, chunk.shape] = named
         return known, settled
 
-    def promote(self, step: int, source: OpenLevel) -> WriteMetrics:
-        """Write a step from the chunks that another level holds, each verified on the way."""
-        reader = source.open(step)
-        arrays = reader.manifest.arrays
-        specs = [Logical(name, a.shape, a.dtype, a.axes) for name, a in arrays.items()]
-        return self.write(step, reader.manifest.meta, specs, self._own_blocks(reader, specs))
-
     def _own_blocks(self, reader: CheckpointReader, specs: Iterable[Logical]) -> Iterator[Block]:
         index, count = self._coordinator.index, self._coordinator.count
         own = [(s, c) for s in specs for c in reader.array(s.name).chunks if writer_of(c.file) % count == index]
@@ -313,7 +362,7 @@ class OpenLevel:
                         self.store.delete(directory_of(step), [MANIFEST])
                         self._known_steps.pop(step, None)
                 self._sweep()
-        except (OSError, UserError) as e:
+        except Exception as e:  # whatever it is, the save that was made stands
             logger.warning("cannot delete old checkpoints in %s: %s", self.where, e)
 
     def _lasting(self, steps: Sequence[int]) -> set[int]:
@@ -333,8 +382,11 @@ class OpenLevel:
         used: set[str] = set()
         for step in steps_in(names):
             directory, of_step = directory_of(step), self._step(step).files
-            # Of a damaged manifest nobody knows: all beside it stays until the step is deleted or written again.
-            used |= {f"{directory}/{name}" for name in names[directory]} if of_step is None else of_step
+            # Of a manifest that cannot be read nobody knows what it uses: all stays until that step is deleted, or
+            # written again.
+            if of_step is None:
+                return
+            used |= of_step
         for directory, files in names.items():
             if directory not in drafts:
                 unused = [name for name in files if f"{directory}/{name}" not in used]
@@ -349,9 +401,12 @@ class OpenLevel:
                 with contextlib.suppress(CorruptError):
                     manifest = self.open(step).manifest
                     chunks = {_resolved(directory, c.file) for a in manifest.arrays.values() for c in a.chunks}
-                    metrics = manifest.meta.get("metrics") or {}
-                    found = _Step(frozenset({f"{directory}/{MANIFEST}"} | chunks), metrics)
-                self._known_steps[step] = found
+                    metrics = manifest.meta.get("metrics") if isinstance(manifest.meta, dict) else None
+                    found = _Step(
+                        frozenset({f"{directory}/{MANIFEST}"} | chunks), metrics if isinstance(metrics, dict) else {}
+                    )
+                    self._known_steps[step] = found
+                return found
             return self._known_steps[step]
 
 

@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -25,7 +26,7 @@ from checkpoint.shares import holders_of, shares_of, stored_specs
 from checkpoint.snapshot import Shares, Snapshot, Staging, by_shard, check_arrays
 from checkpoint.storage import Store, directory_of, steps_in, store_of
 from checkpoint.writer import Block, WriteMetrics
-from parallelism.coordinator import Coordinator, default_coordinator, together
+from parallelism.coordinator import Coordinator, PeerError, default_coordinator, together
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical
 
@@ -112,7 +113,7 @@ class SaveHandle:
 class Manager:
     """Saves to a ladder of levels, fastest first, and restores the newest step that verifies.
 
-    A save writes the first due level from the snapshot and each further one from the level before; a level that
+    A save writes the first due level from the snapshot and each further one from a level before; a level that
     fails is passed over. Each level has one writing thread; at most one save is being written and one waits there,
     the next caller of ``save`` blocks. Failures are logged and kept in ``failures``: they never raise in ``save``.
 
@@ -144,6 +145,8 @@ class Manager:
             for level in levels:
                 self._levels.append(OpenLevel(level, _store(level, self._coordinator), self._coordinator))
             owners = together(self._coordinator, "open", self._acquire)
+            for each in self._levels:
+                each.mark = owners[0]
             together(self._coordinator, "see", lambda: self._see(owners[0]))
         except BaseException:
             self._release()
@@ -261,15 +264,14 @@ class Manager:
         check: Callable[[], None] | None,
     ) -> WriteMetrics:
         try:
-            if check is not None:
-                check()
             # A level before this one that has the step; else what those wrote before they failed, and then the rest.
             before = [x for x in due if x.name in earlier]
             source = next((x for x in before if earlier[x.name].exception() is None), None)
             if source is None:
-                metrics = level.write(step, meta, specs, _rest(before, step, specs, snapshot))
+                metrics = level.write(step, meta, specs, _rest(before, step, specs, snapshot), check)
             else:
-                metrics = level.promote(step, source)
+                done = [x for x in before if earlier[x.name].done() and earlier[x.name].exception() is None]
+                metrics = level.promote(step, source, [x for x in done if x is not source], check)
             snapshot.release()
             logger.info("saved step %d to %s: %d bytes in %.2f s", step, level.where, metrics.nbytes, metrics.seconds)
             return metrics
@@ -280,18 +282,21 @@ class Manager:
                     f"step {step} was not saved to {level.where}: {e.strerror or e}; "
                     "earlier checkpoints are as they were"
                 )
+            _let_go(e)
             logger.error("checkpoint failed: step %d, level %s: %s", step, level.name, error)
             self.failures.append(Failure(step, level.name, error))
             raise error from (None if error is e else e)
         finally:
-            with self._lock:
-                open_.remove(level.name)
-                last = not open_
-            if last:  # a level may be done before one that it does not come after
-                snapshot.release()
-                for each in due:
-                    each.unpin(step)
-            level.end_turn()
+            try:
+                with self._lock:
+                    open_.remove(level.name)
+                    last = not open_
+                if last:  # a level may be done before one that it does not come after
+                    snapshot.release()
+                    for each in due:
+                        each.unpin(step)
+            finally:
+                level.end_turn()
 
     def wait(self) -> None:
         """Block until every save has committed or failed (see ``failures``)."""
@@ -307,7 +312,18 @@ class Manager:
 
     def steps(self) -> list[int]:
         """Committed steps of all levels, ascending."""
-        return sorted({step for level in self._levels for step in level.steps()})
+        return sorted({step for steps in self._holding().values() for step in steps})
+
+    def _holding(self) -> dict[OpenLevel, list[int]]:
+        """The steps that each level has; a level that does not answer has none, with a warning."""
+        found = {}
+        for level in self._levels:
+            try:
+                found[level] = level.steps()
+            except OSError as e:
+                logger.warning("checkpoints in %s cannot be listed, going on without: %s", level.where, e.strerror or e)
+                found[level] = []
+        return found
 
     def latest(self) -> int | None:
         """The newest committed step, or None. It is verified when it is restored."""
@@ -332,16 +348,18 @@ class Manager:
         """
         self.wait()
         began = time.perf_counter()
-        steps = [step] if step is not None else self.steps()[::-1]
+        holding = self._holding()
+        steps = [step] if step is not None else sorted({s for each in holding.values() for s in each})[::-1]
         # A shared file system may show one process what another does not see yet.
-        found = [(s, [level.name for level in self._levels if s in level.steps()]) for s in steps]
+        found = [(s, [level.name for level, there in holding.items() if s in there]) for s in steps]
         candidates = [(s, names) for s, names in self._coordinator.gather("candidates", found)[0] if names]
         where = ", ".join(level.where for level in self._levels)
         if not candidates:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step} (there are {self.steps()})"
             raise UserError(f"{what} in {where}; check the path")
         for at, names in candidates:
-            damage: CorruptError | None = None
+            damage: Exception | None = None
+            refused: Exception | None = None
             readers: dict[OpenLevel, CheckpointReader] = {}
             unreadable: list[str] = []
             arrays = None
@@ -351,18 +369,28 @@ class Manager:
                 except CorruptError as e:
                     damage = e
                     unreadable.append(level.name)
+                except OSError as e:
+                    logger.warning("%s cannot be read, going on without: %s", level.where, e.strerror or e)
+                    damage = e
             ladder = list(readers.items())[::-1]
             try:
                 if ladder:
                     arrays, metrics = load(ladder[0][1], layout, shardings, partial=partial, cast=cast, origins=origins)
-            except CorruptError as e:
+            except (CorruptError, OSError) as e:
                 damage = e
-            outcomes = self._coordinator.gather("restore", [None if arrays is not None else str(damage), unreadable])
-            reports = [report for report, _ in outcomes]
+            except Exception as e:  # no other step would do either
+                refused = e
+            report = None if arrays is not None else str(refused or damage)
+            outcomes = self._coordinator.gather("restore", [report, unreadable, refused is not None])
+            if refused is not None:
+                raise refused
+            if others := [i for i, (_, _, failed) in enumerate(outcomes) if failed]:
+                raise PeerError(f"process {others[0]}: {outcomes[others[0]][0]}")
+            reports = [report for report, _, _ in outcomes]
             if arrays is not None and not any(reports):
                 level, reader = ladder[0]
                 self._mend(level, at, reader)
-                self._write_again(at, names, {name for _, found in outcomes for name in found})
+                self._write_again(at, names, {name for _, found, _ in outcomes for name in found})
                 seconds = time.perf_counter() - began
                 return Restored(arrays, reader.manifest.meta, at, level.name, reader.read_by_place, metrics, seconds)
             for level in self._levels:
@@ -382,7 +410,7 @@ class Manager:
             if count := level.mend(step, reader):
                 logger.warning("%d damaged chunks of step %d in %s are mended", count, step, level.where)
         except OSError as e:
-            logger.warning("step %d in %s stays damaged: %s", step, level.where, e.strerror)
+            logger.warning("step %d in %s stays damaged: %s", step, level.where, e.strerror or e)
 
     def _write_again(self, step: int, holding: Sequence[str], unreadable: Collection[str]) -> None:
         """Promote a step to levels where some process cannot read its manifest; holding: all that should have it."""
@@ -402,8 +430,9 @@ class Manager:
     def meta(self) -> Mapping[str, Any] | None:
         """What ``restore`` is to return as ``meta``, from the newest manifest that can be read: no array is."""
         self.wait()
-        for step, level in [(s, level) for s in self.steps()[::-1] for level in self._levels if s in level.steps()]:
-            with contextlib.suppress(CorruptError):
+        holding = self._holding()
+        for step, level in [(s, x) for s in self.steps()[::-1] for x, there in holding.items() if s in there]:
+            with contextlib.suppress(CorruptError, OSError):
                 return level.open(step).manifest.meta
         return None
 
@@ -433,6 +462,13 @@ class Manager:
     def _release(self) -> None:
         for level in self._levels:
             level.store.close()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold, which is kept: chunks of the ring, views of arrays."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _store(level: Level, coordinator: Coordinator) -> Store:

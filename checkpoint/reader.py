@@ -24,6 +24,8 @@ from parallelism.layout import Logical
 
 logger = logging.getLogger(__name__)
 
+MENDED_BYTES = 1 << 30
+"""Of chunks that were damaged so much is kept at most to mend them; the next save writes the rest again."""
 WHOLE = 0.96  # from this share of a chunk's cells on it is read in one go
 
 Progress = Callable[[int, int], None]
@@ -153,7 +155,8 @@ class CheckpointReader:
                         raw = other._verified(name, twin, None, np.empty(chunk.whole_bytes, np.uint8))
                         with self._lock:
                             first = all(chunk.file != before.file for before, _ in self.mended)
-                            self.mended.append((chunk, raw))
+                            if sum(len(kept) for _, kept in self.mended) + len(raw) <= MENDED_BYTES:
+                                self.mended.append((chunk, raw))
                         if first:  # of a file that is lost there would be a line a chunk
                             logger.warning("%s; read from %s", damage, other.where)
                         return raw
@@ -222,7 +225,7 @@ class CheckpointReader:
         except CorruptError as e:
             raise CorruptError(f"array {name!r}: {e}") from None
         except OSError as e:
-            raise CorruptError(f"array {name!r}: cannot read {self.where}/{chunk.file}: {e.strerror}") from e
+            raise CorruptError(f"array {name!r}: cannot read {self.where}/{chunk.file}: {e.strerror or e}") from e
         with self._lock:
             self.bytes_read += len(raw)
 

@@ -261,7 +261,12 @@ def narrow(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         return array.astype(dtype, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):
         out = array.astype(dtype)
-    if (np.isfinite(array) & ~np.isfinite(out)).any():
+    # Integers wrap, and some floats have no infinity: those are compared with the largest.
+    info = ml_dtypes.finfo(dtype) if _is_float(dtype) else ml_dtypes.iinfo(dtype) if "int" in dtype.name else None
+    beyond = np.isfinite(array) & ~np.isfinite(out)
+    if info is not None and not (_is_float(dtype) and dtype.itemsize > 1):
+        beyond |= (array > array.dtype.type(info.max)) | (array < array.dtype.type(info.min))
+    if beyond.any():
         raise UserError(f"array {name!r} has values beyond {dtype.name}; use a dtype of wider range")
     return out
 

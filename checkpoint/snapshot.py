@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -28,11 +29,13 @@ class Staging:
     """A ring of at most ``budget`` bytes of host memory between devices and writers, given back when it is empty.
 
     Room is taken and let go in the same order. What is larger than the budget gets it all to itself, and no more.
-    peak: the most bytes there were so far.
+    peak: the most bytes there were so far. thread: in which snapshots copy, one after the other: one that began before
+    the last had all its room would hold up the writer that makes room for that.
     """
 
     def __init__(self, budget: int):
         self.budget, self.peak = budget, 0
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-snapshot")
         self._changed = threading.Condition()
         self._taken: deque[_Room] = deque()  # in the order of the ring
         self._memory: np.ndarray | None = None
@@ -110,7 +113,7 @@ class Snapshot:
         self._finished, self._given_up = False, threading.Event()
         self.copy_seconds = 0.0
         self.stalled_seconds = 0.0
-        threading.Thread(target=self._copy, name="checkpoint-snapshot", daemon=True).start()
+        staging.thread.submit(self._copy)
 
     def wait(self, keys: Iterable[str] | None = None) -> float:
         """Block until the arrays of ``keys`` (None: all) are copied, or given up; return the seconds that took."""
@@ -160,6 +163,8 @@ class Snapshot:
         # Only host memory and device-to-host copies here: no jnp operation, no indexing of a jax.Array.
         began = time.perf_counter()
         coming: deque[tuple[str, Any, list[Share]]] = deque()
+        view: np.ndarray | None = None
+        data: Any = None
         try:
             while (self._queue or coming) and not self._given_up.is_set():
                 while self._queue and len(coming) < AHEAD:
@@ -170,7 +175,7 @@ class Snapshot:
                 for share in shares:
                     self._stage(view[share.within], share)
                 # The trainer may donate as soon as it hears of the copy: drop what refers to the buffer first.
-                del view, data
+                view = data = None
                 if not any(key == later for later, *_ in (*coming, *itertools.islice(self._queue, 1))):
                     with self._changed:
                         self._copied.add(key)
@@ -180,6 +185,7 @@ class Snapshot:
         finally:
             self._queue.clear()
             coming.clear()
+            view = data = None  # an error that is kept keeps this frame
             with self._changed:
                 if self._given_up.is_set() and self._error is None:
                     self._copied = set(self._keys)  # nobody wants them any more

@@ -49,6 +49,7 @@ class Launcher:
         self._whole = NamedSharding(plan.mesh, PartitionSpec(None, axes))
         self._micro = NamedSharding(plan.mesh, PartitionSpec(axes))
         self.programs: list[tuple[Graph, int]] = []
+        self._groups: list[list[str]] = []  # of the split step
 
     @property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -263,6 +264,13 @@ class Launcher:
         else:
             pause(new_params)
         return new_params, new_state, metrics, waited
+
+    def overwritten(self, params: Arrays, state: Arrays) -> Arrays:
+        """All arrays in the order in which the updates of a step overwrite them: so a snapshot is to take them."""
+        owned = self._functions.optimizer.owned
+        first = [key for keys in self._groups for key in (*keys, *owned(keys))]
+        whole = {**params, **state}
+        return {key: whole[key] for key in dict.fromkeys([*first, *whole])}
 
     @property
     def _counted(self) -> bool:

@@ -455,7 +455,10 @@ class Trainer:
         """One step; returns seconds waited for a snapshot of what it donates."""
 
         def copied(keys: Iterable[str]) -> float:
-            return self._save.copied(keys) if self._save else 0.0
+            try:
+                return self._save.copied(keys) if self._save else 0.0
+            except RuntimeError:  # the snapshot failed, which its save reports: nobody reads the arrays any more
+                return 0.0
 
         def pause(arrays: Any) -> None:
             if self.server is not None:
@@ -471,7 +474,7 @@ class Trainer:
     def _checkpoint(self, final: bool, stopping: bool) -> float:
         """Saves the state; returns seconds waited. final: everywhere; where the machine is about to be gone, before
         this returns and to what outlives it first."""
-        arrays = {**self.params, **self.opt_state}
+        arrays = self.launcher.overwritten(self.params, self.opt_state)
         self.watch.phase("saving", self.step, setup=True)
         start = time.perf_counter()
         self._check_saved()

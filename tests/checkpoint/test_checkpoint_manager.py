@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from checkpoint import Best, Level, Manager, find_checkpoint, open_checkpoint
+from checkpoint import snapshot as snapshot_module
 from checkpoint.shares import holders_of, shares_of
 from checkpoint.snapshot import Snapshot, Staging, by_shard
 from checkpoint.storage import LocalStore
@@ -407,6 +410,42 @@ def test_a_ring_smaller_than_the_state_saves_it_whole(paths, state, h):
         assert manager._staging.peak <= 64
         assert manager._staging._memory is None
         h.check(restore(manager, state), state)
+
+
+def test_saves_that_follow_each_other_do_not_wait_for_each_others_room(paths, h):
+    """Nobody donates, so nobody waits for copies before the next save."""
+    with Manager(levels(paths), staging_bytes=128, chunk_bytes=64) as manager:
+        states = [h.make_state(seed=seed) for seed in range(4)]
+        for step, state in enumerate(states):
+            save(manager, step, state)
+        manager.wait()
+        h.check(restore(manager, states[-1], 3), states[-1])
+
+
+def test_a_failure_that_is_kept_keeps_no_memory(paths, state, monkeypatch):
+    rings = []
+    aligned = snapshot_module.aligned
+
+    def seen(nbytes):
+        memory = aligned(nbytes)
+        rings.append(weakref.ref(memory.base))
+        return memory
+
+    monkeypatch.setattr(snapshot_module, "aligned", seen)
+
+    def add(writer, block):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ChunkWriter, "add", add)
+    with Manager([Level("disk", paths[1])]) as manager:
+        handle = save(manager, 1, state)
+        with pytest.raises(UserError, match="No space"):
+            handle.wait()
+        del handle
+        assert manager.failures and rings
+        manager._staging.thread.submit(int).result()  # the thread that copies is done, too
+        gc.collect()
+        assert all(ring() is None for ring in rings)
 
 
 @pytest.mark.parametrize("largest", [False, True])

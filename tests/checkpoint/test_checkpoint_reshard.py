@@ -15,7 +15,7 @@ from checkpoint import CorruptError, Level, Manager, find_checkpoint, load, open
 from checkpoint.cells import pack_into
 from checkpoint.manifest import DTYPES, MANIFEST
 from checkpoint.reader import CheckpointReader
-from checkpoint.reshard import castable, exact, fill, plan_array
+from checkpoint.reshard import castable, exact, fill, narrow, plan_array
 from checkpoint.shares import shares_of, stored_specs
 from checkpoint.storage import LocalFiles
 from checkpoint.writer import Block, ChunkWriter, Piece, blocks_of, data_file, manifest_of
@@ -393,3 +393,14 @@ def test_find_checkpoint_takes_the_newest_step_that_verifies(tmp_path, h, caplog
         assert find_checkpoint(tmp_path).name == "step-00000002"
     assert ["step-00000003" in record.getMessage() for record in caplog.records] == [True]
     assert find_checkpoint(tmp_path / "step-00000001").name == "step-00000001"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "value"),
+    [("int32", "int8", 300), ("int32", "uint8", -1), ("int64", "int4", 9), ("float32", "float4_e2m1fn", 100.0)],
+)
+def test_what_does_not_fit_is_an_error_for_integers_and_floats_without_infinity(source, target, value):
+    ok = np.zeros(3, DTYPES[source])
+    assert (narrow(ok, DTYPES[target], "a") == 0).all()
+    with pytest.raises(UserError, match=f"array 'a' has values beyond {target}"):
+        narrow(np.asarray([0, value, 0], DTYPES[source]), DTYPES[target], "a")

@@ -3,7 +3,7 @@
 import pytest
 from tiny_runs import make_config, quiet
 
-from checkpoint import open_checkpoint
+from checkpoint import Manager, open_checkpoint
 from checkpoint.storage import steps_in, store_of
 from jaxsys.train.config import CheckpointConfig
 from jaxsys.train.metrics import read
@@ -50,3 +50,22 @@ def test_an_interval_that_is_chosen_saves_now_and_then(tmp_path, material):
 def test_the_best_of_what_is_not_evaluated_is_refused(tmp_path, material):
     with pytest.raises(UserError, match=r"checkpoint.keep_best: found 1, expected 0 where nothing is evaluated"):
         make_config(tmp_path, material, checkpoint=CheckpointConfig(keep_best=1), eval_batches=0)
+
+
+def test_a_snapshot_takes_first_what_the_first_update_overwrites(tmp_path, material, monkeypatch):
+    orders = []
+    save = Manager.save
+
+    def seen(self, step, arrays, *rest, **how):
+        orders.append(list(arrays))
+        return save(self, step, arrays, *rest, **how)
+
+    monkeypatch.setattr(Manager, "save", seen)
+    config = make_config(tmp_path / "run", material, step_form="split", update_groups=2, steps=2, eval_batches=0)
+    with Trainer(config, quiet()) as trainer:
+        trainer.run()
+        first, second = trainer.launcher._groups
+        owned = trainer.launcher._functions.optimizer.owned
+    for order in orders:
+        place = {key: at for at, key in enumerate(order)}
+        assert max(place[k] for k in (*first, *owned(first))) < min(place[k] for k in (*second, *owned(second)))
