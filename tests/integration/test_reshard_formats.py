@@ -171,9 +171,11 @@ def test_select_exclude_and_rename(run, tmp_path):
 SLOW = """
 import time
 from checkpoint import conversion
-inner = conversion.write_at
+inner, count = conversion.write_at, 0
 def slow(*arguments):
-    time.sleep(0.02)
+    global count
+    count += 1
+    time.sleep(0.02 if count < 12 else 30)  # the signal comes meanwhile
     inner(*arguments)
 conversion.write_at = slow
 conversion.CHUNK_BYTES = 400

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 
 import jaxsys
-from checkpoint import Level, Manager, find_checkpoint
+from checkpoint import Level, Manager, Manifest, find_checkpoint
 from jaxsys import configuration
 from jaxsys.cli.generate import GenerateArgs
 from jaxsys.cli.main import main
@@ -204,7 +204,9 @@ def test_a_checkpoint_deleted_while_it_is_read_is_followed_by_the_newest(checkpo
     def put_late(*args):
         """A run that trains commits a step, and retention deletes the one before."""
         if step := next(steps, None):
-            (checkpoints / f"step-{step - 1:08}").rename(checkpoints / f"step-{step:08}")
+            path = (checkpoints / f"step-{step - 1:08}").rename(checkpoints / f"step-{step:08}") / "manifest.json"
+            manifest = Manifest.decode(path.read_bytes(), str(path))
+            path.write_bytes(dataclasses.replace(manifest, step=step).encode())
         return put(*args)
 
     monkeypatch.setattr(jaxsys.llm, "put", put_late)

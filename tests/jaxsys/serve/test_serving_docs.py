@@ -46,9 +46,12 @@ def test_every_field_is_in_the_table_and_no_other():
 
 
 def test_every_metric_is_in_the_table_and_no_other(server, http):
-    server.front._metrics.called("/health", 200)
+    server.front.metrics.called("/health", 200)
     there = {line.split()[2] for line in http.get("/metrics").text.splitlines() if line.startswith("# TYPE")}
     found = set().union(*(names(row[0]) for row in table("Metrics")))
+    found = {
+        name for name in found if not name.endswith("*")
+    }  # of a run that trains, see tests/jaxsys/train/test_saves.py
     assert found == {name for name in there if not name.endswith("_created")}
 
 
