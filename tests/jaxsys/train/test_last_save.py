@@ -135,7 +135,7 @@ def test_a_level_that_was_never_measured_is_tried_as_long_as_any_time_is_left(mo
 @pytest.fixture
 def written(monkeypatch):
     """(level, step) in the order in which they are committed."""
-    found, write = [], OpenLevel.write
+    found, write = [], OpenLevel._write
 
     def spied(self, step, *arguments):
         metrics = write(self, step, *arguments)
@@ -143,7 +143,7 @@ def written(monkeypatch):
         # As slow as the level's name says, without anybody waiting for it.
         return dataclasses.replace(metrics, seconds={"ram": 0.0, "disk": 1000.0}[self.name])
 
-    monkeypatch.setattr(OpenLevel, "write", spied)
+    monkeypatch.setattr(OpenLevel, "_write", spied)
     return found
 
 

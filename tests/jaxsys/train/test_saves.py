@@ -91,7 +91,7 @@ def test_a_save_is_expected_to_take_as_long_as_the_last_there_or_at_the_next_slo
 
 
 def test_a_level_that_fails_is_counted_and_its_row_says_why(tmp_path, monkeypatch):
-    def full(self, step, source):
+    def full(self, *what):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(OpenLevel, "promote", full)
