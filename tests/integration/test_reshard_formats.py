@@ -169,7 +169,8 @@ def test_select_exclude_and_rename(run, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- interrupts
 
 SLOW = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may have had it ignored
 from checkpoint import conversion
 inner, count = conversion.write_at, 0
 def slow(*arguments):
