@@ -11,8 +11,8 @@ from checkpoint.ahead import in_order
 from checkpoint.collect import collect_locked
 from checkpoint.inspect import FileName, list_steps
 from checkpoint.levels import IN_USE
-from checkpoint.manifest import MANIFEST, Chunk, CorruptError, Manifest, digest
-from checkpoint.places import Place, called, resolved, same_place, used_bytes
+from checkpoint.manifest import MANIFEST, Chunk, CorruptError, Manifest, called, digest, resolved
+from checkpoint.places import Place, same_place, used_bytes
 from checkpoint.reader import CheckpointReader, Progress
 from checkpoint.storage import Store, directory_of
 from checkpoint.writer import data_file

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from checkpoint.header import is_file_name
-from checkpoint.manifest import MANIFEST, CorruptError, Manifest, check_digest
-from checkpoint.remote import SECRET_BYTES, RemoteStore, Server, UnreachableError, listen, resolved
+from checkpoint.manifest import MANIFEST, CorruptError, Manifest, check_digest, resolved
+from checkpoint.remote import SECRET_BYTES, RemoteStore, Server, UnreachableError, listen
 from checkpoint.storage import Files, LocalStore, Store
 from checkpoint.writer import writer_of
 from parallelism.coordinator import Coordinator, default_coordinator, together

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from checkpoint.ahead import in_order
-from checkpoint.manifest import MANIFEST, Chunk, CorruptError, Manifest
-from checkpoint.places import Place, committed_directories, resolved, used_bytes
+from checkpoint.manifest import MANIFEST, Chunk, CorruptError, Manifest, resolved
+from checkpoint.places import Place, committed_directories, used_bytes
 from checkpoint.reader import CheckpointReader, Progress
 from checkpoint.storage import Store
 from parallelism.errors import UserError

@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import math
 import os
-import posixpath
 import threading
 import time
 import uuid
@@ -17,7 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, get_args
 
 from checkpoint.compression import compressed
-from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, chunk_from_json, digest
+from checkpoint.manifest import (
+    MANIFEST,
+    Array,
+    Chunk,
+    CorruptError,
+    Manifest,
+    called,
+    chunk_from_json,
+    digest,
+    resolved,
+)
 from checkpoint.pace import Pace
 from checkpoint.reader import CheckpointReader
 from checkpoint.storage import Store, directory_of, steps_in
@@ -310,8 +319,7 @@ class OpenLevel:
                 if nbytes >= IN_USE * files.size(file):
                     enough.add(file)
         for name, chunk in chunks:
-            there, file = posixpath.split(_resolved(directory_of(base), chunk.file))
-            named = dataclasses.replace(chunk, file=file if there == directory else f"../{there}/{file}")
+            named = dataclasses.replace(chunk, file=called(directory, *resolved(directory_of(base), chunk.file)))
             (known if chunk.file in enough else settled)[name, chunk.start, chunk.shape] = named
         return known, settled
 
@@ -400,7 +408,7 @@ class OpenLevel:
                 # Nothing else: who cannot read it now does not know what it uses, and must not delete.
                 with contextlib.suppress(CorruptError):
                     manifest = self.open(step).manifest
-                    chunks = {_resolved(directory, c.file) for a in manifest.arrays.values() for c in a.chunks}
+                    chunks = {"/".join(resolved(directory, c.file)) for a in manifest.arrays.values() for c in a.chunks}
                     metrics = manifest.meta.get("metrics") if isinstance(manifest.meta, dict) else None
                     found = _Step(
                         frozenset({f"{directory}/{MANIFEST}"} | chunks), metrics if isinstance(metrics, dict) else {}
@@ -420,7 +428,3 @@ class _Step:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _resolved(directory: str, file: str) -> str:
-    return posixpath.normpath(f"{directory}/{file}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -201,6 +202,17 @@ def is_chunk_file(file: Any) -> bool:
         return False
     other = _OTHER_STEP.match(file)
     return is_file_name(file[other.end() :] if other else file)
+
+
+def resolved(directory: str, file: str) -> tuple[str, str]:
+    """The directory and name of what a chunk of a step in ``directory`` calls its file."""
+    there, name = posixpath.split(posixpath.normpath(f"{directory}/{file}"))
+    return there, name
+
+
+def called(directory: str, there: str, name: str) -> str:
+    """What a step in ``directory`` calls the file ``name`` in the directory ``there``: the inverse of ``resolved``."""
+    return name if there == directory else f"../{there}/{name}"
 
 
 def check_coverage(name: str, array: Array, where: str) -> None:

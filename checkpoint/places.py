@@ -10,7 +10,7 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from checkpoint.manifest import MANIFEST, CorruptError, Manifest
+from checkpoint.manifest import MANIFEST, CorruptError, Manifest, resolved
 from checkpoint.reader import CheckpointReader
 from checkpoint.storage import Store, directory_of, steps_in, store_of
 from parallelism.errors import UserError
@@ -136,17 +136,6 @@ def root_of(path: str | os.PathLike[str]) -> Store:
         if found and ".lock" not in found and not any(name.startswith("step-") for name in found):
             raise UserError(f"{path} holds no checkpoints but {sorted(found)[0]!r}; give a new directory or a run's")
     return store_of(text)
-
-
-def resolved(directory: str, file: str) -> tuple[str, str]:
-    """The directory and name of what a chunk of a step in ``directory`` calls its file."""
-    there, name = posixpath.split(posixpath.normpath(f"{directory}/{file}"))
-    return there, name
-
-
-def called(directory: str, there: str, name: str) -> str:
-    """What a step in ``directory`` calls the file ``name`` in the directory ``there``: the inverse of ``resolved``."""
-    return name if there == directory else f"../{there}/{name}"
 
 
 def used_bytes(manifest: Manifest, directory: str) -> Mapping[tuple[str, str], int]:

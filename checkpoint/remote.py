@@ -26,7 +26,6 @@ import hmac
 import io
 import json
 import logging
-import posixpath
 import re
 import secrets
 import socket
@@ -37,7 +36,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, cast
 
 from checkpoint.header import is_file_name
-from checkpoint.manifest import CorruptError
+from checkpoint.manifest import CorruptError, resolved
 from checkpoint.storage import LocalStore
 from parallelism.errors import UserError
 
@@ -420,12 +419,6 @@ def _raise_from(reply: dict[str, Any], host: str) -> None:
             raise CorruptError(reply["text"])
         case "user":
             raise UserError(reply["text"])
-
-
-def resolved(directory: str, name: str) -> tuple[str, str]:
-    """The directory and the name that ``name`` means beside a manifest in ``directory``, which a host may not have."""
-    there, file = posixpath.split(posixpath.normpath(f"{directory}/{name}"))
-    return there, file
 
 
 class RemoteFiles:
