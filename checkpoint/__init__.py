@@ -1,10 +1,10 @@
 """What survives: asynchronous, verified checkpoints of logical arrays that fit any mesh."""
 
 from checkpoint.collect import Collected, collect
-from checkpoint.compare import CheckpointSource, DiffReport, diff
+from checkpoint.compare import DiffReport, diff
 from checkpoint.conversion import Progress, convert
 from checkpoint.copying import Copied, copy_steps
-from checkpoint.formats.native import NativeSink, NativeSource
+from checkpoint.formats.native import CheckpointSource, NativeSink, NativeSource
 from checkpoint.inspect import StepInfo, StepReport, list_steps, verify
 from checkpoint.levels import Best, Level
 from checkpoint.manager import Failure, Manager, Restored, SaveHandle, SaveMetrics

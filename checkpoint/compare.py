@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -12,8 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from checkpoint.ahead import in_order
+from checkpoint.formats.native import CheckpointSource
 from checkpoint.manifest import CHUNK_BYTES, split
-from checkpoint.reader import Box, CheckpointReader, Progress, slices
+from checkpoint.reader import Box, Progress, slices
+from checkpoint.rules import matches
 from parallelism.errors import UserError
 from parallelism.layout import Logical
 
@@ -29,19 +29,6 @@ class Source(Protocol):
 
     def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
         """A box (a slice of step 1 a dimension) in the array's dtype. Raises CorruptError on damage."""
-
-
-class CheckpointSource:
-    """A native checkpoint, in chunks with digests."""
-
-    def __init__(self, reader: CheckpointReader):
-        self.reader, self.where = reader, reader.where
-        self.arrays: Mapping[str, Logical] = {
-            name: Logical(name, array.shape, array.dtype, array.axes) for name, array in reader.manifest.arrays.items()
-        }
-
-    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
-        return self.reader.read(name, box)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +258,4 @@ def matching(patterns: Sequence[str], names: Iterable[str], where: str) -> list[
     Raises UserError, naming what is near, for a pattern that no name matches; ``where`` has the names.
     """
     known = sorted(names)
-    found = {pattern: fnmatch.filter(known, pattern) for pattern in patterns}
-    for pattern, own in found.items():
-        if not own:
-            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
-            raise UserError(
-                f"select {pattern!r} meets none of the {len(known)} arrays of {where}; near it are {', '.join(near)}"
-            )
-    return sorted({name for own in found.values() for name in own}) if patterns else known
+    return [name for name, met in matches(patterns, known, "select", where).items() if met] if patterns else known

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,24 @@ class ArrayHeader:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+Header = TypeVar("Header", bound=ArrayHeader)
+
+
+class Headers(Mapping[str, Header]):
+    """Arrays of files by name, as far as headers say; ``_arrays`` has them."""
+
+    _arrays: dict[str, Header]
+
+    def __getitem__(self, name: str) -> Header:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 def bounded(name: str, shape: tuple[int, ...], box: tuple[slice, ...] | None) -> tuple[slice, ...]:

@@ -48,9 +48,9 @@ class Rules:
             raise UserError(f"dtype {self.dtype!r} is not a floating-point dtype; use float32, bfloat16 or float16")
         taken = list(arrays)
         if self.select:
-            taken = [name for name, met in _matches(self.select, taken, "select", where).items() if met]
+            taken = [name for name, met in matches(self.select, taken, "select", where).items() if met]
         if self.exclude:
-            taken = [name for name, met in _matches(self.exclude, taken, "exclude", where).items() if not met]
+            taken = [name for name, met in matches(self.exclude, taken, "exclude", where).items() if not met]
         if not taken:
             raise UserError(f"no array of {where} is left to take; it holds {', '.join([*arrays][:3]) or 'none'}, ...")
         found: dict[str, Chosen] = {}
@@ -65,7 +65,7 @@ class Rules:
         return array.dtype if stays else DTYPES[str(self.dtype)]
 
 
-def _matches(patterns: Iterable[str], names: list[str], rule: str, where: str) -> dict[str, bool]:
+def matches(patterns: Iterable[str], names: list[str], rule: str, where: str) -> dict[str, bool]:
     """For each name whether a pattern meets it. Raises UserError for a pattern that meets none."""
     met = dict.fromkeys(names, False)
     for pattern in patterns:

@@ -12,13 +12,12 @@ import io
 import math
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoint.header import ArrayHeader, bounded, check_shape, is_file_name
+from checkpoint.header import ArrayHeader, Headers, bounded, check_shape, is_file_name
 from checkpoint.manifest import DTYPES, Array, Chunk, CorruptError, check_coverage
 from checkpoint.reader import Box, intersect, slices
 from parallelism.errors import UserError
@@ -93,7 +92,7 @@ class _Unpickler(pickle._Unpickler):
         raise pickle.UnpicklingError("it refers to objects elsewhere")
 
 
-class DCPDir(Mapping[str, ArrayHeader]):
+class DCPDir(Headers[ArrayHeader]):
     """The tensors of a DCP directory.
 
     Maps each name (keys of the state dictionary joined by dots, as DCP has them) to its shape and dtype. Python
@@ -133,15 +132,6 @@ class DCPDir(Mapping[str, ArrayHeader]):
             said = f"{type(error).__name__}: {error}"
             raise CorruptError(f"{where}: damaged or of another kind ({said}); use another checkpoint") from error
         self._last: tuple[tuple[str, tuple[int, ...]], np.ndarray] | None = None
-
-    def __getitem__(self, name: str) -> ArrayHeader:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
 
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> np.ndarray:
         """A new array in its own dtype: all of ``name``, or what ``box`` (one slice a dimension) selects.

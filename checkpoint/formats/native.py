@@ -21,7 +21,20 @@ from checkpoint.writer import data_file, manifest_of
 from parallelism.layout import Logical
 
 
-class NativeSource:
+class CheckpointSource:
+    """A native checkpoint, in chunks with digests."""
+
+    def __init__(self, reader: CheckpointReader):
+        self.reader, self.where = reader, reader.where
+        self.arrays: Mapping[str, Logical] = {
+            name: Logical(name, array.shape, array.dtype, array.axes) for name, array in reader.manifest.arrays.items()
+        }
+
+    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
+        return self.reader.read(name, box)
+
+
+class NativeSource(CheckpointSource):
     """A checkpoint directory, or the newest good one of a run's root, which is verified meanwhile.
 
     Raises as ``find_checkpoint`` does.
@@ -30,16 +43,10 @@ class NativeSource:
     verified = True
 
     def __init__(self, path: str | os.PathLike[str], progress: Progress | None = None):
-        self._reader = open_checkpoint(find_checkpoint(path, progress))
-        manifest = self._reader.manifest
-        self.where, self.step, self.meta = self._reader.where, manifest.step, manifest.meta
-        self.arrays: Mapping[str, Logical] = {
-            name: Logical(name, array.shape, array.dtype, array.axes) for name, array in manifest.arrays.items()
-        }
+        super().__init__(open_checkpoint(find_checkpoint(path, progress)))
+        manifest = self.reader.manifest
+        self.step, self.meta = manifest.step, manifest.meta
         self.identity: Any = digest(manifest.encode())  # which has those of all chunks
-
-    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
-        return self._reader.read(name, box)
 
 
 class NativeSink:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoint.header import ArrayHeader, bounded, check_shape, is_file_name, unique
+from checkpoint.header import ArrayHeader, Headers, bounded, check_shape, is_file_name, unique
 from checkpoint.manifest import CHUNK_BYTES, Array, Chunk, CorruptError, check_coverage, digest, split
 from checkpoint.storage import durable, new_directory
 from parallelism.errors import UserError
@@ -60,7 +60,7 @@ def find_item(path: Path) -> Path | None:
     return items[0] if items else None
 
 
-class OrbaxDir(Mapping[str, ArrayHeader]):
+class OrbaxDir(Headers[ArrayHeader]):
     """The arrays of an Orbax checkpoint: of an item, or of the newest step of a root of steps.
 
     Maps each name (keys and indices of the tree joined by dots) to its shape and dtype; numbers are arrays without
@@ -115,15 +115,6 @@ class OrbaxDir(Mapping[str, ArrayHeader]):
                 check_shape(name, tuple(store.shape), dtype.itemsize)
             except ValueError as error:
                 raise CorruptError(f"{item}: {error}; use another checkpoint") from error
-
-    def __getitem__(self, name: str) -> ArrayHeader:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
 
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> np.ndarray:
         """A new array in its own dtype: all of ``name``, or what ``box`` (one slice a dimension) selects.

@@ -13,14 +13,14 @@ import json
 import os
 import struct
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from checkpoint.header import ArrayHeader, check_disjoint, check_shape, is_file_name, unique
+from checkpoint.header import ArrayHeader, Headers, check_disjoint, check_shape, is_file_name, unique
 from parallelism.errors import UserError
 
 DTYPES: dict[str, np.dtype] = {
@@ -58,7 +58,7 @@ class ArrayInfo(ArrayHeader):
     start: int
 
 
-class SafetensorsDir(Mapping[str, ArrayInfo]):
+class SafetensorsDir(Headers[ArrayInfo]):
     """The arrays of a ``.safetensors`` file, or of a directory with a single file or a sharded index.
 
     Maps each name to its ArrayInfo; only headers are read until ``read``. metadata: of the first file's header. Raises
@@ -94,15 +94,6 @@ class SafetensorsDir(Mapping[str, ArrayInfo]):
         for name, shard in listed.items():
             if name not in self._arrays or self._arrays[name].file.name != shard:
                 raise UserError(f"{index}: array {name!r} is not in {shard}, where the index has it")
-
-    def __getitem__(self, name: str) -> ArrayInfo:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
 
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> np.ndarray:
         """A new array in its own dtype: all of ``name``, or what ``box`` (one slice a dimension) selects.

@@ -300,7 +300,7 @@ def _source(path: str) -> Source:
     """What ``diff`` is to read at a path, or by a model's name."""
     from pathlib import Path
 
-    from checkpoint.compare import CheckpointSource
+    from checkpoint import CheckpointSource
     from checkpoint.places import find_place
     from jaxsys.hub import is_native, resolve
 
