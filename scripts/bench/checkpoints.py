@@ -293,7 +293,6 @@ def run(directory: Path, ram: Path | None, every: int) -> dict[str, float]:
     changes |= {"checkpoint.ram": ram, "checkpoint.ram_every": 1} if ram else {}
     options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "jaxsys.cli.main", "train", "--config", "llama_25m", *options]
-    began = resource_peak()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["seconds"] for row in rows if "seconds" in row][2:]
@@ -302,7 +301,7 @@ def run(directory: Path, ram: Path | None, every: int) -> dict[str, float]:
         "step": statistics.median(seconds),
         "stall": stall,
         "saves": STEPS if ram else 1,
-        "peak": resource_peak() or began,
+        "peak": resource_peak(),
     }
 
 
