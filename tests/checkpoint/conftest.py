@@ -1,6 +1,7 @@
 """A small state with every way of storing: stacked, padded, scalar, empty, narrow dtypes."""
 
 import dataclasses
+import logging
 
 import jax
 import ml_dtypes
@@ -117,6 +118,15 @@ def assert_same(found, expected):
 def small_cells(monkeypatch):
     """So that the small arrays of tests have several a chunk."""
     monkeypatch.setattr(cells, "CELL_BYTES", 16)
+
+
+@pytest.fixture
+def quiet_reader():
+    """What is read from another level is not told of thousands of times."""
+    logger = logging.getLogger("checkpoint.reader")
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(logging.NOTSET)
 
 
 class Helpers:

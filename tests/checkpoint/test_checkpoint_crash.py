@@ -9,7 +9,6 @@ import errno
 import functools
 import inspect
 import itertools
-import logging
 import os
 import subprocess
 import sys
@@ -43,20 +42,13 @@ from checkpoint.levels import OpenLevel
 from checkpoint.storage import LocalStore
 from parallelism.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quiet_reader")
+
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_device(arrays):
     return {name: jax.device_put(array, jax.devices()[0]) for name, array in arrays.items()}
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """What is read from another level is not told of thousands of times."""
-    logger = logging.getLogger("checkpoint.reader")
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(logging.NOTSET)
 
 
 class Recording:

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import logging
 import os
 import random
 from pathlib import Path
@@ -20,16 +19,9 @@ from checkpoint.manifest import MANIFEST, CorruptError, digest
 from checkpoint.storage import directory_of
 from parallelism.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quiet_reader")
+
 STEP = 2  # shares chunks with step 1
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """What is read from another level is not told of thousands of times."""
-    logger = logging.getLogger("checkpoint.reader")
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(logging.NOTSET)
 
 
 class Levels:
