@@ -23,8 +23,8 @@ Grid = tuple[int, ...]
 
 
 def aligned(nbytes: int) -> np.ndarray:
-    """Memory that begins at a multiple of ``ALIGNMENT``, [nbytes] uint8, zero."""
-    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    """Memory that begins at a multiple of ``ALIGNMENT``, [nbytes] uint8, undefined."""
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % ALIGNMENT
     return raw[first : first + nbytes]
 

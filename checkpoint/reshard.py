@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoint.ahead import in_order
-from checkpoint.cells import aligned, unpack, unpack_into
+from checkpoint.cells import ALIGNMENT, aligned, unpack, unpack_into
 from checkpoint.manifest import CHUNK_BYTES, MANIFEST, Chunk, Manifest
 from checkpoint.reader import (
     Box,
@@ -24,6 +24,7 @@ from checkpoint.reader import (
     slices,
     worth_reading,
 )
+from checkpoint.shares import bounds_of
 from checkpoint.storage import LocalFiles, durable, new_directory
 from checkpoint.writer import ChunkWriter, Piece, blocks_of, data_file, manifest_of
 from parallelism.errors import UserError
@@ -66,12 +67,14 @@ class ArrayPlan:
     """How to fill the pieces (distinct boxes) of one stored array.
 
     What has a digest is read whole: bytes_read exceeds bytes_needed where the boxes of the target cut through cells.
+    padded: whether elements of the pieces come from nowhere.
     """
 
     stored: Stored
     pieces: tuple[Index, ...]
     reads: tuple[ChunkRead, ...]
     bytes_needed: int
+    padded: bool
 
     @property
     def bytes_read(self) -> int:
@@ -114,41 +117,58 @@ def plan_array(
     The manifest must hold every part with its shape (``check_match``).
     """
     moves: dict[tuple[str, int], list[Move]] = {}
-    needed = 0
+    there: dict[Origin, _Boxes] = {}
+    needed = padding = 0
     for number, index in enumerate(pieces):
+        padding += math.prod(_shape(index, stored))
         for region in stored.regions(index):
-            wanted: Box = region.start, region.size
+            padding -= math.prod(region.size)
             for origin in _origins(region.logical.name, origins):
                 array = manifest.arrays[origin.name]
-                for at, chunk in enumerate(array.chunks):
-                    there = origin.box(chunk.start, chunk.shape)
-                    shared = intersect(wanted, there)
-                    if shared is None:
-                        continue
+                if origin not in there:
+                    there[origin] = _Boxes([origin.box(chunk.start, chunk.shape) for chunk in array.chunks])
+                for at, shared in there[origin].meet(region.start, region.size):
                     needed += math.prod(shared[1]) * array.dtype.itemsize
                     inner = slices(*shared, region.start)
                     target = (*region.within[:1], *inner) if stored.stacked else inner
-                    move = Move(number, origin.back(slices(*shared, there[0])), target, origin.order)
-                    moves.setdefault((origin.name, at), []).append(move)
+                    source = origin.back(slices(*shared, there[origin].boxes[at][0]))
+                    moves.setdefault((origin.name, at), []).append(Move(number, source, target, origin.order))
     reads = []
     for (name, at), own in moves.items():
         chunk = manifest.arrays[name].chunks[at]
         reads.append(ChunkRead(name, chunk, tuple(own), worth_reading(chunk, [move.source for move in own])))
-    return ArrayPlan(stored, pieces, tuple(reads), needed)
+    return ArrayPlan(stored, pieces, tuple(reads), needed, padding > 0)
+
+
+class _Boxes:
+    """Boxes of which those that meet another are found at once."""
+
+    def __init__(self, boxes: Sequence[Box]):
+        self.boxes = boxes
+        self._start = np.array([start for start, _ in boxes], np.int64)
+        self._stop = self._start + np.array([shape for _, shape in boxes], np.int64)
+
+    def meet(self, start: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, Box]]:
+        """The number of each box that shares elements with this one, and the box that they share."""
+        if self.boxes:
+            first = np.maximum(self._start, start)
+            size = np.minimum(self._stop, np.add(start, shape)) - first
+            for at in np.flatnonzero((size > 0).all(axis=1)).tolist():
+                yield at, (tuple(first[at].tolist()), tuple(size[at].tolist()))
 
 
 def _origins(name: str, origins: Origins | None) -> Sequence[Origin]:
     return origins[name] if origins is not None and name in origins else (Origin(name),)
 
 
-def distinct_boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> list[tuple[Index, list[jax.Device]]]:
-    """The boxes that devices of this process hold, each with its devices (several if replicated)."""
-    boxes: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None
-        key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        boxes.setdefault(key, []).append(device)
-    return [(tuple(slice(lo, hi) for lo, hi in key), devices) for key, devices in boxes.items()]
+def _shape(index: Index, stored: Stored) -> tuple[int, ...]:
+    return tuple(hi - lo for lo, hi in bounds_of(index, stored.shape))
+
+
+def distinct_boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> tuple[Index, ...]:
+    """The boxes that devices of this process hold, each once."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return tuple(tuple(slice(*b) for b in box) for box in dict.fromkeys(bounds_of(index, shape) for index in indices))
 
 
 def check_match(
@@ -297,36 +317,45 @@ def load(
     Raises UserError if checkpoint and layout do not match, CorruptError if a chunk is damaged.
     """
     check_match(reader.manifest, layout, reader.where, partial=partial, cast=cast, origins=origins)
-    boxes = {key: distinct_boxes(stored.shape, shardings[key]) for key, stored in layout.items()}
-    plans = [
-        plan_array(reader.manifest, stored, tuple(index for index, _ in boxes[key]), origins)
-        for key, stored in layout.items()
-    ]
     arrays: dict[str, jax.Array] = {}
-    for plan, pieces in zip(plans, in_order(lambda plan: fill(reader, plan), plans), strict=True):
-        stored, sharding = plan.stored, shardings[plan.stored.key]
-        shards = [
-            jax.device_put(piece, jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
-            for piece, (_, devices) in zip(pieces, boxes[stored.key], strict=True)
-            for device in devices
-        ]
-        arrays[stored.key] = jax.make_array_from_single_device_arrays(
-            stored.shape, sharding, shards, dtype=stored.dtype
-        )
-    return arrays, LoadMetrics(sum(p.bytes_read for p in plans), sum(p.bytes_needed for p in plans))
+    metrics = LoadMetrics(0, 0)
+
+    def found(stored: Stored) -> tuple[ArrayPlan, list[np.ndarray]]:
+        boxes = distinct_boxes(stored.shape, shardings[stored.key])
+        plan = plan_array(reader.manifest, stored, boxes, origins)
+        return plan, fill(reader, plan)
+
+    for plan, pieces in in_order(found, layout.values()):
+        arrays[plan.stored.key] = _placed(plan, pieces, shardings[plan.stored.key])
+        metrics = LoadMetrics(metrics.bytes_read + plan.bytes_read, metrics.bytes_needed + plan.bytes_needed)
+    return arrays, metrics
+
+
+def _placed(plan: ArrayPlan, pieces: Sequence[np.ndarray], sharding: jax.sharding.Sharding) -> jax.Array:
+    shape = plan.stored.shape
+    by_box = {bounds_of(box, shape): piece for box, piece in zip(plan.pieces, pieces, strict=True)}
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: by_box[bounds_of(index, shape)], dtype=plan.stored.dtype
+    )
 
 
 def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
     """Carry out a plan: the host pieces, in the stored dtype, zero where padded."""
-    shapes = [tuple(len(range(*s.indices(n))) for s, n in zip(i, plan.stored.shape, strict=True)) for i in plan.pieces]
-    dtype = plan.stored.dtype
-    # Aligned, JAX on CPU takes them as they are: the first program that is to donate one makes the copy instead.
-    pieces = [aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape) for shape in shapes]
-    memory = reader.room(read.chunk for read in plan.reads)
+    dtype, shapes = plan.stored.dtype, [_shape(index, plan.stored) for index in plan.pieces]
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    starts = [0, *itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+    # In one allocation, as a large one gets larger pages. Aligned, JAX on CPU takes the pieces as they are: the first
+    # program that is to donate one makes the copy instead.
+    memory = aligned(starts[-1])
+    if plan.padded:
+        memory[:] = 0
+    parts = zip(starts, sizes, shapes, strict=False)
+    pieces = [memory[at : at + size].view(dtype).reshape(shape) for at, size, shape in parts]
+    room = reader.room(read.chunk for read in plan.reads)
     for read in plan.reads:
         chunk, source = read.chunk, reader.manifest.arrays[read.name].dtype
         grid = chunk.grid or (1,) * len(chunk.shape)
-        raw = reader.read_packed(read.name, chunk, read.cells, memory)
+        raw = reader.read_packed(read.name, chunk, read.cells, room)
         data: np.ndarray | None = None
         for move in read.moves:
             target = pieces[move.piece][(*move.target, ...)]  # a view, of a scalar too

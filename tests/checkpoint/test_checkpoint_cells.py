@@ -97,12 +97,12 @@ def test_a_shard_on_any_mesh_reads_little_more_than_it_needs(model, allowed, wri
         logical = Logical(name, shape, np.dtype("float32"), (None,) * len(shape))
         stored = Stored(name, shape, logical.dtype, logical.axes, (logical,))
         there = []
-        for index, _ in distinct_boxes(shape, NamedSharding(meshes[0], spec)):
+        for index in distinct_boxes(shape, NamedSharding(meshes[0], spec)):
             for start, size in split(tuple(s.stop - s.start for s in index), 4, CHUNK_BYTES):
                 at = tuple(s.start + a for s, a in zip(index, start, strict=True))
                 there.append(Chunk(at, size, "data", 0, 4 * math.prod(size), "", grid_of(size, shape, 4)))
         manifest = Manifest(0, {}, {name: Array(logical.dtype, shape, logical.axes, tuple(there))})
-        for index, _ in distinct_boxes(shape, NamedSharding(meshes[1], spec)):
+        for index in distinct_boxes(shape, NamedSharding(meshes[1], spec)):
             plan = plan_array(manifest, stored, (index,))
             wanted, read = wanted + plan.bytes_needed, read + plan.bytes_read
     assert wanted <= read <= allowed * wanted
