@@ -82,9 +82,13 @@ class SaveHandle:
         self._futures: dict[str, Future[WriteMetrics]] = {}
         self._entry_seconds = self._waiting_seconds = 0.0
 
-    def copied(self, keys: Iterable[str] | None = None) -> float:
-        """Block until the arrays of these stored keys (None: all) may be donated; return the seconds it took."""
-        return self._snapshot.wait(keys)
+    def copied(self, keys: Iterable[str] | None = None, busy: Callable[[], bool] = lambda: False) -> float:
+        """Block until the arrays of these stored keys (None: all) may be donated; return the seconds that held up.
+
+        busy: whether devices are still at work on what comes before the program that donates them: until they are not,
+        nothing is held up.
+        """
+        return self._snapshot.wait(keys, busy)
 
     def wait(self) -> SaveMetrics:
         """Block until every due level has committed. Raises the first level's failure, if there is one."""
@@ -465,7 +469,7 @@ class Manager:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold, which is kept: chunks of the ring, views of arrays."""
+    """Let go of what the frames of an error hold, which is kept: chunks in staging memory, views of arrays."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,24 +21,26 @@ from checkpoint.writer import Block
 from parallelism.layout import Layout
 
 AHEAD = 2  # shards on their way from a device to the host
+LOOK_SECONDS = 0.002  # between looks at whether devices are still at work
 
 Shares = Mapping[str, list[tuple[int, list[Share]]]]
 """What a process writes: by key, which of its shards (``addressable_data``) and the chunks of that."""
 
 
 class Staging:
-    """A ring of at most ``budget`` bytes of host memory between devices and writers, given back when it is empty.
+    """At most ``budget`` bytes of host memory between devices and writers, given back when none is in use.
 
-    Room is taken and let go in the same order. What is larger than the budget gets it all to itself, and no more.
-    peak: the most bytes there were so far. thread: in which snapshots copy, one after the other: one that began before
-    the last had all its room would hold up the writer that makes room for that.
+    What is free and lies first is taken first: where writers keep up, little of it is ever touched. What is larger than
+    the budget gets it all to itself, and no more. peak: the most bytes there were so far. thread: in which snapshots
+    copy, one after the other: one that began before the last had all its room would hold up the writer that makes room
+    for that.
     """
 
     def __init__(self, budget: int):
         self.budget, self.peak = budget, 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-snapshot")
         self._changed = threading.Condition()
-        self._taken: deque[_Room] = deque()  # in the order of the ring
+        self._taken: list[_Room] = []  # as they lie
         self._memory: np.ndarray | None = None
 
     def take(self, nbytes: int, given_up: threading.Event) -> _Room | None:
@@ -46,23 +49,24 @@ class Staging:
         with self._changed:
             while not given_up.is_set():
                 if (start := self._start(size)) is not None:
-                    if self._memory is None or len(self._memory) < start + size:
+                    if self._memory is None:
                         self._memory = aligned(max(self.budget, size))
                     room = _Room(self, start, start + size, self._memory[start : start + nbytes])
-                    self._taken.append(room)
+                    bisect.insort(self._taken, room, key=lambda room: room.start)
                     self.peak = max(self.peak, start + size)
                     return room
                 self._changed.wait()
         return None
 
     def _start(self, size: int) -> int | None:
-        if not self._taken:
-            return 0
-        length = len(self._memory) if self._memory is not None else self.budget
-        first, last = self._taken[0].start, self._taken[-1].stop
-        if last > first:  # in use is one run: room after it, or before it
-            return last if last + size <= length else 0 if size <= first else None
-        return last if last + size <= first else None
+        """Where so many bytes are free; None if they are not, side by side."""
+        at = 0
+        for room in self._taken:
+            if room.start - at >= size:
+                return at
+            at = room.stop
+        length = self.budget if self._memory is None else len(self._memory)
+        return at if at + size <= length or not self._taken else None
 
     def wake(self) -> None:
         with self._changed:
@@ -70,9 +74,7 @@ class Staging:
 
     def free(self, room: _Room) -> None:
         with self._changed:
-            room.free = True
-            while self._taken and self._taken[0].free:
-                self._taken.popleft()
+            self._taken.remove(room)
             if not self._taken:
                 self._memory = None
             self._changed.notify_all()
@@ -80,20 +82,19 @@ class Staging:
 
 @dataclasses.dataclass(eq=False)
 class _Room:
-    """A piece of the ring: from start to stop, of which ``data`` was asked for."""
+    """A piece of it: from start to stop, of which ``data`` was asked for."""
 
-    ring: Staging
+    staging: Staging
     start: int
     stop: int
     data: np.ndarray
-    free: bool = False
 
 
 class Snapshot:
-    """The chunks that this process writes of a state, copied off the devices in a thread, through a ring.
+    """The chunks that this process writes of a state, copied off the devices in a thread, through staging memory.
 
     The constructor returns at once. Copies are made in the order of ``arrays``, so put the group that is updated first
-    first, as far as the ring has room; ``blocks`` makes room. Do not donate an array before ``wait`` has returned for
+    first, as far as there is room; ``blocks`` makes room. Do not donate an array before ``wait`` has returned for
     its key: the copy of an array that was deleted fails, and ``wait`` and ``blocks`` raise that failure.
 
     On CPU a numpy view of a jax.Array shares its buffer, and a view that is alive turns the donation of that array into
@@ -115,15 +116,21 @@ class Snapshot:
         self.stalled_seconds = 0.0
         staging.thread.submit(self._copy)
 
-    def wait(self, keys: Iterable[str] | None = None) -> float:
-        """Block until the arrays of ``keys`` (None: all) are copied, or given up; return the seconds that took."""
-        began = time.perf_counter()
+    def wait(self, keys: Iterable[str] | None = None, busy: Callable[[], bool] = lambda: False) -> float:
+        """Block until the arrays of ``keys`` (None: all) are copied, or given up; return the seconds that held up.
+
+        busy: whether devices are still at work on what is needed besides: until they are not, nothing is held up.
+        """
+        began: float | None = None
         wanted = self._keys if keys is None else frozenset(keys)
         if unknown := wanted - self._keys:
             raise ValueError(f"no such keys in the snapshot: {sorted(unknown)[:3]}")
         with self._changed:
-            self._changed.wait_for(lambda: wanted <= self._copied or self._finished)
-            seconds = time.perf_counter() - began
+            while not (wanted <= self._copied or self._finished):
+                if began is None and not busy():
+                    began = time.perf_counter()
+                self._changed.wait(LOOK_SECONDS if began is None else None)
+            seconds = 0.0 if began is None else time.perf_counter() - began
             self.stalled_seconds += seconds
             if not wanted <= self._copied:
                 self._raise()
@@ -194,7 +201,7 @@ class Snapshot:
                 self._changed.notify_all()
 
     def _stage(self, data: np.ndarray, share: Share) -> None:
-        """Put one chunk into the ring, in the order of its file."""
+        """Put one chunk into staging memory, in the order of its file."""
         room = self._staging.take(share.nbytes, self._given_up)
         if room is None:
             return

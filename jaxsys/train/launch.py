@@ -204,13 +204,14 @@ class Launcher:
         state: Arrays,
         batches: Any,
         step: int,
-        copied: Callable[[Iterable[str]], float],
+        copied: Callable[[Iterable[str], Callable[[], bool]], float],
         live: Live,
         pause: Callable[[Any], None] = lambda arrays: None,
     ) -> tuple[Arrays, Arrays, Arrays, float]:
-        """One step on the dispatcher's thread: new parameters, optimizer state, metrics, and seconds waited.
+        """One step on the dispatcher's thread: new parameters, optimizer state, metrics, and seconds held up.
 
-        copied: waits until a snapshot has copied these keys, before they are donated; returns seconds.
+        copied: waits until a snapshot has copied these keys, before they are donated; returns the seconds of that in
+        which devices were not busy, as its other argument says.
         live: where the new parameters are published, in the piece of work that donates the last of the old.
         pause: called after each piece of the step with what it made; other work may come in between.
         """
@@ -218,7 +219,7 @@ class Launcher:
         split, arrays = batches
         if self._config.step_form == "fused":
             trained, frozen = self._parted(params)
-            waited = copied([*trained, *state])
+            waited = copied([*trained, *state], lambda: False)
 
             def work() -> tuple[Arrays, Arrays, Arrays]:
                 new, opt, metrics = self._fused[split, live.held](trained, state, number, arrays, frozen)
@@ -242,7 +243,7 @@ class Launcher:
             nonlocal waited
             keys = self._groups[i]
             group, own, shared = self._group(params, state, keys)
-            waited += copied([*group, *own])
+            waited += copied([*group, *own], lambda: not scale.is_ready())
             new, opt = self._updates[i, held](group, own, shared, {k: sums[0][k] for k in keys}, scale, number)
             new_params.update(new)
             new_state.update(opt)

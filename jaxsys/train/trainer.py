@@ -452,11 +452,11 @@ class Trainer:
         return self._stopped if self.watch.processes.count > 1 else self.stop.asked is not None
 
     def _launch(self, batches: Any, step: int) -> float:
-        """One step; returns seconds waited for a snapshot of what it donates."""
+        """One step; returns seconds held up by a snapshot of what it donates."""
 
-        def copied(keys: Iterable[str]) -> float:
+        def copied(keys: Iterable[str], busy: Callable[[], bool]) -> float:
             try:
-                return self._save.copied(keys) if self._save else 0.0
+                return self._save.copied(keys, busy) if self._save else 0.0
             except RuntimeError:  # the snapshot failed, which its save reports: nobody reads the arrays any more
                 return 0.0
 
