@@ -137,7 +137,7 @@ class HostsStore:
         address: str | None = None,
         seconds: float = 30.0,
     ):
-        self.where = f"{'peers' if peers else 'hosts'}:{root}"
+        self.where, self.near = f"{'peers' if peers else 'hosts'}:{root}", not peers
         coordinator = coordinator or default_coordinator()
         address = address or os.environ.get(ADDRESS)
         own = host or os.environ.get(HOST) or socket.gethostname()

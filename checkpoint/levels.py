@@ -116,6 +116,7 @@ class OpenLevel:
         self.bad: set[int] = set()
         self._coordinator = coordinator
         self._pins: Counter[int] = Counter()
+        self._pinning = threading.Lock()  # of these alone: a save is not to wait for deletions
         self._lock = threading.RLock()  # the thread of a later level comes here too, when it unpins
         self._newest: int | None = None
         self._known_steps: dict[int, _Step] = {}
@@ -228,17 +229,17 @@ class OpenLevel:
                 with self._lock:
                     base = max(self.steps(), default=None)
                     if base is not None:
-                        self._pins[base] += 1
+                        self.pin(base)
             return base, uuid.uuid4().hex[:8], step
 
         def write() -> dict[str, list[dict[str, Any]]]:
-            (known, settled), files = self._known(shared, step), self.store.open(directory)
+            known, settled = self._known(shared, step)
             writer = ChunkWriter(
                 lambda name: self.store.create(directory, name),
                 lambda number: data_file(index, mark, number),
                 self.store.file_bytes,
                 known,
-                files,
+                self.store.open(directory) if self.store.near else None,
                 settled,
                 self.level.zstd,
             )
@@ -277,8 +278,8 @@ class OpenLevel:
             contents.clear()  # an error that is kept keeps the functions above
             with self._lock:
                 self._known_steps.pop(step, None)
-                if base is not None:
-                    self._pins[base] -= 1
+            if base is not None:
+                self._let_go(base)
             self._retain()
         self._coordinator.gather(channel, None)  # a process that ends serves its host's files no more
         self._write_seconds = time.perf_counter() - began
@@ -306,7 +307,7 @@ class OpenLevel:
         settled: dict[Key, Chunk] = {}
         if base is None:
             return known, settled
-        directory, used, enough = directory_of(step), Counter[str](), set[str]()
+        directory, used, sizes = directory_of(step), Counter[str](), dict[str, int]()
         try:
             manifest, files = self.open(base).manifest, self.store.open(directory_of(base))
         except CorruptError:
@@ -314,13 +315,14 @@ class OpenLevel:
         chunks = [(name, chunk) for name, array in manifest.arrays.items() for chunk in array.chunks]
         for _, chunk in chunks:
             used[chunk.file] += chunk.stored_bytes
-        for file, nbytes in used.items():
+        for file in used:
             with contextlib.suppress(CorruptError):
-                if nbytes >= IN_USE * files.size(file):
-                    enough.add(file)
+                sizes[file] = files.size(file)
         for name, chunk in chunks:
             named = dataclasses.replace(chunk, file=called(directory, *resolved(directory_of(base), chunk.file)))
-            (known if chunk.file in enough else settled)[name, chunk.start, chunk.shape] = named
+            size = sizes.get(chunk.file, 0)
+            good = chunk.offset + chunk.stored_bytes <= size and used[chunk.file] >= IN_USE * size
+            (known if good else settled)[name, chunk.start, chunk.shape] = named
         return known, settled
 
     def _own_blocks(self, reader: CheckpointReader, specs: Iterable[Logical]) -> Iterator[Block]:
@@ -347,14 +349,18 @@ class OpenLevel:
 
     def pin(self, step: int) -> None:
         """Keep a step although retention would delete it, until ``unpin``."""
-        with self._lock:
+        with self._pinning:
             self._pins[step] += 1
 
     def unpin(self, step: int) -> None:
+        self._let_go(step)
         with self._lock:
-            self._pins[step] -= 1
             self._attempts.pop(step, None)
         self._retain()
+
+    def _let_go(self, step: int) -> None:
+        with self._pinning:
+            self._pins[step] -= 1
 
     def _retain(self) -> None:
         """Delete what the level's rules do not keep. Damaged steps do not count as kept."""

@@ -89,9 +89,10 @@ class ChunkWriter:
     """Appends chunks with their digests to one file after the other, those in ``known`` excepted.
 
     create: opens a new file by name. name: of a file, by its number. file_bytes: a file gets no more chunks once it has
-    that many bytes. known: chunks that are there already, in ``files``; one of the same box and bytes is taken in place
-    of a new one. settled: chunks that are there, too, and are to be written again: those that are the same now go to
-    files of their own, of which later steps can share all. zstd: level at which chunks are compressed.
+    that many bytes. known: chunks that are there already; one of the same box and bytes is taken in place of a new one.
+    files: where they are read back and compared before; None: the same digest will do. settled: chunks that are there,
+    too, and are to be written again: those that are the same now go to files of their own, of which later steps can
+    share all. zstd: level at which chunks are compressed.
     """
 
     def __init__(
@@ -163,7 +164,8 @@ class ChunkWriter:
 
     def _is_there(self, old: Chunk, raw: np.ndarray, table: bytes) -> bool:
         """Whether the file has these bytes indeed: damage is not to spread to this step, but to be mended by it."""
-        assert self._files is not None
+        if self._files is None:
+            return True
         if len(self._there) < old.whole_bytes + old.stored_bytes:
             self._there = np.empty(old.whole_bytes + old.stored_bytes, np.uint8)
         there, stored = self._there[: old.whole_bytes], self._there[old.whole_bytes :][: old.stored_bytes]

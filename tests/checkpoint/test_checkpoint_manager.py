@@ -512,6 +512,26 @@ def test_what_a_check_refuses_is_at_no_level_and_frees_the_arrays(paths, state):
         save(manager, 1, state).wait()
 
 
+def test_a_save_does_not_wait_for_deletions(paths, state, monkeypatch):
+    deleting, go_on = threading.Event(), threading.Event()
+    delete = LocalStore.delete
+
+    def slow(*arguments):
+        deleting.set()
+        assert go_on.wait(60)
+        delete(*arguments)
+
+    with Manager([Level("disk", paths[1], keep=1)]) as manager:
+        save(manager, 1, state).wait()
+        monkeypatch.setattr(LocalStore, "delete", slow)
+        save(manager, 2, state)
+        assert deleting.wait(60)
+        save(manager, 3, state)  # returns
+        go_on.set()
+        manager.wait()
+        assert manager.steps() == [3]
+
+
 def test_a_second_run_in_the_same_directory_is_refused(paths, state):
     with Manager(levels(paths)) as manager:
         with pytest.raises(UserError, match="being written by process"):

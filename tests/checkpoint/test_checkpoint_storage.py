@@ -10,7 +10,7 @@ import pytest
 from checkpoint import Level
 from checkpoint.levels import OpenLevel
 from checkpoint.manifest import CorruptError
-from checkpoint.storage import LocalStore, steps_in
+from checkpoint.storage import LocalFiles, LocalStore, steps_in
 from checkpoint.writer import Piece, blocks_of
 from parallelism.coordinator import SingleProcess
 from parallelism.errors import UserError
@@ -138,6 +138,19 @@ def test_a_chunk_that_did_not_change_is_not_written_again(level):
     assert 3 * second.nbytes == first.nbytes
     check(level, 1, a=1, b=1, c=1)
     check(level, 2, a=1, b=1, c=2)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_what_is_far_is_not_read_back_but_must_be_there(level, tmp_path, damage, monkeypatch):
+    level.store.near = False
+    save(level, 1, a=1, b=1, c=1)
+    with monkeypatch.context() as m:
+        m.setattr(LocalFiles, "read_into", None)
+        assert save(level, 2, a=1, b=1, c=1).kept_bytes == 768
+    (file,) = (tmp_path / "step-00000001").glob("data-*")
+    file.write_bytes(file.read_bytes()[:-3]) if damage == "cut" else file.unlink()
+    assert save(level, 3, a=1, b=1, c=1).kept_bytes == {"cut": 512, "missing": 0}[damage]
+    check(level, 3, a=1, b=1, c=1)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
