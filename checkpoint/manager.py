@@ -20,8 +20,9 @@ import jax
 from checkpoint.hosts import HostsStore
 from checkpoint.levels import Level, OpenLevel
 from checkpoint.manifest import CHUNK_BYTES, CorruptError
+from checkpoint.once import OncePerMachine
 from checkpoint.reader import CheckpointReader, VerifyReport
-from checkpoint.reshard import LoadMetrics, Origins, load
+from checkpoint.reshard import ArrayPlan, LoadMetrics, Origins, distinct_boxes, load, plan_array
 from checkpoint.shares import holders_of, shares_of, stored_specs
 from checkpoint.snapshot import Shares, Snapshot, Staging, by_shard, check_arrays
 from checkpoint.storage import Store, directory_of, steps_in, store_of
@@ -152,6 +153,7 @@ class Manager:
             for each in self._levels:
                 each.mark = owners[0]
             together(self._coordinator, "see", lambda: self._see(owners[0]))
+            self._machine = OncePerMachine(self._coordinator)
         except BaseException:
             self._release()
             raise
@@ -377,9 +379,21 @@ class Manager:
                     logger.warning("%s cannot be read, going on without: %s", level.where, e.strerror or e)
                     damage = e
             ladder = list(readers.items())[::-1]
+            far = ladder[0][1] if ladder and not ladder[0][0].store.near else None
+
+            def plan(process: int, reader: CheckpointReader | None = far) -> list[ArrayPlan]:
+                assert reader is not None
+                return [
+                    plan_array(reader.manifest, stored, distinct_boxes(stored.shape, shardings[key], process), origins)
+                    for key, stored in layout.items()
+                ]
+
             try:
-                if ladder:
-                    arrays, metrics = load(ladder[0][1], layout, shardings, partial=partial, cast=cast, origins=origins)
+                with self._machine.reading(far, plan):
+                    if ladder:
+                        arrays, metrics = load(
+                            ladder[0][1], layout, shardings, partial=partial, cast=cast, origins=origins
+                        )
             except (CorruptError, OSError) as e:
                 damage = e
             except Exception as e:  # no other step would do either

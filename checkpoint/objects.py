@@ -20,9 +20,9 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
+from checkpoint.machine import machine, process
 from checkpoint.manifest import CorruptError
 from checkpoint.storage import MissingError, is_step, place_of
 from parallelism.errors import UserError
@@ -275,8 +275,8 @@ class Lease:
         held = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "machine": _machine(),
-            "process": _process(os.getpid()),
+            "machine": machine(),
+            "process": process(os.getpid()),
             "mark": mark,
             "id": uuid.uuid4().hex,
             "seconds": self._seconds,
@@ -377,27 +377,9 @@ def _id(found: Object) -> str | None:
 
 def _alive(holder: dict[str, Any]) -> bool | None:
     """Whether the holder lives; None if it is on another machine, so that this one cannot know."""
-    if holder.get("machine") != _machine():
+    if holder.get("machine") != machine():
         return None
-    return holder.get("process") == _process(holder["pid"])
-
-
-def _machine() -> str:
-    """What tells apart the spaces in which process numbers mean something: the machine, its start, the container."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return uuid.uuid4().hex  # not Linux: like no other
-
-
-def _process(pid: int) -> str | None:
-    """Its number and when it began, since numbers are used again; None if there is no such process."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in "ZX" else f"{pid} {rest[18]}"
+    return holder.get("process") == process(holder["pid"])
 
 
 class ObjectStore:

@@ -31,6 +31,9 @@ WHOLE = 0.96  # from this share of a chunk's cells on it is read in one go
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each chunk."""
 
+Part = tuple[int, int, Callable[[np.ndarray], bool] | None]
+"""Bytes of a file from one place to another; where they are at hand, what fills memory with them (False: it failed)."""
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(start, shape) in elements, one int a dimension."""
 
@@ -78,7 +81,8 @@ class CheckpointReader:
     others: of the same step elsewhere; a chunk that is damaged here is read there, if one has it with the same digest.
     step: the one that it should be, where that is known: the manifest of another is damage. manifest: of chunks that
     are not committed; read from the files if not given. bytes_read: bytes of chunks read so far, here. mended: the
-    chunks that were damaged here, with what they should be.
+    chunks that were damaged here, with what they should be. at_hand: divides a range of a file into what is at hand
+    and what is to be read.
     Opening raises CorruptError if the manifest is missing or damaged, UserError if it is newer than this program.
     """
 
@@ -92,6 +96,7 @@ class CheckpointReader:
         self.where = files.where
         self.bytes_read = 0
         self.mended: list[tuple[Chunk, np.ndarray]] = []
+        self.at_hand: Callable[[str, int, int], Iterable[Part]] | None = None
         self._files, self._others = files, others
         self._lock = threading.Lock()
         self.manifest = manifest or Manifest.decode(files.read(MANIFEST), f"{files.where}/{MANIFEST}")
@@ -220,12 +225,21 @@ class CheckpointReader:
 
     def _read(self, name: str, chunk: Chunk, offset: int, raw: np.ndarray) -> None:
         """Fill ``raw`` with bytes of a chunk from ``offset`` within it on."""
+        begin = chunk.offset + offset
+        whole: list[Part] = [(begin, begin + len(raw), None)]
         try:
-            self._files.read_into(chunk.file, chunk.offset + offset, raw.data)
+            for start, stop, fill in self.at_hand(chunk.file, *whole[0][:2]) if self.at_hand is not None else whole:
+                part = raw[start - begin : stop - begin]
+                if fill is None or not fill(part):
+                    self.fetch(chunk.file, start, part)
         except CorruptError as e:
             raise CorruptError(f"array {name!r}: {e}") from None
         except OSError as e:
             raise CorruptError(f"array {name!r}: cannot read {self.where}/{chunk.file}: {e.strerror or e}") from e
+
+    def fetch(self, file: str, start: int, raw: np.ndarray) -> None:
+        """Fill ``raw`` with the bytes of a file from ``start`` on, as they are. Raises CorruptError, OSError."""
+        self._files.read_into(file, start, raw.data)
         with self._lock:
             self.bytes_read += len(raw)
 

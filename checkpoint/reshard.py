@@ -165,9 +165,15 @@ def _shape(index: Index, stored: Stored) -> tuple[int, ...]:
     return tuple(hi - lo for lo, hi in bounds_of(index, stored.shape))
 
 
-def distinct_boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> tuple[Index, ...]:
-    """The boxes that devices of this process hold, each once."""
-    indices = sharding.addressable_devices_indices_map(shape).values()
+def distinct_boxes(
+    shape: tuple[int, ...], sharding: jax.sharding.Sharding, process: int | None = None
+) -> tuple[Index, ...]:
+    """The boxes that devices of a process (None: this one) hold, each once."""
+    if process is None:
+        indices = list(sharding.addressable_devices_indices_map(shape).values())
+    else:
+        whole = sharding.devices_indices_map(shape).items()
+        indices = [index for device, index in whole if device.process_index == process]  # type: ignore[attr-defined]
     return tuple(tuple(slice(*b) for b in box) for box in dict.fromkeys(bounds_of(index, shape) for index in indices))
 
 

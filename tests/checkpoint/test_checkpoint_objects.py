@@ -22,7 +22,7 @@ from crash_checks import copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import CorruptError, Level, Manager, find_checkpoint, objects, open_checkpoint
+from checkpoint import CorruptError, Level, Manager, find_checkpoint, machine, objects, open_checkpoint
 from checkpoint.levels import OpenLevel
 from checkpoint.objects import ObjectError, ObjectStore
 from checkpoint.storage import committed, place_of, steps_in, store_of
@@ -403,11 +403,11 @@ def test_a_writer_of_this_machine_that_is_gone_is_replaced_at_once(server, run, 
     pid, process = os.getpid(), f"{os.getpid()} 1"
     if gone != "its number is another's now":
         child = subprocess.Popen([sys.executable, "-c", ""])
-        pid, process = child.pid, objects._process(child.pid)
+        pid, process = child.pid, machine.process(child.pid)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         if gone == "no such process":
             child.wait()
-    server.put(f"{run}/.lock", holder(objects._machine(), pid, process, seconds=1000))
+    server.put(f"{run}/.lock", holder(machine.machine(), pid, process, seconds=1000))
     store = store_at(url)
     store.acquire()
     assert "waiting" not in caplog.text

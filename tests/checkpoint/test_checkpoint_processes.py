@@ -53,6 +53,11 @@ restored = manager.restore(layout=layout, shardings={"x": sharding})
 for shard in restored.arrays["x"].addressable_shards:
     np.testing.assert_array_equal(np.asarray(shard.data), host[shard.index])
 print(index, restored.step, restored.metrics.bytes_read, flush=True)
+everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+LocalStore.near = False
+restored = manager.restore(layout=layout, shardings={"x": everywhere})
+np.testing.assert_array_equal(np.asarray(restored.arrays["x"].addressable_data(0)), host)
+print(index, "far", restored.metrics.bytes_needed, sum(restored.sources.values()), flush=True)
 manager.close()
 """
 
@@ -104,6 +109,11 @@ def test_a_failure_in_one_process_fails_the_save_in_all_and_commits_nothing(run)
 def test_each_process_reads_only_its_shards(run):
     (first, second), _ = run
     assert (first[2], second[2]) == ("0 3 64", "1 3 64")
+
+
+def test_what_both_need_from_far_away_comes_to_their_machine_once(run):
+    (first, second), _ = run
+    assert (first[3], second[3]) == ("0 far 128 64", "1 far 128 64")
 
 
 def test_each_process_writes_nothing_that_is_there(run):
