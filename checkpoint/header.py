@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 MAX_DIMENSIONS = 64  # numpy's
+MAX_NAME_BYTES = 255  # of most file systems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,4 +83,6 @@ def check_disjoint(ranges: Mapping[str, tuple[int, int]]) -> None:
 
 def is_file_name(name: Any) -> bool:
     """Whether ``name`` names a file in the directory that it is looked for in, and nowhere else, on any system."""
-    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
+    if not isinstance(name, str) or not name.isprintable() or name in ("", ".", ".."):
+        return False
+    return len(name.encode()) <= MAX_NAME_BYTES and not set(name) & set("/\\:")

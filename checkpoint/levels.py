@@ -83,6 +83,8 @@ class Level:
         numbers: dict[str, Any] = {"keep": self.keep, "every": self.every, "keep_every": self.keep_every}
         if self.best is not None:
             numbers["best.keep"] = self.best.keep
+        if self.zstd is not None and (type(self.zstd) is not int or not 1 <= self.zstd <= 22):
+            raise UserError(f"checkpoint level {self.name!r}: zstd={self.zstd}, expected None or a level from 1 to 22")
         if self.on not in get_args(Where):
             found = f"on={self.on!r}, expected one of {', '.join(get_args(Where))}"
             raise UserError(f"checkpoint level {self.name!r}: {found}")

@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 CHUNK_BYTES = 16 << 20
 
 _TAIL = re.compile(rb'\n,"digest":"([0-9a-f]{32})"\}\n')
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _OTHER_STEP = re.compile(r"\.\./step-\d{8,}/")
 _TAIL_BYTES = len('\n,"digest":""}\n') + 32
 
@@ -140,7 +141,7 @@ class Manifest:
         """
         check_digest(data, where)
         try:
-            return cls._from_body(json.loads(data), where)
+            return cls._from_body(json.loads(data, parse_float=_finite, parse_constant=_finite), where)
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
@@ -181,15 +182,26 @@ def chunk_from_json(c: Mapping[str, Any]) -> Chunk:
     zstd = (frame, frame_digest) if "zstd" in c else None
     chunk = Chunk(tuple(c["start"]), tuple(c["shape"]), *place, c["digest"], grid, zstd)
     numbers = (*chunk.start, *chunk.shape, chunk.offset, chunk.nbytes, *(grid or ()), frame)
-    if any(type(n) is not int for n in numbers) or frame < 0:
-        raise TypeError(f"a chunk has numbers that are not integers: {c}")
+    # Sums of three of them are offsets of 63 bits, too.
+    if any(type(n) is not int or not 0 <= n < 2**61 for n in numbers):
+        raise TypeError(f"a chunk has numbers that are not integers from 0 to 2**61: {c!r:.200}")
+    if any(type(d) is not str or not _DIGEST.fullmatch(d) for d in (chunk.digest, *(zstd or ())[1:])):
+        raise TypeError(f"a chunk has a digest that is not 32 hexadecimal digits: {c!r:.200}")
     return chunk
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text:.20} is not finite")
+    return number
 
 
 def _decode_array(name: str, entry: dict[str, Any], where: str) -> Array:
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{where}: array {name!r} has dtype {entry['dtype']!r}, which is not known here; upgrade")
     check_shape(name, entry["shape"], DTYPES[entry["dtype"]].itemsize)
+    if not all(isinstance(axis, str | None) for axis in entry["axes"]):
+        raise TypeError(f"array {name!r} has the axes {entry['axes']!r:.80}")
     chunks = tuple(chunk_from_json(c) for c in entry["chunks"])
     array = Array(DTYPES[entry["dtype"]], tuple(entry["shape"]), tuple(entry["axes"]), chunks)
     check_coverage(name, array, where)

@@ -26,6 +26,7 @@ import posixpath
 import re
 import shutil
 import socket
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -249,6 +250,10 @@ class MissingError(CorruptError):
         super().__init__(f"file {where} is missing{shared * name.startswith('../')}; use another checkpoint")
 
 
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # of a pipe that took a file's place nobody waits for the other end
+
+
 class LocalFiles:
     """The files of a checkpoint in one directory."""
 
@@ -257,18 +262,22 @@ class LocalFiles:
         self._path = path
 
     def read(self, name: str) -> bytes:
+        self.size(name)
         try:
             return self._at(name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise self._missing(name) from None
         except OSError as e:
-            raise CorruptError(f"cannot read {self._path / name}: {e.strerror}; use another checkpoint") from e
+            raise self._unreadable(name, e.strerror or str(e)) from e
 
     def size(self, name: str) -> int:
         try:
-            return self._at(name).stat().st_size
-        except FileNotFoundError:
+            found = self._at(name).stat()
+        except (FileNotFoundError, NotADirectoryError):
             raise self._missing(name) from None
+        except OSError as e:
+            raise self._unreadable(name, e.strerror or str(e)) from e
+        if not stat.S_ISREG(found.st_mode):  # to open a pipe would be to wait for who writes
+            raise self._unreadable(name, "it is not a file")
+        return found.st_size
 
     def written(self, name: str) -> float | None:
         with contextlib.suppress(OSError):
@@ -279,13 +288,16 @@ class LocalFiles:
         """Where it lies; a directory that is not there yet does not hide those beside it."""
         return Path(os.path.normpath(self._path / name))
 
+    def _unreadable(self, name: str, why: str) -> CorruptError:
+        return CorruptError(f"cannot read {self._path / name}: {why}; use another checkpoint")
+
     def _missing(self, name: str) -> MissingError:
         return MissingError(str(self._at(name)), name)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         path = self._at(name)
         try:
-            with open(path, "rb", buffering=0) as file:
+            with open(path, "rb", buffering=0, opener=_opener) as file:
                 file.seek(offset)
                 done = 0
                 while done < len(buffer):

@@ -141,7 +141,17 @@ def test_thousands_of_chunks_are_checked_in_a_moment(shape):
         check_coverage("a", with_boxes(shape, [*boxes[:-1], boxes[7]]), "m")
 
 
-@pytest.mark.parametrize("file", ["/etc/passwd", "../data", "a/b", "..", ".", "", "a\\b", "a\0", "c:x", 3, None])
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_are_not_finite_are_one_line(number):
+    body = redigest(json.loads(MANIFEST.encode()) | {"meta": {"at": "HERE"}}).replace(b'"HERE"', number.encode())
+    head = body[: body.rindex(b"\n,")]
+    with pytest.raises(CorruptError, match=r"^m makes no sense"):
+        Manifest.decode(head + f'\n,"digest":"{digest(head)}"}}\n'.encode(), "m")
+
+
+@pytest.mark.parametrize(
+    "file", ["/etc/passwd", "a" * 256, "é" * 128, "../data", "a/b", "..", ".", "", "a\\b", "a\0", "c:x", 3, None]
+)
 def test_a_chunk_lies_beside_the_manifest(file):
     body = json.loads(MANIFEST.encode())
     body["arrays"]["a"]["chunks"][0]["file"] = file
@@ -160,6 +170,12 @@ def test_a_chunk_lies_beside_the_manifest(file):
         {"shape": [-2, -3]},
         {"offset": -1},
         {"offset": "0"},
+        {"offset": 2**63},
+        {"nbytes": 10**400},
+        {"digest": 7},
+        {"digest": "0" * 31},
+        {"digest": "G" * 32},
+        {"zstd": [7, None]},
         {"nbytes": 12.0},
         {"grid": [1]},
         {"grid": [0, 1]},

@@ -48,6 +48,19 @@ def test_what_has_no_manifest_is_no_step(tmp_path):
     assert store.open("step-00000003").read("data") == b"abc"
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "data"])
+@pytest.mark.parametrize("what", ["pipe", "loop", "directory"])
+def test_what_is_no_file_is_damage_and_nobody_waits_for_it(tmp_path, name, what):
+    LocalStore(tmp_path)
+    place = tmp_path / "step-00000001" / name
+    place.parent.mkdir()
+    {"pipe": lambda: os.mkfifo(place), "loop": lambda: place.symlink_to(place), "directory": place.mkdir}[what]()
+    files = LocalStore(tmp_path).open(place.parent.name)
+    for read in (files.read, files.size, lambda name: files.read_into(name, 0, memoryview(bytearray(1)))):
+        with pytest.raises((CorruptError, OSError) if read not in (files.read, files.size) else CorruptError):
+            read(name)
+
+
 def test_steps_are_in_numerical_order_past_eight_digits(tmp_path):
     store = LocalStore(tmp_path)
     for step in (123456789, 5, 99999999):
