@@ -125,6 +125,7 @@ class HostsStore:
     """
 
     file_bytes: int | None = None
+    cached = False
 
     def __init__(
         self,

@@ -379,7 +379,7 @@ class Manager:
                     logger.warning("%s cannot be read, going on without: %s", level.where, e.strerror or e)
                     damage = e
             ladder = list(readers.items())[::-1]
-            far = ladder[0][1] if ladder and not ladder[0][0].store.near else None
+            far = ladder[0][1] if ladder and not ladder[0][0].store.cached else None
 
             def plan(process: int, reader: CheckpointReader | None = far) -> list[ArrayPlan]:
                 assert reader is not None

@@ -392,7 +392,7 @@ class ObjectStore:
     """
 
     file_bytes: int | None = 64 << 20
-    near = False
+    near = cached = False
 
     def __init__(self, url: str, *, lease: float = 60.0, timeout: float = 60.0):
         self.where = str(place_of(url))

@@ -459,7 +459,7 @@ class RemoteStore:
     """
 
     file_bytes: int | None = None
-    near = False
+    near = cached = False
 
     def __init__(self, root: str, host: str, addresses: Sequence[str], port: int, secret: bytes, seconds: float):
         self.where = root

@@ -66,12 +66,14 @@ class Store(Protocol):
     """A place for the files of checkpoints by ``<directory>/<name>``, and one writer at a time.
 
     where: names the place in messages. file_bytes: how large a file should be at most; None: as large as it gets.
-    near: whether what this process wrote is read back without a network.
+    near: whether what this process wrote is read back without a network. cached: whether what a process read is in the
+    page cache of its machine.
     """
 
     where: str
     file_bytes: int | None
     near: bool
+    cached: bool
 
     def acquire(self, mark: str = "") -> None:
         """Become the writer and leave ``mark``. Raises UserError naming the present holder."""
@@ -339,7 +341,7 @@ class LocalStore:
     """Checkpoints as directories under ``root``, which is made if it is missing."""
 
     file_bytes: int | None = None
-    near = True
+    near = cached = True
 
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)

@@ -54,7 +54,7 @@ for shard in restored.arrays["x"].addressable_shards:
     np.testing.assert_array_equal(np.asarray(shard.data), host[shard.index])
 print(index, restored.step, restored.metrics.bytes_read, flush=True)
 everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-LocalStore.near = False
+LocalStore.cached = False
 restored = manager.restore(layout=layout, shardings={"x": everywhere})
 np.testing.assert_array_equal(np.asarray(restored.arrays["x"].addressable_data(0)), host)
 print(index, "far", restored.metrics.bytes_needed, sum(restored.sources.values()), flush=True)
