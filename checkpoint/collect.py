@@ -35,7 +35,7 @@ def collect(place: Place, keep: int | None = None, every: int | None = None, dry
     if keep is not None and keep < 1:
         raise UserError(f"keep {keep}: expected at least 1")
     if every is not None and (keep is None or every < 1):
-        raise UserError(f"every {every}: expected at least 1, and how many of the newest to keep")
+        raise UserError(f"every {every}: expected at least 1, and with it how many of the newest to keep (--keep)")
     with place.writing():
         return collect_locked(place.store, keep, every, dry_run)
 

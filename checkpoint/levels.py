@@ -82,6 +82,8 @@ class Level:
     def __post_init__(self) -> None:
         numbers: dict[str, Any] = {"keep": self.keep, "every": self.every, "keep_every": self.keep_every}
         if self.best is not None:
+            if not isinstance(self.best, Best):
+                raise UserError(f"checkpoint level {self.name!r}: best={self.best!r}, expected Best(metric) or None")
             numbers["best.keep"] = self.best.keep
         if self.zstd is not None and (type(self.zstd) is not int or not 1 <= self.zstd <= 22):
             raise UserError(f"checkpoint level {self.name!r}: zstd={self.zstd}, expected None or a level from 1 to 22")

@@ -138,6 +138,9 @@ class Manager:
             values = [str(getattr(level, what)) for level in levels]
             if len(set(values)) != len(values) or not values:
                 raise UserError(f"checkpoint levels have {what}s {values}, expected at least one and all different")
+        for what, number in (("staging_bytes", staging_bytes), ("chunk_bytes", chunk_bytes)):
+            if type(number) is not int or number < 1:
+                raise ValueError(f"{what}={number!r}: expected an int from 1 on")
         self.failures: list[Failure] = []
         self._coordinator = coordinator or default_coordinator()
         self._levels: list[OpenLevel] = []
@@ -204,11 +207,14 @@ class Manager:
         everywhere: write to all levels, whatever their interval (the last save of a run); levels: to those of these
         names instead. check: called by the threads that write, before they do; what it raises fails the save (the
         arrays are not finite). It may wait for devices, which ``save`` never does.
-        Raises ValueError if no level is due, the arguments do not fit together, or after ``close``, UserError if a
-        level already holds a later good step: another run's, or the future of a run that went back.
+        Raises ValueError if no level is due, the step is no number from 0 on, the arguments do not fit together, or
+        after ``close``, UserError if a level already holds a later good step: another run's, or the future of a run
+        that went back.
         """
         if self._closed:
             raise ValueError(f"cannot save step {step}: this manager is closed; make another")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"cannot save step {step!r}: expected an int from 0 on")
         began = time.perf_counter()
         due = [level for level in self._levels if level.due(step) or everywhere]
         if levels is not None:

@@ -163,7 +163,8 @@ class CheckpointReader:
                             if sum(len(kept) for _, kept in self.mended) + len(raw) <= MENDED_BYTES:
                                 self.mended.append((chunk, raw))
                         if first:  # of a file that is lost there would be a line a chunk
-                            logger.warning("%s; read from %s", damage, other.where)
+                            what, _, _ = str(damage).rpartition("; ")
+                            logger.warning("%s; it is read from %s", what, other.where)
                         return raw
             raise
 

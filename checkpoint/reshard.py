@@ -225,6 +225,16 @@ def check_match(
                     )
 
 
+def check_width(layout: Layout) -> None:
+    """Raise UserError for arrays of 64 bits where JAX would make 32 of them."""
+    for key, stored in layout.items():
+        if (found := jax.dtypes.canonicalize_dtype(stored.dtype)) != stored.dtype:
+            raise UserError(
+                f"array {key!r} is {stored.dtype.name}, of which JAX would make {found.name}, with other values: set "
+                "JAX_ENABLE_X64=1 (jax_enable_x64), or give a layout of that dtype and ask for the cast"
+            )
+
+
 def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
@@ -320,8 +330,12 @@ def load(
     partial: leave arrays that the layout does not name unread. cast: round to the layout's dtypes where they are
     narrower; otherwise only exact casts are made. origins: of arrays that the checkpoint has under another name, fused
     with others, in several, or transposed.
-    Raises UserError if checkpoint and layout do not match, CorruptError if a chunk is damaged.
+    Raises UserError if checkpoint and layout do not match or JAX would narrow 64 bits, CorruptError if a chunk is
+    damaged, ValueError if a sharding is missing.
     """
+    if missing := layout.keys() - shardings.keys():
+        raise ValueError(f"no shardings are given for {_listed(sorted(missing))}")
+    check_width(layout)
     check_match(reader.manifest, layout, reader.where, partial=partial, cast=cast, origins=origins)
     arrays: dict[str, jax.Array] = {}
     metrics = LoadMetrics(0, 0)

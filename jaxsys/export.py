@@ -15,7 +15,6 @@ from checkpoint.conversion import Progress, Sink, Source, convert, stream
 from checkpoint.formats.gguf_sink import TYPES, GGUFSink, tensor_type
 from checkpoint.formats.native import NativeSink, NativeSource
 from checkpoint.formats.orbax import OrbaxDir, write_orbax
-from checkpoint.formats.safetensors import INDEX, SINGLE
 from checkpoint.formats.safetensors_sink import SafetensorsSink, SafetensorsSource, state_metadata
 from checkpoint.formats.tensors import FilesSource, Tensor, identity_of, plain
 from checkpoint.rules import Chosen, Rules
@@ -132,8 +131,15 @@ def reshard(source: str, destination: Path, asked: Asked, console: Console) -> i
     if asked.dtype is not None and asked.dtype not in (TYPES if asked.format == "gguf" else DTYPES):
         raise UserError(f"--dtype {asked.dtype} is for gguf alone; give one of {', '.join(DTYPES)}")
     refuse_existing(destination)
+    try:
+        str(destination).encode()
+    except UnicodeEncodeError as e:  # libraries that write there know of no other names
+        raise UserError(f"{str(destination)!r} is not UTF-8; choose another destination") from e
     with _shown(console) as progress:
-        opened, tokenizer = _open(source, destination, progress)
+        _refuse_inside(source, destination)
+        opened, tokenizer = open_source(source, lambda done, total: progress.bytes_done("source", done, total))
+        if isinstance(opened, NativeSource):
+            console.line(f"step {opened.step} of {opened.where}")
         if not opened.verified:
             console.line(f"{opened.where} has no digests: what is read of it is taken as it is")
         job = _Job(opened, tokenizer, _chosen(opened, asked), asked, destination, progress)
@@ -154,28 +160,36 @@ def _chosen(source: Source, asked: Asked) -> dict[str, Chosen]:
     return rules.apply(arrays, source.where)
 
 
-def _open(source: str, destination: Path, progress: Progress) -> tuple[Source, Tokenizer | None]:
-    """Raises UserError also for a destination that lies in the run that is read."""
-    path = Path(source).expanduser()
-    weights = path.suffix == ".safetensors" or (path / SINGLE).is_file() or (path / INDEX).is_file()
-    if weights and not (path / CONFIG).is_file():
-        beside = (path if path.is_dir() else path.parent) / "tokenizer"
-        return SafetensorsSource(path), Tokenizer.from_hf(beside) if beside.is_dir() else None
-    found = resolve(source)
-    path = found.path.resolve()
+def _refuse_inside(source: str, destination: Path) -> None:
+    """Raises UserError for a destination that lies in the run that is read."""
+    path = Path(source).expanduser().resolve()
     # A step, the checkpoints of a run, the run: what a run holds is its own, and it would resume from what it finds.
     owned = [place for place in (path, *path.parents[:2]) if is_native(place) or is_native(place / "checkpoints")]
     if owned and destination.resolve().is_relative_to(owned[-1]):
         raise UserError(f"{destination} lies inside its source {owned[-1]}: give a directory elsewhere")
+
+
+def open_source(source: str, progress: Callable[[int, int], None] | None = None) -> tuple[Source, Tokenizer | None]:
+    """What ``hub.resolve`` finds, as arrays by name, and the tokenizer of a model.
+
+    Checkpoints are as they are, with their optimizer state where the format has names of ours; models in other files
+    are in float32. progress: of verifying a native one, in bytes. Raises UserError as those do that read it.
+    """
+    found = resolve(source)
     opened: Source
     if found.kind == "native":
-        opened = NativeSource(found.path, lambda done, total: progress.bytes_done("source", done, total))
+        opened = NativeSource(found.path, progress)
+    elif found.kind == "safetensors":
+        opened = SafetensorsSource(found.path)
     elif found.kind == "orbax" and "model" in (arrays := OrbaxDir(found.path)).meta:
         identity = identity_of(sorted(path for path in arrays.path.rglob("*") if path.is_file()))
         opened = FilesSource(arrays, str(found.path), identity, meta=arrays.meta)
     else:
         opened = _Model(found)
-    return opened, Tokenizer.of(found) if "model" in opened.meta else None
+    with_tokenizer = "model" in opened.meta
+    if with_tokenizer and found.kind == "safetensors":  # arrays of a model may be all that somebody has
+        with_tokenizer = any((place / "tokenizer").is_dir() for place in found.places)
+    return opened, Tokenizer.of(found) if with_tokenizer else None
 
 
 def _native(job: _Job) -> int:

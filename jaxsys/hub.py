@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoint.formats import dcp, orbax
+from checkpoint.formats.safetensors import INDEX, SINGLE
 from parallelism.errors import UserError
 
-Kind = Literal["native", "hf", "gguf", "orbax", "dcp"]
+Kind = Literal["native", "hf", "gguf", "safetensors", "orbax", "dcp"]
 
 # Name -> (package, file inside the package, how to install it).
 PACKAGED = {
@@ -30,7 +31,8 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies: a native, Orbax or DCP checkpoint directory, a Hugging Face directory, or a GGUF file."""
+    """Where a model lies: a native, Orbax or DCP checkpoint directory, a Hugging Face directory, a GGUF file, or
+    safetensors (a file, or a directory) that say themselves what they are."""
 
     path: Path
     kind: Kind
@@ -48,8 +50,8 @@ def resolve(name_or_path: str | os.PathLike[str]) -> ModelSource:
 
     a path: a GGUF file, a Hugging Face directory (config.json), a native checkpoint (manifest.json in it, or in
     its step-* directories), or a run with such ones, an Orbax checkpoint (_METADATA in it, in its item, or in those of
-    its steps) or a DCP directory (.metadata); a name in PACKAGED, whose package is looked
-    up but not imported; a Hub id ``organisation/name``, from huggingface_hub's cache, else downloaded.
+    its steps), a DCP directory (.metadata), or safetensors without config.json; a name in PACKAGED, whose package is
+    looked up but not imported; a Hub id ``organisation/name``, from huggingface_hub's cache, else downloaded.
 
     Raises UserError that says what was tried.
     """
@@ -84,8 +86,10 @@ def _kind(path: Path) -> Kind:
             magic = file.read(4)
         if magic == b"GGUF":
             return "gguf"
+        if path.suffix == ".safetensors":
+            return "safetensors"
         found = f"it starts with {magic!r}" if magic else "it is empty"
-        raise UserError(f"{path}: not a GGUF file: {found}; give a GGUF file or a model directory")
+        raise UserError(f"{path}: not a GGUF file: {found}; give a GGUF or safetensors file or a model directory")
     if is_native(path):
         return "native"
     configured = (path / "config.json").is_file()
@@ -97,11 +101,13 @@ def _kind(path: Path) -> Kind:
         return "orbax"
     if configured:
         raise UserError(f"{path}: config.json without *.safetensors weights; fetch the weights too")
+    if any((path / name).is_file() for name in (SINGLE, INDEX)):
+        return "safetensors"
     files = sorted(p.name for p in path.glob("*.gguf"))
     hint = f"; give the file: {path / files[0]}" if files else ""
     raise UserError(
         f"{path}: holds no model: neither manifest.json, step-*/manifest.json, config.json with *.safetensors, Orbax's "
-        f"_METADATA nor DCP's .metadata{hint}"
+        f"_METADATA, DCP's .metadata nor {SINGLE}{hint}"
     )
 
 

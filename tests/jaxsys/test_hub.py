@@ -74,6 +74,14 @@ def test_a_dcp_directory(tmp_path):
     assert resolve(tmp_path).places == [tmp_path, tmp_path.parent]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_safetensors_that_say_what_they_are(tmp_path, name):
+    (tmp_path / name).write_bytes(b"{}")
+    assert resolve(tmp_path) == ModelSource(tmp_path, "safetensors")
+    if name.endswith("safetensors"):
+        assert resolve(tmp_path / name) == ModelSource(tmp_path / name, "safetensors")
+
+
 def test_a_file_of_another_format_is_named(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK..")

@@ -258,7 +258,10 @@ def test_gc_says_what_goes_and_what_went(call, run):
         (["copy", "{}/run", "{}/run/checkpoints/step-00000005"], "{}/run/checkpoints/step-00000005 is one checkpoint"),
         (["copy", "{}/nowhere", "{}/to"], "checkpoint {}/nowhere does not exist"),
         (["gc", "{}/run", "--keep", "0"], "keep 0: expected at least 1"),
-        (["gc", "{}/run", "--every", "5"], "every 5: expected at least 1, and how many of the newest to keep"),
+        (
+            ["gc", "{}/run", "--every", "5"],
+            "every 5: expected at least 1, and with it how many of the newest to keep (--keep)",
+        ),
         (
             ["gc", "{}/run", "--keep", "two"],
             "--keep: found 'two', expected a whole number; see jaxsys checkpoint gc --help",
