@@ -333,10 +333,10 @@ def load(
     Raises UserError if checkpoint and layout do not match or JAX would narrow 64 bits, CorruptError if a chunk is
     damaged, ValueError if a sharding is missing.
     """
-    if missing := layout.keys() - shardings.keys():
-        raise ValueError(f"no shardings are given for {_listed(sorted(missing))}")
     check_width(layout)
     check_match(reader.manifest, layout, reader.where, partial=partial, cast=cast, origins=origins)
+    if missing := layout.keys() - shardings.keys():
+        raise ValueError(f"no shardings are given for {_listed(sorted(missing))}")
     arrays: dict[str, jax.Array] = {}
     metrics = LoadMetrics(0, 0)
 
