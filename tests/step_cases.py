@@ -172,7 +172,7 @@ def steps(config):
         run.prepare()
         batch, found = run.launcher.place(host_batch(config, run)), []
         for n in range(STEPS):
-            params, state, metrics, _ = run.launcher.launch(params, state, batch, n, lambda _: 0.0, NOBODY)
+            params, state, metrics, _ = run.launcher.launch(params, state, batch, n, lambda *_: 0.0, NOBODY)
             for placed, arrays in ((run.stored, params), (run.optimizer_plan, state)):
                 for key, array in arrays.items():
                     want = placed.shardings[key]

@@ -90,7 +90,7 @@ def step_of(name: str, size: Size, stages: int, microbatches: int) -> Callable[[
 
     def step() -> float:
         start = time.process_time()
-        held[0], held[1], metrics, _ = run.launcher.launch(*held, batch, 0, lambda _: 0.0, Nobody())  # type: ignore[arg-type]
+        held[0], held[1], metrics, _ = run.launcher.launch(*held, batch, 0, lambda *_: 0.0, Nobody())  # type: ignore[arg-type]
         jax.block_until_ready((held, metrics))
         assert np.isfinite(float(metrics["loss"]))
         return time.process_time() - start
