@@ -52,6 +52,15 @@ def settings_of_jax_are_left_as_they_were():
         pytest.fail("jax_enable_x64 is left on")
 
 
+@pytest.fixture(scope="module")
+def cheap_machine_code():
+    """For what is compiled and runs for milliseconds; not where a test is of the bits of the machine code."""
+    from tiny_models import quickly_compiled
+
+    with quickly_compiled():
+        yield
+
+
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> Path:
     """A directory with a ``tokenizer`` and a folder of ``text``."""

@@ -86,9 +86,11 @@ def state_bytes(run: Path, step: int) -> dict[str, bytes]:
 
 
 def start(*arguments, before: str = "", **environment: str) -> subprocess.Popen:
-    """``jaxsys`` in another process with two devices. before: Python to run first."""
+    """``jaxsys`` in another process with two devices, compiled as ``tiny_models.quickly_compiled`` does. before: Python
+    to run first."""
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # recipes import this module
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": paths, **environment}
+    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = {**os.environ, **quickly, "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": paths, **environment}
     code = f"import sys\n{before}\nfrom jaxsys.cli.main import main\nsys.exit(main())"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],

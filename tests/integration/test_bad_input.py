@@ -178,6 +178,7 @@ def test_a_weight_that_is_missing_is_named(refused, recipe, hugging_face):
 # --------------------------------------------------------------------------------------------------------- existing
 
 
+@pytest.mark.usefixtures("cheap_machine_code")
 def test_resume_with_another_model(refused, recipe, capsys):
     assert main(["train", "--config", recipe, "--set", "steps=1"]) == 0
     assert "\n0 tokens/s" not in capsys.readouterr().err  # a first step is not measured

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tiny_models import quickly_compiled
 
 
 @pytest.mark.parametrize("name", ["without stages", "shift buffer", "1f1b, recompute"])
@@ -10,4 +11,5 @@ def test_a_step_of_the_benchmark(monkeypatch, name):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts" / "bench")
     import pipeline
 
-    assert pipeline.step_of(name, pipeline.QUICK, 4, 4)() > 0
+    with quickly_compiled():
+        assert pipeline.step_of(name, pipeline.QUICK, 4, 4)() > 0

@@ -18,6 +18,8 @@ from jaxsys.models.pretrained import Pretrained, expected_weights, file_shape
 from jaxsys.tokenizer import Tokenizer
 from parallelism.layout import Logical
 
+pytestmark = pytest.mark.usefixtures("cheap_machine_code")
+
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

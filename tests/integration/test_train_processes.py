@@ -59,6 +59,9 @@ def test_a_signal_saves_and_exits_and_the_same_command_resumes(recipe, run, numb
     (saved,) = [int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*")]
     assert f"{number.name}: finishing the step" in err and f"resumes from step {saved}" in err
     assert max(losses(run)) == saved >= 2
+    assert open_checkpoint(run / "checkpoints" / f"step-{saved:08}").verify().ok
+    if number != signal.SIGTERM:  # after whichever signal, what resumes knows of no signal
+        return
 
     process = train(recipe, *LONG)
     wait_for_step(process, run, saved + 1)

@@ -1,6 +1,6 @@
 """The executor against the model without a pipeline, in float64 on eight virtual devices."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -20,6 +20,8 @@ from pipelines.pieces import Pieces
 from pipelines.schedule import Placement
 from pipelines.simulate import Costs
 from pipelines.split import passes
+
+pytestmark = pytest.mark.usefixtures("cheap_machine_code")
 
 D, ROWS, VOCAB = 8, 6, 11
 
@@ -112,8 +114,17 @@ def test_every_combination(case):
     check(**case)
 
 
+@cache
+def without_a_pipeline(layers, microbatches, model):
+    """Loss, what layers tell, and gradients: op by op, so that it takes as long as to compile most pipelines."""
+    return jax.value_and_grad(plain, (1, 2), has_aux=True)(model, *make(layers, microbatches))
+
+
+TOY = Toy()
+
+
 def check(schedule, stages, times=2, form="plain", axis="alone", head=0.0, model=None, **options):
-    model = model or Toy()
+    model = model or TOY
     table = GENERATORS[schedule](stages, times * stages)
     held, least = allocate(table).made.depth, 1
     if "offload" in form or form == "selective":
@@ -124,7 +135,7 @@ def check(schedule, stages, times=2, form="plain", axis="alone", head=0.0, model
         assert allocate(table).made.depth == least < held
     layers, microbatches = 2 * stages + 1, times * stages
     shared, each, batches = make(layers, microbatches)
-    (expected, e_told), e_gradients = jax.value_and_grad(plain, (1, 2), has_aux=True)(model, shared, each, batches)
+    (expected, e_told), e_gradients = without_a_pipeline(layers, microbatches, model)
     pieces = Pieces.even(layers, table.placement, head)
     stacked = pieces.stack(each)
     shape, names = ((stages,), ("stage",)) if axis == "alone" else ((stages, 2), ("stage", axis))
