@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -15,7 +16,7 @@ import numpy as np
 from checkpoint.ahead import in_order
 from checkpoint.cells import runs
 from checkpoint.machine import machine
-from checkpoint.manifest import Chunk, CorruptError
+from checkpoint.manifest import Chunk
 from checkpoint.reader import CheckpointReader, Part
 from checkpoint.reshard import ArrayPlan
 from parallelism.coordinator import Coordinator
@@ -86,20 +87,21 @@ class OncePerMachine:
             yield
             return
         with contextlib.ExitStack() as stack:
-            own, spans, good = -1, list[Span](), True
+            own, spans, good = -1, list[Span](), False
             if reader is not None and len(self._group) > 1:
-                with contextlib.suppress(Exception):  # what does not fit is for the restore to say
+                # Whatever it is, the others wait to hear; and what does not fit is for the restore to say.
+                with contextlib.suppress(Exception):
                     spans = shared_spans([plan(process) for process in self._group])
-                if spans:
                     own = os.memfd_create("checkpoint")
                     stack.callback(os.close, own)
-                    good = self._get(reader, spans, own)
+                    self._get(reader, spans, own)
+                    good = True
             where = None if reader is None else reader.where
             said = self._coordinator.gather("at hand", [where, os.getpid(), own, good])
             files: dict[int, int] = {}
             for number, process in enumerate(self._group):
                 theirs, pid, fd, whole = said[process]
-                if spans and fd >= 0 and theirs == where and whole:
+                if spans and theirs == where and whole:
                     with contextlib.suppress(OSError):  # a sandbox may not let it
                         files[number] = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
                         stack.callback(os.close, files[number])
@@ -109,8 +111,8 @@ class OncePerMachine:
                 stack.callback(setattr, reader, "at_hand", None)
             yield
 
-    def _get(self, reader: CheckpointReader, spans: Sequence[Span], fd: int) -> bool:
-        """Fill this process's memory with its spans; False if one cannot be read."""
+    def _get(self, reader: CheckpointReader, spans: Sequence[Span], fd: int) -> None:
+        """Fill this process's memory with its spans. Raises CorruptError, OSError."""
         index = self._group.index(self._coordinator.index)
 
         def get(span: Span) -> None:
@@ -120,12 +122,8 @@ class OncePerMachine:
             while done < len(data):
                 done += os.pwrite(fd, data[done:].data, span.at + done)
 
-        try:
-            for _ in in_order(get, (span for span in spans if span.owner == index)):
-                pass
-        except (CorruptError, OSError):
-            return False
-        return True
+        for _ in in_order(get, (span for span in spans if span.owner == index)):
+            pass
 
 
 class _AtHand:
@@ -138,8 +136,11 @@ class _AtHand:
             self._spans[span.file].append(span)
 
     def parts(self, file: str, start: int, stop: int) -> Iterator[Part]:
-        at = start
-        for span in self._spans.get(file, ()):
+        at, spans = start, self._spans.get(file, [])
+        for number in range(bisect.bisect_right(spans, start, key=lambda span: span.stop), len(spans)):
+            span = spans[number]
+            if span.start >= stop:
+                break
             first, last = max(at, span.start), min(stop, span.stop)
             if first < last:
                 if at < first:
