@@ -283,7 +283,7 @@ class OpenLevel:
             with self._lock:
                 self._known_steps.pop(step, None)
             if base is not None:
-                self._let_go(base)
+                self._uncount(base)
             self._retain()
         self._coordinator.gather(channel, None)  # a process that ends serves its host's files no more
         self._write_seconds = time.perf_counter() - began
@@ -357,12 +357,12 @@ class OpenLevel:
             self._pins[step] += 1
 
     def unpin(self, step: int) -> None:
-        self._let_go(step)
+        self._uncount(step)
         with self._lock:
             self._attempts.pop(step, None)
         self._retain()
 
-    def _let_go(self, step: int) -> None:
+    def _uncount(self, step: int) -> None:
         with self._pinning:
             self._pins[step] -= 1
 

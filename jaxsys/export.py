@@ -186,10 +186,11 @@ def open_source(source: str, progress: Callable[[int, int], None] | None = None)
         opened = FilesSource(arrays, str(found.path), identity, meta=arrays.meta)
     else:
         opened = _Model(found)
-    with_tokenizer = "model" in opened.meta
-    if with_tokenizer and found.kind == "safetensors":  # arrays of a model may be all that somebody has
-        with_tokenizer = any((place / "tokenizer").is_dir() for place in found.places)
-    return opened, Tokenizer.of(found) if with_tokenizer else None
+    if "model" not in opened.meta:
+        return opened, None
+    # Arrays of a model may be all that somebody has in safetensors.
+    bare = found.kind == "safetensors" and not any((place / "tokenizer").is_dir() for place in found.places)
+    return opened, None if bare else Tokenizer.of(found)
 
 
 def _native(job: _Job) -> int:
