@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +11,8 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-THREADS = 4
+THREADS = max(2, min(4, os.cpu_count() or 1))
+"""More than there are cores would wait for each other: between two copies each needs Python's lock."""
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

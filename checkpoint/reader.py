@@ -55,8 +55,9 @@ def worth_reading(chunk: Chunk, boxes: Sequence[tuple[slice, ...]]) -> np.ndarra
     """The cells of a chunk that these boxes of it meet; None where reading it whole is as good, or the only way."""
     if chunk.grid is None or chunk.zstd is not None:
         return None
-    met = [touched([s.start for s in b], [s.stop - s.start for s in b], chunk.shape, chunk.grid) for b in boxes]
-    cells = np.unique(np.concatenate(met))
+    if sum(math.prod([s.stop - s.start for s in box]) for box in boxes) > WHOLE * math.prod(chunk.shape):
+        return None
+    cells = touched(boxes, chunk.shape, chunk.grid)
     return None if len(cells) > WHOLE * math.prod(chunk.grid) else cells
 
 

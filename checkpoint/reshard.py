@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -17,25 +17,18 @@ import numpy as np
 from checkpoint.ahead import in_order
 from checkpoint.cells import ALIGNMENT, aligned, unpack, unpack_into
 from checkpoint.manifest import CHUNK_BYTES, MANIFEST, Chunk, Manifest
-from checkpoint.reader import (
-    Box,
-    CheckpointReader,
-    intersect,
-    slices,
-    worth_reading,
-)
+from checkpoint.reader import Box, CheckpointReader, intersect, worth_reading
 from checkpoint.shares import bounds_of
 from checkpoint.storage import LocalFiles, durable, new_directory
 from checkpoint.writer import ChunkWriter, Piece, blocks_of, data_file, manifest_of
 from parallelism.errors import UserError
-from parallelism.layout import Layout, Logical, Stored
+from parallelism.layout import Layout, Logical, Region, Stored
 
 Index = tuple[slice, ...]
 """The box of a stored array that one device holds, as in ``Shard.index``."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """Elements ``source`` of a chunk, their axes in this order, go to ``target`` of host piece number ``piece``."""
 
     piece: int
@@ -67,14 +60,12 @@ class ArrayPlan:
     """How to fill the pieces (distinct boxes) of one stored array.
 
     What has a digest is read whole: bytes_read exceeds bytes_needed where the boxes of the target cut through cells.
-    padded: whether elements of the pieces come from nowhere.
     """
 
     stored: Stored
     pieces: tuple[Index, ...]
     reads: tuple[ChunkRead, ...]
     bytes_needed: int
-    padded: bool
 
     @property
     def bytes_read(self) -> int:
@@ -116,45 +107,43 @@ def plan_array(
 
     The manifest must hold every part with its shape (``check_match``).
     """
-    moves: dict[tuple[str, int], list[Move]] = {}
-    there: dict[Origin, _Boxes] = {}
-    needed = padding = 0
+    regions: dict[str, list[tuple[int, Region]]] = {}
+    needed = 0
     for number, index in enumerate(pieces):
-        padding += math.prod(_shape(index, stored))
         for region in stored.regions(index):
-            padding -= math.prod(region.size)
-            for origin in _origins(region.logical.name, origins):
-                array = manifest.arrays[origin.name]
-                if origin not in there:
-                    there[origin] = _Boxes([origin.box(chunk.start, chunk.shape) for chunk in array.chunks])
-                for at, shared in there[origin].meet(region.start, region.size):
-                    needed += math.prod(shared[1]) * array.dtype.itemsize
-                    inner = slices(*shared, region.start)
-                    target = (*region.within[:1], *inner) if stored.stacked else inner
-                    source = origin.back(slices(*shared, there[origin].boxes[at][0]))
-                    moves.setdefault((origin.name, at), []).append(Move(number, source, target, origin.order))
+            regions.setdefault(region.logical.name, []).append((number, region))
+    moves: dict[tuple[str, int], list[Move]] = {}
+    for name, wanted in regions.items():
+        start, stop = _corners([(region.start, region.size) for _, region in wanted])
+        for origin in _origins(name, origins):
+            array = manifest.arrays[origin.name]
+            if not array.chunks:
+                continue
+            begin, end = _corners([origin.box(chunk.start, chunk.shape) for chunk in array.chunks])
+            first, last = np.maximum(start[:, None], begin), np.minimum(stop[:, None], end)
+            which, at = np.nonzero((first < last).all(-1))
+            first, last = first[which, at], last[which, at]
+            needed += int((last - first).prod(-1).sum()) * array.dtype.itemsize
+            sources, targets = (_boxes(first - o, last - o) for o in (begin[at], start[which]))
+            for w, a, source, inner in zip(which.tolist(), at.tolist(), sources, targets, strict=True):
+                number, region = wanted[w]
+                target = (*region.within[:1], *inner) if stored.stacked else inner
+                moves.setdefault((origin.name, a), []).append(Move(number, origin.back(source), target, origin.order))
     reads = []
-    for (name, at), own in moves.items():
-        chunk = manifest.arrays[name].chunks[at]
+    for (name, a), own in moves.items():
+        chunk = manifest.arrays[name].chunks[a]
         reads.append(ChunkRead(name, chunk, tuple(own), worth_reading(chunk, [move.source for move in own])))
-    return ArrayPlan(stored, pieces, tuple(reads), needed, padding > 0)
+    return ArrayPlan(stored, pieces, tuple(reads), needed)
 
 
-class _Boxes:
-    """Boxes of which those that meet another are found at once."""
+def _corners(boxes: Sequence[Box]) -> tuple[np.ndarray, np.ndarray]:
+    """The first corner of each box and the last, [boxes, dimensions] int64."""
+    first = np.array([start for start, _ in boxes], np.int64)
+    return first, first + np.array([shape for _, shape in boxes], np.int64)
 
-    def __init__(self, boxes: Sequence[Box]):
-        self.boxes = boxes
-        self._start = np.array([start for start, _ in boxes], np.int64)
-        self._stop = self._start + np.array([shape for _, shape in boxes], np.int64)
 
-    def meet(self, start: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, Box]]:
-        """The number of each box that shares elements with this one, and the box that they share."""
-        if self.boxes:
-            first = np.maximum(self._start, start)
-            size = np.minimum(self._stop, np.add(start, shape)) - first
-            for at in np.flatnonzero((size > 0).all(axis=1)).tolist():
-                yield at, (tuple(first[at].tolist()), tuple(size[at].tolist()))
+def _boxes(first: np.ndarray, last: np.ndarray) -> Iterator[tuple[slice, ...]]:
+    return (tuple(map(slice, *box)) for box in zip(first.tolist(), last.tolist(), strict=True))
 
 
 def _origins(name: str, origins: Origins | None) -> Sequence[Origin]:
@@ -364,11 +353,9 @@ def fill(reader: CheckpointReader, plan: ArrayPlan) -> list[np.ndarray]:
     dtype, shapes = plan.stored.dtype, [_shape(index, plan.stored) for index in plan.pieces]
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     starts = [0, *itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
-    # In one allocation, as a large one gets larger pages. Aligned, JAX on CPU takes the pieces as they are: the first
-    # program that is to donate one makes the copy instead.
+    # In one allocation, as a large one gets larger pages. JAX on CPU takes what is aligned as it is: the first program
+    # that is to donate one makes the copy instead.
     memory = aligned(starts[-1])
-    if plan.padded:
-        memory[:] = 0
     parts = zip(starts, sizes, shapes, strict=False)
     pieces = [memory[at : at + size].view(dtype).reshape(shape) for at, size, shape in parts]
     room = reader.room(read.chunk for read in plan.reads)

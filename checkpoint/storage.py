@@ -252,10 +252,6 @@ class MissingError(CorruptError):
         super().__init__(f"file {where} is missing{shared * name.startswith('../')}; use another checkpoint")
 
 
-def _opener(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # of a pipe that took a file's place nobody waits for the other end
-
-
 class LocalFiles:
     """The files of a checkpoint in one directory."""
 
@@ -297,21 +293,24 @@ class LocalFiles:
         return MissingError(str(self._at(name)), name)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        path = self._at(name)
+        path = os.path.normpath(os.path.join(self.where, name))
         try:
-            with open(path, "rb", buffering=0, opener=_opener) as file:
-                file.seek(offset)
-                done = 0
-                while done < len(buffer):
-                    n = file.readinto(buffer[done:])
-                    if not n:
-                        raise CorruptError(
-                            f"file {path} is truncated: {offset + done} bytes, expected at least "
-                            f"{offset + len(buffer)}; use another checkpoint"
-                        )
-                    done += n
+            # Of a pipe that took a file's place nobody waits for the other end.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise self._missing(name) from None
+        try:
+            done = 0
+            while done < len(buffer):
+                n = os.preadv(fd, [buffer[done:]], offset + done)
+                if not n:
+                    raise CorruptError(
+                        f"file {path} is truncated: {offset + done} bytes, expected at least "
+                        f"{offset + len(buffer)}; use another checkpoint"
+                    )
+                done += n
+        finally:
+            os.close(fd)
 
 
 @contextlib.contextmanager

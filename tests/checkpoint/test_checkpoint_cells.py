@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from checkpoint import cells, open_checkpoint
-from checkpoint.cells import digests, grid_of, pack, runs, touched, unpack
+from checkpoint.cells import ALIGNMENT, HUGE_PAGE, aligned, digests, grid_of, pack, runs, touched, unpack
 from checkpoint.manifest import CHUNK_BYTES, Array, Chunk, CorruptError, Manifest, split
 from checkpoint.reshard import distinct_boxes, plan_array
 from checkpoint.writer import Piece
@@ -55,9 +55,17 @@ def test_the_cells_of_a_box_are_those_that_hold_its_elements(chunk, data):
     for index in np.ndindex(*shape):
         owner[index] = np.ravel_multi_index([i // c for i, c in zip(index, cell, strict=True)], grid) if shape else 0
     box = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
-    found = touched(start, size, shape, grid)
+    found = touched([box], shape, grid)
     np.testing.assert_array_equal(found, np.unique(owner[box]))
     assert [n for first, last in runs(found) for n in range(first, last)] == found.tolist()
+
+
+@pytest.mark.parametrize("nbytes", [1, 100_000, HUGE_PAGE - 1, HUGE_PAGE, 2 * HUGE_PAGE + 1])
+def test_memory_is_zero_and_aligned_whatever_was_there_before(nbytes):
+    for _ in range(3):  # what was let go comes again
+        memory = aligned(nbytes)
+        assert memory.shape == (nbytes,) and memory.ctypes.data % ALIGNMENT == 0 and not memory.any()
+        memory[:] = 0xA5
 
 
 def test_a_grid_halves_the_axis_that_is_cut_least_down_to_the_size_of_a_cell(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import CorruptError, Level, Manager, cells, find_checkpoint, load, open_checkpoint, reshard
+from checkpoint import CorruptError, Level, Manager, find_checkpoint, load, open_checkpoint
 from checkpoint.cells import pack_into
 from checkpoint.manifest import DTYPES, MANIFEST
 from checkpoint.reader import CheckpointReader
@@ -21,18 +21,6 @@ from checkpoint.storage import LocalFiles
 from checkpoint.writer import Block, ChunkWriter, Piece, blocks_of, data_file, manifest_of
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Stored
-
-
-@pytest.fixture(autouse=True)
-def memory_used_before(monkeypatch):
-    """What is not filled is seen: new memory happens to be zero."""
-
-    def aligned(nbytes):
-        memory = cells.aligned(nbytes)
-        memory[:] = 0xA5
-        return memory
-
-    monkeypatch.setattr(reshard, "aligned", aligned)
 
 
 def grid(draw, shape):
