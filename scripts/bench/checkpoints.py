@@ -1,13 +1,14 @@
 """What checkpoints cost: throughput against the disk itself and other libraries, and the stall of a training loop.
 
-    python scripts/bench/checkpoints.py io [--megabytes 1024] [--rounds 5] [--directory DIR]
+    python scripts/bench/checkpoints.py io [--megabytes 1024] [--rounds 5] [--processes 1] [--directory DIR]
     python scripts/bench/checkpoints.py train [--rounds 3]
 
-io: the same arrays of random bytes, on a mesh of eight devices, are saved, restored, and restored onto another mesh by
-jaxsys, Orbax and, where torch is installed, torch's DCP (its process has one device, so it has no other mesh), in turn;
-beside them ``raw`` writes the bytes to one file with fsync, and reads them. Seconds are until the call's bytes are on
-stable storage, or in arrays. Restores are out of the page cache for all. Peak memory is of the process, beyond what it
-had with its arrays.
+io: the same arrays of random bytes, cut over eight devices as FSDP does, are saved, restored, and restored onto other
+meshes, FSDP over two by tensor parallelism over four, and tensor parallelism over eight, by jaxsys and Orbax, in turn.
+In one process there are besides torch's DCP, where torch is installed (one device, so no other mesh), and ``raw``,
+which writes the bytes to one file with fsync, and reads them. Seconds are until the call's bytes are on stable storage,
+or in arrays; of several processes until the last is done. Restores are out of the page cache for all. Peak memory is
+beyond what there was with the arrays, of all processes.
 
 train: the 25M Llama of the other benchmarks trains 20 steps with AdamW, donating, in the split form, without saving and
 with a snapshot of every step to RAM and of every tenth to disk, in turn. A stall is time in which the devices have
@@ -22,18 +23,21 @@ import json
 import mmap
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from measure import Quiet, Worker, answer
 
-WAYS = ("save", "restore", "reshard")
+WAYS = ("save", "restore", "onto 2x4", "onto tensor 8")
 CHUNK = 16 << 20
 
 
@@ -42,11 +46,18 @@ def main() -> None:
     parser.add_argument("what", choices=["io", "train"])
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", type=int, choices=[1, 2, 4], default=1, help="that share the eight devices")
     parser.add_argument("--directory", help="on the disk to measure; a temporary one if not given")
     parser.add_argument("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
+    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(8 // options.processes))
+        if options.processes > 1:
+            import jax
+
+            jax.distributed.initialize(f"localhost:{options.port}", options.processes, options.process)
         answer(WORKERS[options.worker](Path(options.directory) / options.worker, options.megabytes << 20))
     elif options.what == "io":
         io(options)
@@ -58,38 +69,64 @@ def io(options: argparse.Namespace) -> None:
     root = Path(tempfile.mkdtemp(prefix="bench-", dir=options.directory))
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     try:
-        arguments = ["io", "--megabytes", str(options.megabytes), "--directory", str(root), "--worker"]
-        workers = {name: Worker(name, [sys.executable, sys.argv[0], *arguments, name]) for name in WORKERS}
-        for name in [name for name, worker in workers.items() if worker.ask("begin") == "None"]:
-            workers.pop(name).close()
+        alone = ("raw", "dcp")
+        teams = {name: Team(name, root, options) for name in WORKERS if options.processes == 1 or name not in alone}
+        for name in [name for name, team in teams.items() if team.ask("begin") is None]:
+            teams.pop(name).close()
             print(f"{name}: not measured, it is not installed", file=sys.stderr)
-        with Quiet(list(workers.values())), contextlib.closing(Memory(room=options.megabytes << 20 << 4)) as ours:
+        processes = [worker for team in teams.values() for worker in team.workers]
+        with Quiet(processes), contextlib.closing(Memory(room=options.megabytes << 20 << 4)) as ours:
             for round_ in range(options.rounds + 1):
-                workers["jaxsys"].ask(f"others {round_}")
+                teams["jaxsys"].ask("others", round_)
                 for way in WAYS:
-                    for name, worker in workers.items():
+                    for name, team in teams.items():
                         ours.warm()
-                        said = worker.ask(f"{way} {round_}")
-                        if round_ and said != "None":  # the first warms up
-                            seconds, peak = json.loads(said)
-                            found.setdefault((way, name), []).append((seconds, peak))
-        for worker in workers.values():
-            worker.close()
+                        said = team.ask(way, round_)
+                        if round_ and said is not None:  # the first warms up
+                            found.setdefault((way, name), []).append(said)
+        for team in teams.values():
+            team.close()
     finally:
         shutil.rmtree(root)
     print(
-        f"{options.megabytes} MiB, median (minimum-maximum) of {options.rounds}, in MB/s; ratio of each round's rates"
+        f"{options.megabytes} MiB, processes: {options.processes}; median (minimum-maximum) of {options.rounds}, in "
+        "MB/s; median of the ratios of each round's rates"
     )
     print("| | | MB/s | to raw | to Orbax | peak beyond its arrays, MiB |\n|---|---|---|---|---|---|")
     for (way, name), values in found.items():
         rates = [options.megabytes * 1.048576 / seconds for seconds, _ in values]
         cells = [f"{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})"]
         for peer in ("raw", "orbax"):
-            theirs = found.get(("restore" if way == "reshard" and peer == "raw" else way, peer))
+            theirs = found.get(("restore" if way.startswith("onto") and peer == "raw" else way, peer))
             ratios = [t / s for (s, _), (t, _) in zip(values, theirs, strict=True)] if theirs else []
             cells.append(f"{statistics.median(ratios):.2f}x" if ratios else "-")
         cells.append(f"{max(peak for _, peak in values) / 2**20:,.0f}")
         print(f"| {way} | {name} | {' | '.join(cells)} |")
+
+
+class Team:
+    """The processes of a contestant, asked at once: the slowest of them counts, and the memory of all."""
+
+    def __init__(self, name: str, root: Path, options: argparse.Namespace):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        given = {"megabytes": options.megabytes, "directory": root, "processes": options.processes, "port": port}
+        words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+        command = [sys.executable, sys.argv[0], "io", *words, "--worker", name, "--process"]
+        self.workers = [Worker(name, [*command, str(number)]) for number in range(options.processes)]
+        self._pool = ThreadPoolExecutor(options.processes)
+
+    def ask(self, way: str, round_: int = 0) -> tuple[float, float] | None:
+        """Seconds and bytes of peak memory; None from who cannot do this."""
+        answers = list(self._pool.map(lambda worker: json.loads(worker.ask(f"{round_} {way}")), self.workers))
+        if None in answers:
+            return None
+        seconds, peaks = zip(*answers, strict=True)
+        return max(seconds), sum(peaks)
+
+    def close(self) -> None:
+        list(self._pool.map(Worker.close, self.workers))
 
 
 class Memory:
@@ -127,21 +164,25 @@ def free() -> int:
 # ------------------------------------------------------------------------------------------------------------- workers
 
 
-def timed(ways: dict[str, Callable[[int], None]]) -> Callable[[str], Any]:
-    """The replies of a worker: seconds and bytes of peak memory of a way; ``begin`` says that it can."""
+def timed(ways: dict[str, Callable[[int], Any]]) -> Callable[[str], str]:
+    """The replies of a worker, in JSON: seconds and bytes of peak memory of a way, null of one that it has not."""
 
-    def reply(line: str) -> Any:
-        way, _, round_ = line.strip().partition(" ")
-        if way == "begin":
-            return "yes"
-        if way not in ways:
-            return None
+    def reply(line: str) -> str:
+        round_, way = line.strip().split(" ", 1)
+        call = {"begin": int, **ways}.get(way)
+        if call is None:
+            return "null"
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before, began = memory("VmRSS"), time.perf_counter()
-        ways[way](int(round_))
+        call(int(round_))
         return json.dumps([time.perf_counter() - began, memory("VmHWM") - before])
 
     return reply
+
+
+def timed_not(line: str) -> str:
+    """The reply of one that is not installed."""
+    return "null"
 
 
 def memory(what: str) -> int:
@@ -169,19 +210,20 @@ def values(nbytes: int) -> Any:
 
 
 def placed(nbytes: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays on a mesh of eight, and the shardings of another."""
+    """The arrays cut over eight devices, and the shardings to restore them into, by way."""
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     devices = np.array(jax.devices())
     here = NamedSharding(Mesh(devices, ("fsdp",)), PartitionSpec("fsdp"))
-    there = NamedSharding(Mesh(devices.reshape(2, 4), ("fsdp", "tensor")), PartitionSpec("fsdp", "tensor"))
-    arrays = {name: jax.device_put(value, here) for name, value in values(nbytes)}
-    return arrays, dict.fromkeys(arrays, there)
+    both = NamedSharding(Mesh(devices.reshape(2, 4), ("fsdp", "tensor")), PartitionSpec("fsdp", "tensor"))
+    tensor = NamedSharding(Mesh(devices, ("tensor",)), PartitionSpec(None, "tensor"))
+    arrays = {k: jax.make_array_from_callback(v.shape, here, v.__getitem__) for k, v in values(nbytes)}
+    return arrays, {"restore": here, "onto 2x4": both, "onto tensor 8": tensor}
 
 
-def raw(root: Path, nbytes: int) -> Callable[[str], Any]:
+def raw(root: Path, nbytes: int) -> Callable[[str], str]:
     import numpy as np
 
     root.mkdir()
@@ -205,14 +247,13 @@ def raw(root: Path, nbytes: int) -> Callable[[str], Any]:
     return timed({"save": save, "restore": restore})
 
 
-def jaxsys(root: Path, nbytes: int) -> Callable[[str], Any]:
+def jaxsys(root: Path, nbytes: int) -> Callable[[str], str]:
     import jax
 
     from checkpoint import Level, Manager
     from parallelism.layout import Layout, Logical, Stored
 
-    arrays, there = placed(nbytes)
-    here = {name: array.sharding for name, array in arrays.items()}
+    arrays, targets = placed(nbytes)
     specs = [Logical(name, x.shape, x.dtype, (None, None)) for name, x in arrays.items()]
     layout = Layout([Stored(s.name, s.shape, s.dtype, s.axes, (s,)) for s in specs])
     manager = Manager([Level("disk", root, keep=1)], staging_bytes=256 << 20)
@@ -223,56 +264,50 @@ def jaxsys(root: Path, nbytes: int) -> Callable[[str], Any]:
     def save(round_: int) -> None:
         manager.save(round_ + 1, state["arrays"], layout, {}).wait()
 
-    def restore(round_: int, shardings: dict[str, Any] = here) -> None:
-        found = manager.restore(layout=layout, shardings=shardings)
+    def restore(round_: int, sharding: Any) -> None:
+        found = manager.restore(layout=layout, shardings=dict.fromkeys(arrays, sharding))
         jax.block_until_ready(found.arrays)
 
     def others(round_: int) -> None:
         """So that the next save finds no byte that is there already."""
         state["arrays"] = jax.block_until_ready(change(state["arrays"]))
 
-    ways = {"save": save, "restore": restore, "reshard": lambda round_: restore(round_, there), "others": others}
-    return timed(ways)
+    restores = {way: partial(restore, sharding=sharding) for way, sharding in targets.items()}
+    return timed({"save": save, "others": others, **restores})
 
 
-def orbax(root: Path, nbytes: int) -> Callable[[str], Any]:
+def orbax(root: Path, nbytes: int) -> Callable[[str], str]:
     try:
         import orbax.checkpoint as ocp
     except ImportError:
-        return lambda _: None
+        return timed_not
     import jax
 
-    arrays, there = placed(nbytes)
-    here = {name: array.sharding for name, array in arrays.items()}
+    arrays, targets = placed(nbytes)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
     checkpointer = ocp.AsyncCheckpointer(handler)
 
     def save(round_: int) -> None:
         checkpointer.save(root / str(round_), args=ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=CHUNK))
         checkpointer.wait_until_finished()
-        shutil.rmtree(root / str(round_ - 1), ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(root / str(round_ - 1), ignore_errors=True)
 
-    def restore(round_: int, shardings: dict[str, Any]) -> None:
-        how = {k: ocp.ArrayRestoreArgs(sharding=s) for k, s in shardings.items()}
+    def restore(round_: int, sharding: Any) -> None:
+        how = {name: ocp.ArrayRestoreArgs(sharding=sharding) for name in arrays}
         found = checkpointer.restore(root / str(round_), args=ocp.args.PyTreeRestore(restore_args=how))
         jax.block_until_ready(found)
 
-    root.mkdir()
-    return timed(
-        {
-            "save": save,
-            "restore": lambda round_: restore(round_, here),
-            "reshard": lambda round_: restore(round_, there),
-        }
-    )
+    root.mkdir(exist_ok=True)
+    return timed({"save": save, **{way: partial(restore, sharding=sharding) for way, sharding in targets.items()}})
 
 
-def dcp(root: Path, nbytes: int) -> Callable[[str], Any]:
+def dcp(root: Path, nbytes: int) -> Callable[[str], str]:
     try:
         import torch
         import torch.distributed.checkpoint as library
     except ImportError:
-        return lambda _: None
+        return timed_not
     import logging
     import warnings
 
