@@ -124,6 +124,7 @@ class OpenLevel:
         self._lock = threading.RLock()  # the thread of a later level comes here too, when it unpins
         self._newest: int | None = None
         self._known_steps: dict[int, _Step] = {}
+        self._told_of_metric = False
         self._attempts: dict[int, Mapping[str, Sequence[Chunk]]] = {}  # chunks of writes under way and of failed ones
 
     @property
@@ -389,7 +390,15 @@ class OpenLevel:
         found = {step for step in steps if every and step % every == 0}
         if best is not None:
             sign = -1 if best.largest else 1
-            values = {step: _number(self._step(step).metrics.get(best.metric)) for step in steps}
+            metrics = {step: self._step(step).metrics for step in steps}
+            if steps and best.metric not in (has := metrics[steps[-1]]) and not self._told_of_metric:
+                self._told_of_metric = True
+                names = ", ".join(sorted(has)) or "none"
+                logger.warning(
+                    "step %d in %s has no metric %r, by which this level keeps the best (meta['metrics'] has: %s)",
+                    *(steps[-1], self.where, best.metric, names),
+                )
+            values = {step: _number(known.get(best.metric)) for step, known in metrics.items()}
             ranked = sorted((sign * v, step) for step, v in values.items() if v is not None)
             found |= {step for _, step in ranked[: best.keep]}
         return found

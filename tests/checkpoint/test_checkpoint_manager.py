@@ -460,6 +460,15 @@ def test_milestones_and_the_best_stay(paths, h, largest):
         assert manager.steps() == sorted({9, 10} | {4, 8} | ({3, 5} if largest else {2, 6}))
 
 
+def test_a_metric_that_no_step_has_is_told_of_once(paths, state, caplog):
+    with Manager([Level("disk", paths[1], best=Best("losss"))]) as manager:
+        for step in (1, 2):
+            save(manager, step, state, {"metrics": {"loss": 1.0}})
+        manager.wait()
+    told = [r.getMessage() for r in caplog.records if "losss" in r.getMessage()]
+    assert len(told) == 1 and "step 1" in told[0] and "has: loss" in told[0]
+
+
 def test_a_level_that_verifies_does_not_commit_what_reads_otherwise(paths, state, monkeypatch):
     create = LocalStore.create
 
