@@ -43,7 +43,7 @@ class Copied:
 
 
 def copy_steps(source: Place, target: Store, every: bool = False, progress: Progress | None = None) -> Copied:
-    """Copy the newest good step, or every good one, into a root of checkpoints, whose writer's lock is taken.
+    """Copy the newest good step, or every good one, into a root of checkpoints, whose only writer this is.
 
     Bytes are verified as they are read, and again as they were written; then the manifest is put. What the target has
     already and verifies is not written again, be it of another step or of a copy that was interrupted.

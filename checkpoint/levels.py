@@ -42,6 +42,10 @@ IN_USE = 0.5
 of chunks in use takes at most twice that."""
 
 
+TURNS = 2
+LOOK_SECONDS = 0.2
+
+
 Where = Literal["shared", "host", "peer"]
 
 
@@ -112,7 +116,7 @@ class OpenLevel:
     def __init__(self, level: Level, store: Store, coordinator: Coordinator):
         self.level, self.store = level, store
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"checkpoint-{level.name}")
-        self._slots, self._busy = threading.BoundedSemaphore(2), 0
+        self._turns, self._busy = threading.Condition(), 0
         self.mark = ""  # of this run's start, the same in all processes
         self._pace: Pace | None = None
         self._write_seconds = 0.0
@@ -145,14 +149,17 @@ class OpenLevel:
             self._asked = step, self._pace.due(step, None if self._busy else self._write_seconds)
         return self._asked[1]
 
-    def wait_for_turn(self) -> None:
-        """Block until there is room for a save: one is being written and one waits, at most."""
-        self._slots.acquire()
-        self._busy += 1
+    def wait_for_turn(self, hurried: Callable[[], bool]) -> None:
+        """Block until there is room for a save, one is being written and one waits at most, or it is ``hurried``."""
+        with self._turns:
+            while self._busy >= TURNS and not hurried():
+                self._turns.wait(LOOK_SECONDS)
+            self._busy += 1
 
     def end_turn(self) -> None:
-        self._busy -= 1
-        self._slots.release()
+        with self._turns:
+            self._busy -= 1
+            self._turns.notify_all()
 
     def acquire(self, mark: str) -> None:
         """Become the writer, and remove what a killed one left. Raises UserError naming the present holder."""
@@ -286,7 +293,6 @@ class OpenLevel:
             if base is not None:
                 self._uncount(base)
             self._retain()
-        self._coordinator.gather(channel, None)  # a process that ends serves its host's files no more
         self._write_seconds = time.perf_counter() - began
         return dataclasses.replace(metrics[0], seconds=self._write_seconds)
 
@@ -358,14 +364,15 @@ class OpenLevel:
             self._pins[step] += 1
 
     def unpin(self, step: int) -> None:
-        self._uncount(step)
-        with self._lock:
-            self._attempts.pop(step, None)
+        if not self._uncount(step):  # else it is being written again
+            with self._lock:
+                self._attempts.pop(step, None)
         self._retain()
 
-    def _uncount(self, step: int) -> None:
+    def _uncount(self, step: int) -> int:
         with self._pinning:
             self._pins[step] -= 1
+            return self._pins[step]
 
     def _retain(self) -> None:
         """Delete what the level's rules do not keep. Damaged steps do not count as kept."""

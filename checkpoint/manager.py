@@ -12,7 +12,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import jax
@@ -91,10 +91,11 @@ class SaveHandle:
         """
         return self._snapshot.wait(keys, busy)
 
-    def wait(self) -> SaveMetrics:
-        """Block until every due level has committed. Raises the first level's failure, if there is one."""
-        for future in self._futures.values():
-            future.exception()
+    def wait(self, seconds: float | None = None) -> SaveMetrics:
+        """Block until every due level has committed. Raises the first level's failure, if there is one, and
+        TimeoutError where that takes longer than ``seconds``."""
+        if wait(self._futures.values(), seconds).not_done:
+            raise TimeoutError(f"step {self.step} is still being written after {seconds:g} s")
         for future in self._futures.values():
             future.result()
         return self.metrics
@@ -200,13 +201,15 @@ class Manager:
         everywhere: bool = False,
         levels: Collection[str] | None = None,
         check: Callable[[], None] | None = None,
+        hurried: Callable[[], bool] = lambda: False,
     ) -> SaveHandle:
         """Start saving and return before copies or writes are done.
 
         Before ``arrays`` are donated, call ``copied`` of the handle. ``meta`` is JSON and is copied now.
         everywhere: write to all levels, whatever their interval (the last save of a run); levels: to those of these
         names instead. check: called by the threads that write, before they do; what it raises fails the save (the
-        arrays are not finite). It may wait for devices, which ``save`` never does.
+        arrays are not finite). It may wait for devices, which ``save`` never does. hurried: asked while a level has no
+        room for another save; once it says so, this waits no longer, and the save comes after those.
         Raises ValueError if no level is due, the step is no number from 0 on, the arguments do not fit together, or
         after ``close``, UserError if a level already holds a later good step: another run's, or the future of a run
         that went back.
@@ -230,9 +233,10 @@ class Manager:
                     f"cannot save step {step}: {level.where} already holds step {level.newest}; "
                     "resume from that, or continue in another directory"
                 )
-        self._finish(lambda handle: handle.step == step)
+        again = [handle for handle in self._handles if handle.step == step]
+        wait(handle._futures[level.name] for handle in again for level in due if level.name in handle._futures)
         for level in due:
-            level.wait_for_turn()
+            level.wait_for_turn(hurried)
         waited = time.perf_counter() - began
         try:
             shares, specs = self._plan(arrays, layout)
@@ -276,15 +280,26 @@ class Manager:
         check: Callable[[], None] | None,
     ) -> WriteMetrics:
         try:
-            # A level before this one that has the step; else what those wrote before they failed, and then the rest.
-            before = [x for x in due if x.name in earlier]
-            source = next((x for x in before if earlier[x.name].exception() is None), None)
-            if source is None:
-                metrics = level.write(step, meta, specs, _rest(before, step, specs, snapshot), check)
-            else:
-                done = [x for x in before if earlier[x.name].done() and earlier[x.name].exception() is None]
-                metrics = level.promote(step, source, [x for x in done if x is not source], check)
-            snapshot.release()
+            try:
+                # A level before this one that has the step; else what those wrote before they failed, and the rest.
+                before = [x for x in due if x.name in earlier]
+                source = next((x for x in before if earlier[x.name].exception() is None), None)
+                if source is None:
+                    metrics = level.write(step, meta, specs, _rest(before, step, specs, snapshot), check)
+                else:
+                    done = [x for x in before if earlier[x.name].done() and earlier[x.name].exception() is None]
+                    metrics = level.promote(step, source, [x for x in done if x is not source], check)
+                snapshot.release()
+            finally:
+                with self._lock:
+                    open_.remove(level.name)
+                    last = not open_
+                if last:  # a level may be done before one that it does not come after
+                    snapshot.release()
+                    for each in due:
+                        each.unpin(step)
+            # A process that ends serves its host's files no more, and process 0 deletes old ones until here.
+            self._coordinator.gather(f"written:{level.where}", None)
             logger.info("saved step %d to %s: %d bytes in %.2f s", step, level.where, metrics.nbytes, metrics.seconds)
             return metrics
         except Exception as e:
@@ -299,26 +314,11 @@ class Manager:
             self.failures.append(Failure(step, level.name, error))
             raise error from (None if error is e else e)
         finally:
-            try:
-                with self._lock:
-                    open_.remove(level.name)
-                    last = not open_
-                if last:  # a level may be done before one that it does not come after
-                    snapshot.release()
-                    for each in due:
-                        each.unpin(step)
-            finally:
-                level.end_turn()
+            level.end_turn()
 
     def wait(self) -> None:
         """Block until every save has committed or failed (see ``failures``)."""
-        self._finish(lambda handle: True)
-
-    def _finish(self, which: Callable[[SaveHandle], bool]) -> None:
-        for handle in self._handles:
-            if which(handle):
-                for future in handle._futures.values():
-                    future.exception()
+        wait(future for handle in self._handles for future in handle._futures.values())
 
     # -- restoring
 

@@ -25,6 +25,8 @@ class TrainArgs:
     """A recipe by name, or path/to/file.py:function."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """KEY=VALUE, repeated: changes one key of the configuration, such as optim.learning_rate=1e-4."""
+    init_from: str | None = None
+    """MODEL: begin with this pretrained model, in any format that jaxsys reads, whatever the recipe begins with."""
     profile: str | None = None
     """START:STOP: write a trace of these steps to the run directory."""
     print_config: bool = False
@@ -46,6 +48,8 @@ class TrainArgs:
         from jaxsys.train import recipes
 
         config = configuration.override(recipes.find(self.config), self.set)
+        if self.init_from is not None:
+            config = dataclasses.replace(config, init_from=self.init_from, model=None)
         if self.profile is not None:
             config = dataclasses.replace(config, profile=self.profile)
         if self.serve is not None:

@@ -22,13 +22,15 @@ def save_within(
     saves: Saves,
     coordinator: Coordinator,
     save: Callable[[str], SaveHandle],
-) -> str:
-    """Saves to one level after the other while time is left; returns what became of it, in a line.
+    say: Callable[[str], None],
+) -> bool:
+    """Saves to one level after the other while time is left; returns whether one has the step.
 
-    seconds: of grace, from ``since`` (of ``time.monotonic``) on. save: begins a save to a level. Until one level has
-    the step every next one is tried, however late it is: there is nothing to lose. Processes do what process 0 finds.
+    seconds: of grace, from ``since`` (of ``time.monotonic``) on. save: begins a save to a level. say: is told what
+    became of it, of each level that has it at once. Until one has it every next one is tried, however late it is:
+    there is nothing to lose. Processes do what process 0 finds.
     """
-    done: list[str] = []
+    done = False
     not_done: list[str] = []
     slowest = 0.0
     for name in coordinator.gather("order of the last save", order(levels, saves.estimate))[0]:
@@ -43,11 +45,15 @@ def save_within(
         began = time.monotonic()
         handle = save(name)
         try:
-            handle.wait()
+            handle.wait(max(left, 0.0) if done else None)
+        except TimeoutError:
+            not_done.append(f"{name} (not done in time)")
+            continue
         except Exception:  # the manager has logged it and keeps it
             not_done.append(f"{name} (it failed)")
             continue
-        done.append(f"{name} in {time.monotonic() - began:.1f} s")
-    line = f"saved to {' and '.join(done)}" if done else "saved nowhere"
-    line += f", {time.monotonic() - since:.1f} s after the notice (allowed: {seconds:g})"
-    return line + (f"; not to {', '.join(not_done)}" if not_done else "")
+        done, now = True, time.monotonic()
+        say(f"saved to {name} in {now - began:.1f} s, {now - since:.1f} s after the notice (allowed: {seconds:g})")
+    if not_done:
+        say(f"not saved to {', '.join(not_done)}")
+    return done

@@ -12,6 +12,9 @@ from typing import Any
 
 import xxhash
 
+from checkpoint import CorruptError
+from checkpoint.reader import CheckpointReader
+from checkpoint.storage import committed, files_of
 from jaxsys.train.config import ExpertsConfig
 from parallelism.errors import UserError
 
@@ -116,11 +119,38 @@ def flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]
             yield where + key, value
 
 
-def own_directory(shared: str, run: Path) -> Path:
-    """Where under ``shared`` this run's checkpoints lie: of no run that was here before, nor of a copy of this one."""
+def identity(run: Path, remote: str | None) -> str:
+    """What tells a run from every other: what ``run/id`` says, else what its checkpoints do, else a new one.
+
+    Where the disk is lost only ``remote`` can say. Raises UserError if that holds the checkpoints of another run, or
+    cannot be read.
+    """
     mark = run / "id"
+    ours = mark.read_text() if mark.exists() else (_newest_meta(run / "checkpoints") or {}).get("run")
+    if remote is not None and (there := _newest_meta(remote)) is not None:
+        theirs, path = there.get("run"), there["config"]["run"]
+        if theirs != ours and (ours is not None or Path(path).resolve() != run.resolve()):
+            raise UserError(
+                f"checkpoint.remote={remote} holds checkpoints of another run, {path}: give {run} one of its own, "
+                f"or copy a step into it to go on from there (jaxsys checkpoint copy {remote} {run}/checkpoints)"
+            )
+        ours = theirs
     run.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError), mark.open("x") as file:
-        file.write(uuid.uuid4().hex)
-    who = json.dumps([mark.read_text(), str(run.resolve())])
-    return Path(shared) / xxhash.xxh3_64_hexdigest(who.encode())
+        file.write(ours or uuid.uuid4().hex)
+    return mark.read_text()
+
+
+def _newest_meta(place: str | Path) -> Mapping[str, Any] | None:
+    try:
+        for _, at in reversed(committed(place)):
+            with contextlib.suppress(CorruptError):
+                return CheckpointReader(files_of(at)).manifest.meta
+    except OSError as e:
+        raise UserError(f"checkpoints in {place} cannot be read: {e.strerror or e}; see that it can be reached") from e
+    return None
+
+
+def own_directory(shared: str, run: Path, who: str) -> Path:
+    """Where under ``shared`` a run's checkpoints lie: of no run that was here before, nor of a copy of this one."""
+    return Path(shared) / xxhash.xxh3_64_hexdigest(json.dumps([who, str(run.resolve())]).encode())

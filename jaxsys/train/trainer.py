@@ -134,6 +134,7 @@ class Trainer:
             raise
         self.stop, self._stopped = Stop(), False
         self._save: SaveHandle | None = None
+        self._saved_in_time = False  # ahead of the end of a machine: then one level will do
         self._saved_finite: tuple[jax.Array, str] | None = None
         self._clock = 0.0
 
@@ -178,12 +179,12 @@ class Trainer:
             self.heldout_data = Loader(dataset, rows, c.seq_len, self.config.seed, "heldout", c.heldout)
 
     def _open_checkpoints(self) -> Manager:
-        c = self.config.checkpoint
+        c, coordinator = self.config.checkpoint, default_coordinator()
+        self.run_id, ram = together(coordinator, "run", self._identity)[0]
         best = Best("heldout_loss", c.keep_best) if c.keep_best else None
         kept: dict[str, Any] = {"keep_every": c.keep_every, "best": best, "verify": c.verify}
         self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every, **kept)]
         if c.ram:
-            ram = together(default_coordinator(), "ram", self._ram_directory)[0]
             self.levels.insert(0, Level("ram", f"{ram}/own", keep=2, every=c.ram_every, on="host"))
             if c.peers is not None:
                 self.levels.insert(1, Level("peers", f"{ram}/peers", keep=2, every=c.peers, on="peer"))
@@ -191,9 +192,13 @@ class Trainer:
             self.levels.append(Level("remote", c.remote, keep=c.remote_keep, every=c.remote_every, verify=c.verify))
         return Manager(self.levels, staging_bytes=c.staging_mb * 10**6)
 
-    def _ram_directory(self) -> str:
-        """Of this run; process 0 says it for all, so that one alone writes the run's mark."""
-        return str(resume.own_directory(self.config.checkpoint.ram or "", self.run_directory)) if self.lead else ""
+    def _identity(self) -> tuple[str, str]:
+        """The run's id, and where its checkpoints lie in memory; process 0 says it for all: one writes the mark."""
+        if not self.lead:
+            return "", ""
+        run, c = self.run_directory, self.config.checkpoint
+        who = resume.identity(run, c.remote)
+        return who, str(resume.own_directory(c.ram or "", run, who))
 
     def _restore_or_begin(self, pretrained: Pretrained | None) -> None:
         """Parameters, optimizer state and step: from the newest checkpoint, else from the beginning."""
@@ -270,11 +275,11 @@ class Trainer:
         """What a checkpoint says of the run beside its arrays, at any step; ``_checkpoint`` adds how far it is."""
         c = self.config
         return {
+            "run": self.run_id,
             "model": configuration.to_dict(self.model.config),
             "config": configuration.to_dict(c),
             "rng": {"seed": c.seed},
             "data": {
-                "source": c.data.source,
                 "fingerprint": self.train_data.dataset.fingerprint,
                 "batch_size": c.data.batch_size,
                 "seq_len": c.data.seq_len,
@@ -429,7 +434,7 @@ class Trainer:
         if self.server is not None:
             self.console.line(self.server.report())
         peak = self._peak()
-        lost = [str(f.error) for f in self.manager.failures if f.step == saved]
+        lost = [] if self._saved_in_time else [str(f.error) for f in self.manager.failures if f.step == saved]
         return Summary(
             begun, self.step, self.step >= c.steps, losses, before, after, self.progress.tokens_seen,
             tokens / spent if spent else 0.0, flops / spent if spent else 0.0,
@@ -494,18 +499,28 @@ class Trainer:
 
         def save(*levels: str) -> SaveHandle:
             self._save = self.manager.save(
-                self.step, arrays, self.layout, meta, everywhere=final, levels=levels or None, check=check
-            )
+                self.step, arrays, self.layout, meta, everywhere=final, levels=levels or None, check=check,
+                hurried=self._hurried,
+            )  # fmt: skip
             self.saves.began(self._save)
             return self._save
 
         if stopping and is_notice(self.watch.reason):
             grace, since = self.config.checkpoint.grace_seconds, self.stop.since or start
-            line = save_within(grace, since, self.levels, self.saves, default_coordinator(), save)
-            self.console.line(f"step {self.step}: {line}")
+            step = self.step
+            self._saved_in_time = save_within(
+                grace, since, self.levels, self.saves, default_coordinator(), save,
+                lambda line: self.console.line(f"step {step}: {line}"),
+            )  # fmt: skip
         else:
             save()
         return time.perf_counter() - start
+
+    def _hurried(self) -> bool:
+        """Whether some process has a notice that its machine is about to be gone."""
+        if self.stop.asked is not None:
+            self.watch.ask(self.stop.asked)
+        return bool(self.watch.reason) and is_notice(self.watch.reason)
 
     def _check_saved(self) -> None:
         """Raises NonFiniteLoss for what the last save was to hold; no level has it then. The devices look at it, and

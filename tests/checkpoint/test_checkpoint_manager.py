@@ -18,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from checkpoint import Best, Level, Manager, find_checkpoint, open_checkpoint
 from checkpoint import snapshot as snapshot_module
+from checkpoint.levels import OpenLevel
 from checkpoint.shares import holders_of, shares_of
 from checkpoint.snapshot import Snapshot, Staging, by_shard
 from checkpoint.storage import LocalStore
@@ -561,6 +562,34 @@ def test_numbers_of_64_bits_do_not_become_others(paths):
             np.testing.assert_array_equal(np.asarray(found), value, strict=True)
         with pytest.raises(UserError, match="'x' is int64, of which JAX would make int32"):
             manager.restore(layout=layout, shardings=one)
+
+
+def test_a_hurried_save_waits_for_no_turn(paths, state, monkeypatch):
+    """One save is being written to a disk that hangs, one waits there; then the machine is about to be gone."""
+    go_on, asked, write = threading.Event(), [], OpenLevel._write
+
+    def hangs(level, *arguments):
+        assert level.name != "disk" or go_on.wait(30)
+        return write(level, *arguments)
+
+    def hurried():
+        asked.append(None)
+        return len(asked) == 3
+
+    monkeypatch.setattr(OpenLevel, "_write", hangs)
+    with Manager(levels(paths)) as manager:
+        for step in (1, 2):
+            save(manager, step, state)
+        handle = save(manager, 3, state, hurried=hurried)
+        assert len(asked) == 3
+        with pytest.raises(TimeoutError, match="step 3 is still being written"):
+            handle.wait(0.05)
+        again = save(manager, 3, state, levels=["ram"])  # does not wait for the disk, nor take from it what it needs
+        again.wait(30)
+        go_on.set()
+        manager.wait()
+        assert not manager.failures
+        assert [level.steps() for level in manager._levels] == [[2, 3], [2, 3]]
 
 
 def test_a_save_does_not_wait_for_deletions(paths, state, monkeypatch):

@@ -12,12 +12,14 @@ from jaxsys.train.metrics import read
 MESH = "fsdp=4"  # nothing that a host holds is held by another, but for what it keeps for a peer
 HOSTS = "abcd"
 DIES = """
-import os
+import os, threading
 from jaxsys.train.trainer import Trainer
 launch = Trainer._launch
 def dies(self, batches, step):
     self.manager.wait()  # so that it is known what is saved
     if step == {step} and "{hosts}".find(os.environ["JAXSYS_HOST"]) >= 0:
+        if os.environ["JAXSYS_HOST"] == "a":
+            threading.Event().wait(1)  # the others may still be asking it whether the save is done
         os.kill(os.getpid(), 9)
     return launch(self, batches, step)
 Trainer._launch = dies
@@ -71,6 +73,10 @@ def test_half_of_the_hosts_go_on_with_what_they_kept_for_the_others(runs):
     assert "step 6 from ram" in said[2] and "/peers/step-00000006" in said[2]
     expected, found = losses(whole), losses(lost)
     assert all(abs(found[step] - expected[step]) <= 1e-4 * expected[step] for step in range(7, 10))
+
+
+def test_nobody_leaves_before_the_last_deletions_are_done(runs):
+    assert "host b cannot be reached" not in runs[2][2]
 
 
 def test_it_is_recorded_where_what_was_restored_came_from(runs):

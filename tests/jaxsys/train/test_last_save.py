@@ -94,36 +94,44 @@ class Books:
     def save(self, name):
         self.begun.append(name)
         self.now += self.taken[name]
-        return SimpleNamespace(wait=self._fail if name in self.failing else lambda: None)
+        return SimpleNamespace(wait=lambda seconds: self._wait(name, seconds))
 
-    def _fail(self):
-        raise UserError("the disk is full")
+    def _wait(self, name, seconds):
+        if name in self.failing:
+            raise UserError("the disk is full")
+        if seconds is not None and self.taken[name] > seconds:
+            raise TimeoutError
 
     def within(self, seconds):
-        return save_within(seconds, 95.0, LADDER, self, SingleProcess(), self.save)
+        said = []
+        done = save_within(seconds, 95.0, LADDER, self, SingleProcess(), self.save, said.append)
+        assert done == any(line.startswith("saved to") for line in said)
+        return said
 
 
 def test_slower_levels_follow_while_there_is_time(monkeypatch):
     books = Books(monkeypatch, {"ram": 1.0, "peer": 2.0, "disk": 8.0, "store": 60.0})
     said = books.within(30.0)
     assert books.begun == ["peer", "disk", "ram"]
-    assert said == (
-        "saved to peer in 2.0 s and disk in 8.0 s and ram in 1.0 s, 16.0 s after the notice (allowed: 30); not to "
-        "store (no time: 15 s left)"
-    )
+    assert said == [
+        "saved to peer in 2.0 s, 7.0 s after the notice (allowed: 30)",
+        "saved to disk in 8.0 s, 15.0 s after the notice (allowed: 30)",
+        "saved to ram in 1.0 s, 16.0 s after the notice (allowed: 30)",
+        "not saved to store (no time: 15 s left)",
+    ]
 
 
 def test_until_one_level_has_it_the_next_is_tried_however_late(monkeypatch):
     books = Books(monkeypatch, {"ram": 1.0, "peer": 2.0, "disk": 8.0, "store": 60.0}, failing=("peer", "disk"))
-    assert "not to peer (it failed), disk (it failed), ram" in books.within(6.0)
+    assert books.within(6.0)[-1].startswith("not saved to peer (it failed), disk (it failed), ram")
     assert books.begun == ["peer", "disk", "store"]
 
 
 def test_a_level_that_was_never_measured_is_tried_as_long_as_any_time_is_left(monkeypatch):
     seconds = {"ram": 1.0, "peer": 2.0, "disk": 3.0}
     books = Books(monkeypatch, seconds, taken={"store": 50.0})
-    books.within(30.0)
-    assert books.begun == ["peer", "disk", "store"]  # and so no time for ram
+    assert books.within(30.0)[-1] == "not saved to store (not done in time), ram (no time: 0 s left)"
+    assert books.begun == ["peer", "disk", "store"]
     books = Books(monkeypatch, seconds, taken={"store": 50.0})
     books.within(10.0)  # no time for the disk, so none for what is slower
     assert books.begun == ["peer", "ram"]
@@ -187,4 +195,4 @@ def test_what_the_grace_time_has_no_room_for_is_left_out(tmp_path, material, wri
         trainer.stop.asked = "SIGTERM"
         summary = trainer.run()
     assert written == [("disk", 1)] and summary.save_error is None
-    assert any("not to ram (no time: 0 s left)" in line for line in console.lines)
+    assert any("not saved to ram (no time: 0 s left)" in line for line in console.lines)

@@ -36,6 +36,12 @@ def test_configuration_that_a_checkpoint_holds_gives_back_the_recipe(name):
     assert configuration.from_dict(TrainConfig, json.loads(configuration.dumps(find(name)))) == find(name)
 
 
+def test_a_pretrained_model_takes_the_place_of_the_recipes(capsys):
+    assert main(["train", "--config", "llama_25m", "--init-from", "somewhere", "--print-config"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["init_from"], shown["model"]) == ("somewhere", None)
+
+
 def test_print_config_shows_what_set_changed(capsys):
     arguments = ["--set", "optim.schedule=wsd", "--set", "steps=7", "--print-config"]
     assert main(["train", "--config", "llama_25m", *arguments]) == 0

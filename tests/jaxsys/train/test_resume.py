@@ -6,7 +6,7 @@ import shutil
 import pytest
 from tiny_runs import make_config, quiet
 
-from checkpoint import Manager
+from checkpoint import Manager, copy_steps, find_place, root_of
 from jaxsys.optim import SGD, Constant, OptimConfig
 from jaxsys.train import resume
 from jaxsys.train.config import CheckpointConfig
@@ -100,11 +100,42 @@ def test_checkpoints_in_host_memory_are_of_one_run(tmp_path, material):
 
 def test_neither_a_new_run_nor_a_copy_has_the_directory_of_another(tmp_path):
     run, copy = tmp_path / "run", tmp_path / "copy"
-    own = resume.own_directory("memory", run)
-    assert own == resume.own_directory("memory", run)
+
+    def own(run):
+        return resume.own_directory("memory", run, resume.identity(run, None))
+
+    first = own(run)
+    assert first == own(run)
     shutil.copytree(run, copy)
     shutil.rmtree(run)
-    assert len({own, resume.own_directory("memory", copy), resume.own_directory("memory", run)}) == 3
+    assert len({first, own(copy), own(run)}) == 3
+
+
+def test_a_remote_is_of_one_run_and_goes_with_it(tmp_path, material):
+    """Another run is refused there; one whose disk is lost goes on at its old path, or where a step was copied to."""
+    remote = str(tmp_path / "remote")
+    places = CheckpointConfig(every=1, remote=remote, remote_every=1)
+    config = make_config(tmp_path / "run", material, steps=2, eval_batches=0, checkpoint=places)
+    train(config)
+    other = dataclasses.replace(config, run=str(tmp_path / "other"))
+    for _ in range(2):  # the first start makes no difference to the second
+        assert not (tmp_path / "other").exists()
+        with pytest.raises(UserError, match=f"holds checkpoints of another run, {tmp_path}/run: give {tmp_path}/other"):
+            Trainer(other, quiet())
+    moved = tmp_path / "moved"
+    (tmp_path / "run").rename(moved)
+    with Trainer(dataclasses.replace(config, run=str(moved)), quiet()) as again:
+        assert again.step == 2
+    shutil.rmtree(moved)
+    with Trainer(config, quiet()) as back:  # as on a new machine
+        assert back.step == 2
+    copy_steps(find_place(remote), root_of(tmp_path / "other" / "checkpoints"))
+    with Trainer(other, quiet()) as taken:
+        assert taken.step == 2
+    apart = dataclasses.replace(config, run=str(tmp_path / "apart"), seed=5)
+    train(dataclasses.replace(apart, checkpoint=dataclasses.replace(apart.checkpoint, remote=None)))
+    with pytest.raises(UserError, match="holds checkpoints of another run"):
+        Trainer(apart, quiet())
 
 
 def test_a_newest_manifest_that_is_damaged_does_not_hide_the_run(tmp_path, material):
