@@ -80,6 +80,10 @@ class TrainArgs:
             line(f"stopped; the same command resumes from step {summary.step}")
         if summary.save_error is not None:
             line(f"the last checkpoint FAILED: {summary.save_error}; make room, then give the same command again")
+            if processes.count > 1:
+                import jax
+
+                jax.distributed.shutdown()  # it failed in all: none leaves before the others
             return 1
         return 0
 

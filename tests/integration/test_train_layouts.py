@@ -204,6 +204,22 @@ def test_a_process_that_is_killed_in_the_loop_ends_the_run_and_is_named(recipe):
     assert "Traceback" not in lead
 
 
+FULL = """
+import errno, jax, os
+from checkpoint.writer import ChunkWriter
+def add(self, block):
+    if jax.process_index() == 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+ChunkWriter.add = add
+"""
+
+
+def test_a_disk_that_is_full_ends_all_with_the_reason(recipe):
+    for text in Job(recipe, 2, 1, "steps=1", *QUICK, before=FULL).finish(1, 1):
+        assert "step 1 was not saved" in text or "No space left" in text
+        assert "stack trace" not in text and "is gone" not in text and "Traceback" not in text
+
+
 SLOW = """
 import jax, time
 from jaxsys.train.launch import Launcher
