@@ -260,6 +260,11 @@ class CheckpointReader:
         """
         array = self.array(name)
         box = [slice(None)] * len(array.shape) if box is None else box
+        if not isinstance(box, Sequence) or not all(isinstance(s, slice) for s in box):
+            raise UserError(
+                f"{self.where}: the box {box!r} of array {name!r}: expected a slice for each dimension, such as "
+                "slice(0, 1) for 0"
+            )
         bounds = [(s.start or 0, n if s.stop is None else s.stop) for s, n in zip(box, array.shape, strict=False)]
         inside = all(0 <= lo <= hi <= n for (lo, hi), n in zip(bounds, array.shape, strict=False))
         if len(box) != len(array.shape) or not inside or any(s.step not in (None, 1) for s in box):

@@ -382,6 +382,13 @@ def test_a_box_that_is_not_inside_the_array_is_refused(tmp_path, h, box):
         open_checkpoint(find_checkpoint(tmp_path)).read("embed", box)
 
 
+@pytest.mark.parametrize("box", [(0, slice(None)), slice(0, 3), 0], ids=str)
+def test_a_box_that_is_not_of_slices_is_refused(tmp_path, h, box):
+    save(h, tmp_path)
+    with pytest.raises(UserError, match=r"the box .* of array 'embed': expected a slice for each dimension"):
+        open_checkpoint(find_checkpoint(tmp_path)).read("embed", box)
+
+
 def test_find_checkpoint_takes_the_newest_step_that_verifies(tmp_path, h, caplog):
     with Manager([Level("disk", tmp_path, keep=None)]) as manager:
         for step in (1, 2, 3, 4):
