@@ -91,6 +91,8 @@ class Level:
             numbers["best.keep"] = self.best.keep
         if self.zstd is not None and (type(self.zstd) is not int or not 1 <= self.zstd <= 22):
             raise UserError(f"checkpoint level {self.name!r}: zstd={self.zstd}, expected None or a level from 1 to 22")
+        if type(self.verify) is not bool:
+            raise UserError(f"checkpoint level {self.name!r}: verify={self.verify!r}, expected True or False")
         if self.on not in get_args(Where):
             found = f"on={self.on!r}, expected one of {', '.join(get_args(Where))}"
             raise UserError(f"checkpoint level {self.name!r}: {found}")

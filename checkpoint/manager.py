@@ -135,6 +135,8 @@ class Manager:
         chunk_bytes: int = CHUNK_BYTES,
         coordinator: Coordinator | None = None,
     ):
+        if not isinstance(levels, Sequence) or not all(isinstance(level, Level) for level in levels):
+            raise UserError(f"checkpoint levels {levels!r}: expected a list such as [Level('disk', path)]")
         for what in ("name", "path"):
             values = [str(getattr(level, what)) for level in levels]
             if len(set(values)) != len(values) or not values:
@@ -221,6 +223,8 @@ class Manager:
         began = time.perf_counter()
         due = [level for level in self._levels if level.due(step) or everywhere]
         if levels is not None:
+            if isinstance(levels, str):
+                raise ValueError(f"levels={levels!r}: expected names of checkpoint levels in a list, as [{levels!r}]")
             if unknown := set(levels) - {level.name for level in self._levels}:
                 raise ValueError(f"no checkpoint levels {sorted(unknown)}: there are {[x.name for x in self._levels]}")
             due = [level for level in self._levels if level.name in levels]

@@ -168,8 +168,10 @@ def _checked(path: str | os.PathLike[str]) -> str:
 
 
 def _parent(text: str) -> tuple[str, str]:
-    """The directory that a path lies in, and its name there."""
+    """The directory that a path lies in, and its name there; a bucket lies in none."""
     text = text.rstrip("/") or "/"
+    if _is_url(text) and text.count("/") == 2:
+        return text, "."
     if not _is_url(text) and (os.path.islink(text) or os.path.basename(text) in ("", ".", "..")):
         text = os.path.realpath(text)
     parent, name = posixpath.split(text)

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MENDED_BYTES = 1 << 30
 """Of chunks that were damaged so much is kept at most to mend them; the next save writes the rest again."""
 WHOLE = 0.96  # from this share of a chunk's cells on it is read in one go
+AGAIN = 3  # times that steps which are replaced meanwhile are listed anew
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each chunk."""
@@ -259,6 +260,11 @@ class CheckpointReader:
         """
         array = self.array(name)
         box = [slice(None)] * len(array.shape) if box is None else box
+        if not isinstance(box, Sequence) or not all(isinstance(s, slice) for s in box):
+            raise UserError(
+                f"{self.where}: the box {box!r} of array {name!r}: expected a slice for each dimension, such as "
+                "slice(0, 1) for 0"
+            )
         bounds = [(s.start or 0, n if s.stop is None else s.stop) for s, n in zip(box, array.shape, strict=False)]
         inside = all(0 <= lo <= hi <= n for (lo, hi), n in zip(bounds, array.shape, strict=False))
         if len(box) != len(array.shape) or not inside or any(s.step not in (None, 1) for s in box):
@@ -308,21 +314,26 @@ def find_checkpoint(place: str | os.PathLike[str], progress: Progress | None = N
     """The checkpoint that a directory or URL means: itself, or under a run's checkpoint root the newest that verifies.
 
     One that is named itself is checked for a readable manifest only: its chunks are verified as they are read.
+    Where none verifies and a run has replaced them meanwhile, those that it has now are looked at, up to AGAIN times.
     """
     place = place_of(place)
     with contextlib.suppress(MissingError):
         _open_existing(place)
         return place
     found = committed(place)
-    for step, candidate in reversed(found):
-        try:
-            report = CheckpointReader(files_of(candidate), step=step).verify(progress)
-        except CorruptError as e:
-            logger.warning("skipping checkpoint %s: %s", candidate, e)
-            continue
-        if report.ok:
-            return candidate
-        logger.warning("skipping checkpoint %s: %s", candidate, report.errors[0])
+    for _ in range(1 + AGAIN):
+        for step, candidate in reversed(found):
+            try:
+                report = CheckpointReader(files_of(candidate), step=step).verify(progress)
+            except CorruptError as e:
+                logger.warning("skipping checkpoint %s: %s", candidate, e)
+                continue
+            if report.ok:
+                return candidate
+            logger.warning("skipping checkpoint %s: %s", candidate, report.errors[0])
+        before, found = found, committed(place)
+        if found == before:
+            break
     if found:
         raise UserError(f"none of the {len(found)} checkpoints in {place} verifies; restore them from elsewhere")
     raise UserError(f"{place} is not a checkpoint: no {MANIFEST} and no step-* directories; check the path")

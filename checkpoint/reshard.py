@@ -180,6 +180,9 @@ def check_match(
     partial: the checkpoint may hold more. cast: allow casts that lose bits (see ``castable``). origins: of arrays that
     the checkpoint has otherwise.
     """
+    for name, given in (origins or {}).items():
+        if not isinstance(given, Sequence) or not all(isinstance(origin, Origin) for origin in given):
+            raise UserError(f"origins of array {name!r}: found {given!r}, expected a list such as [Origin('its name')]")
     if strange := sorted((origins or {}).keys() - layout.logical.keys()):
         raise UserError(f"origins are given of arrays that the model does not have: {_listed(strange)}; mend the names")
     sources = {origin.name for name in layout.logical for origin in _origins(name, origins)}
@@ -320,8 +323,12 @@ def load(
     narrower; otherwise only exact casts are made. origins: of arrays that the checkpoint has under another name, fused
     with others, in several, or transposed.
     Raises UserError if checkpoint and layout do not match or JAX would narrow 64 bits, CorruptError if a chunk is
-    damaged, ValueError if a sharding is missing.
+    damaged, ValueError if a sharding is missing or shardings are no mapping.
     """
+    if not isinstance(shardings, Mapping):
+        raise ValueError(
+            f"shardings: found a {type(shardings).__name__}, expected one for each key: dict.fromkeys(layout, sharding)"
+        )
     check_width(layout)
     check_match(reader.manifest, layout, reader.where, partial=partial, cast=cast, origins=origins)
     if missing := layout.keys() - shardings.keys():

@@ -76,7 +76,7 @@ class Store(Protocol):
     cached: bool
 
     def acquire(self, mark: str = "") -> None:
-        """Become the writer and leave ``mark``. Raises UserError naming the present holder."""
+        """Become the writer and leave ``mark``. Raises UserError naming the present holder or a step that is a link."""
 
     def mark(self) -> str | None:
         """What the writer left as its mark; None if nobody did."""
@@ -358,6 +358,13 @@ class LocalStore:
             self._lock.acquire(mark)
         except OSError as e:
             raise UserError(f"cannot write in checkpoint directory {self.root}: {e.strerror}; choose another") from e
+        for path in sorted(self.root.iterdir()):
+            if is_step(path.name) and path.is_symlink():
+                self._lock.release()
+                raise UserError(
+                    f"{path} is a link, expected a directory: a writer would change or delete what it leads to; remove "
+                    f"it, and copy the step here if need be: jaxsys checkpoint copy {path.resolve()} {self.root}"
+                )
         # A killed writer may have left anything so: what is seen here is not yet what a crash leaves.
         names = self.names()
         files = {self.root / directory / name for directory, names in names.items() for name in names}

@@ -18,7 +18,7 @@ from checkpoint.formats.orbax import OrbaxDir, write_orbax
 from checkpoint.formats.safetensors_sink import SafetensorsSink, SafetensorsSource, state_metadata
 from checkpoint.formats.tensors import FilesSource, Tensor, identity_of, plain
 from checkpoint.rules import Chosen, Rules
-from checkpoint.storage import refuse_existing
+from checkpoint.storage import directory_of, place_of, refuse_existing
 from jaxsys import configuration
 from jaxsys.console import Console
 from jaxsys.gguf_vocabulary import tokenizer_to_gguf
@@ -130,6 +130,11 @@ def reshard(source: str, destination: Path, asked: Asked, console: Console) -> i
         raise unknown_name("format", asked.format, FORMATS)
     if asked.dtype is not None and asked.dtype not in (TYPES if asked.format == "gguf" else DTYPES):
         raise UserError(f"--dtype {asked.dtype} is for gguf alone; give one of {', '.join(DTYPES)}")
+    if isinstance(url := place_of(destination), str):
+        raise UserError(
+            f"{url} is a URL, expected a directory or a file; give a directory, and copy the checkpoint from there: "
+            f"jaxsys checkpoint copy DIR {url}"
+        )
     refuse_existing(destination)
     try:
         str(destination).encode()
@@ -194,6 +199,9 @@ def open_source(source: str, progress: Callable[[int, int], None] | None = None)
 
 
 def _native(job: _Job) -> int:
+    name, expected = job.destination.name, directory_of(job.source.step)
+    if name.startswith("step-") and name != expected:  # who reads it there would take it for damaged
+        raise UserError(f"{job.destination} is to hold step {job.source.step}: call it {expected}, or not step-...")
     return job.convert(NativeSink(job.chosen, job.source.step, job.source.meta), job.add_tokenizer)
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from checkpoint.formats import dcp, orbax
 from checkpoint.formats.safetensors import INDEX, SINGLE
+from checkpoint.storage import place_of
 from parallelism.errors import UserError
 
 Kind = Literal["native", "hf", "gguf", "safetensors", "orbax", "dcp"]
@@ -58,6 +59,11 @@ def resolve(name_or_path: str | os.PathLike[str]) -> ModelSource:
     if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
         raise UserError(f"model {name_or_path!r}: expected a path or a name")
     text = str(name_or_path)
+    if isinstance(url := place_of(text), str) and url.startswith(("s3://", "gs://")):
+        raise UserError(
+            f"model {url!r}: models and sources are read from directories; copy it first: "
+            f"jaxsys checkpoint copy {url} DIR"
+        )
     path = Path(name_or_path).expanduser()
     if any(path.glob("checkpoints/step-*/manifest.json")):
         path = path / "checkpoints"  # a run's directory

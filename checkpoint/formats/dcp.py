@@ -178,7 +178,8 @@ class DCPDir(Headers[ArrayHeader]):
             raise CorruptError(
                 f"{problem} is {found[0]} of shape {found[1]}, expected {dtype.name} of {shape}; use another checkpoint"
             )
-        array = tensor.detach().contiguous().reshape(-1).view(self._torch.uint8).numpy().view(dtype).reshape(shape)
+        tensor = tensor.detach().resolve_conj().resolve_neg()  # views that are conjugated or negated as they are read
+        array = tensor.contiguous().reshape(-1).view(self._torch.uint8).numpy().view(dtype).reshape(shape)
         self._last = (name, start), array
         return array
 

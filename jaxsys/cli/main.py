@@ -47,7 +47,6 @@ def _reason(error: Exception) -> str | None:
         if error.errno == errno.ENOSPC:  # what is written to an open file names none
             _drop_output()
             return f"{error.strerror}: the output cannot be written; make room on the disk"
-        return None
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename.replace(os.sep, "/")
     if raised_in.endswith(("jax/_src/xla_bridge.py", "jax/_src/config.py")):  # JAX's own start-up, from its variables
         set_ = " ".join(f"{k}={v}" for k, v in os.environ.items() if k in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES"))
@@ -55,7 +54,7 @@ def _reason(error: Exception) -> str | None:
         return f"JAX does not start with {set_ or 'this environment'}: {what}; change or unset it"
     from parallelism.errors import UserError
 
-    return str(error) if isinstance(error, UserError) else None
+    return str(error) if isinstance(error, UserError) else None  # of an object store it is an OSError too
 
 
 def _drop_output() -> None:

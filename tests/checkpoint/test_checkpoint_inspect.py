@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint import Level, Place, collect, copy_steps, find_place, list_steps, root_of, verify
+from checkpoint import Level, Manager, Place, collect, copy_steps, find_place, list_steps, root_of, verify
 from checkpoint import copying as copying_module
 from checkpoint.levels import OpenLevel
 from checkpoint.manifest import CorruptError, digest
@@ -583,6 +583,34 @@ def test_nothing_goes_beside_a_step_of_a_newer_program(root):
     with pytest.raises(UserError, match=r"nothing is removed, .* version 99"):
         collect(find_place(root), keep=1)
     assert tree(root) == before
+
+
+def test_nothing_is_written_through_a_step_that_is_a_link(root, tmp_path):
+    """It may be a step of somebody else's."""
+    theirs, linked = save(tmp_path / "theirs", s4="abc") / STEP.format(4), root / STEP.format(4)
+    linked.symlink_to(theirs)
+    (theirs / "notes.txt").touch()
+    before = tree(tmp_path)
+    for writes in (
+        lambda: collect(find_place(root)),
+        lambda: collect(find_place(root), keep=1),
+        lambda: copy_steps(find_place(theirs), root_of(root)),
+        lambda: save(root, s5="xyz"),
+        lambda: Manager([Level("disk", root, keep=1)]),
+    ):
+        with pytest.raises(UserError, match=f"{linked} is a link, expected a directory: .* copy {theirs} {root}$"):
+            writes()
+        assert tree(tmp_path) == before
+    assert [report.ok for report in verify(find_place(root), every=True)] == [True] * 4
+    linked.unlink()
+    copy_steps(find_place(theirs), root_of(root))
+    check(linked, "abc")
+
+
+def test_the_root_may_be_a_link(root, tmp_path):
+    (tmp_path / "root").symlink_to(root)
+    assert collect(find_place(tmp_path / "root"), keep=1).steps == (1, 2)
+    check(root / STEP.format(3), "xzy")
 
 
 @pytest.mark.parametrize(("keep", "every"), [(0, None), (-1, None), (None, 5), (1, 0)])

@@ -531,10 +531,25 @@ def test_a_step_is_a_number_from_zero_on(paths, state, step):
         assert manager.steps() == [0]
 
 
-@pytest.mark.parametrize("wrong", [{"best": "loss"}, {"zstd": 99}, {"zstd": False}, {"zstd": 0}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"best": "loss"}, {"verify": 3}, {"zstd": 99}, {"zstd": False}, {"zstd": 0}], ids=str
+)
 def test_a_level_says_what_it_does_not_take(tmp_path, wrong):
     with pytest.raises(UserError, match=f"'disk': {next(iter(wrong))}="):
         Level("disk", tmp_path, **wrong)
+
+
+def test_levels_are_a_list_of_levels(tmp_path):
+    for wrong in (Level("disk", tmp_path), [str(tmp_path)], str(tmp_path)):
+        with pytest.raises(UserError, match=r"checkpoint levels .*: expected a list such as \[Level\('disk', path\)\]"):
+            Manager(wrong)
+
+
+def test_the_levels_of_a_save_are_a_list_of_names(paths, state):
+    with Manager(levels(paths)) as manager:
+        with pytest.raises(ValueError, match=r"levels='disk': expected names .* in a list, as \['disk'\]"):
+            save(manager, 1, state, levels="disk")
+        save(manager, 1, state, levels=["disk"]).wait()
 
 
 def test_memory_is_a_number_of_bytes(tmp_path):
@@ -548,6 +563,8 @@ def test_a_sharding_that_is_not_given_is_named(paths, state):
         save(manager, 1, state).wait()
         with pytest.raises(ValueError, match="no shardings are given for"):
             manager.restore(layout=state.layout, shardings={})
+        with pytest.raises(ValueError, match=r"found a NamedSharding, expected .* dict\.fromkeys\(layout, sharding\)"):
+            manager.restore(layout=state.layout, shardings=state.shardings["embed"])
 
 
 def test_numbers_of_64_bits_do_not_become_others(paths):

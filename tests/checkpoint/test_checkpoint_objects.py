@@ -21,12 +21,15 @@ import pytest
 from crash_checks import copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import write_recipe
 
+import checkpoint
 from checkpoint import CorruptError, Level, Manager, find_checkpoint, machine, objects, open_checkpoint
 from checkpoint.levels import OpenLevel
 from checkpoint.objects import ObjectError, ObjectStore
 from checkpoint.storage import committed, place_of, steps_in, store_of
 from checkpoint.writer import Piece, blocks_of
+from jaxsys.cli.main import main
 from parallelism.coordinator import SingleProcess
 from parallelism.errors import UserError
 from parallelism.layout import Logical
@@ -565,6 +568,15 @@ def test_checkpoints_are_found_opened_and_copied_by_url(server, run, url, level,
         find_checkpoint(url)
 
 
+def test_a_bucket_may_be_the_place_itself(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    level = open_level(f"s3://{BUCKET}")
+    save(level, 1, a=1)
+    level.store.release()
+    assert [info.step for info in checkpoint.list_steps(checkpoint.find_place(f"s3://{BUCKET}"))] == [1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_no_checkpoint_is_told(url):
     with pytest.raises(UserError, match=f"{url} is not a checkpoint: it holds no manifest.json"):
         open_checkpoint(url)
@@ -632,11 +644,38 @@ def test_a_bucket_that_does_not_exist_is_told(server):
             request()
 
 
-def test_a_server_that_is_not_there_is_told(monkeypatch):
+def complaint(capsys, *words):
+    """The one line that the program ends with."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err and err.count("jaxsys: ") == 1
+    return err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("url", ["s3://no-such-bucket/x", "s3://no-such-bucket"])
+@pytest.mark.parametrize("words", ["ls URL", "verify URL", "gc URL", "copy URL to", "copy own URL"])
+def test_the_program_says_in_one_line_that_there_is_no_bucket(server, url, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    piece = Piece(SPEC["a"], (0,), np.zeros(64, np.float32))
+    checkpoint.write("own/step-00000001", 1, {}, [SPEC["a"]], [piece])
+    line = complaint(capsys, "checkpoint", *(url if word == "URL" else word for word in words.split()))
+    assert line.startswith("jaxsys: ") and "there is no bucket 'no-such-bucket'; make it or check the URL" in line
+    assert os.listdir() == ["own"]
+
+
+def test_a_run_that_begins_says_in_one_line_that_there_is_no_bucket(server, capsys, tmp_path, material):
+    recipe = write_recipe(tmp_path / "recipe.py", material)
+    line = complaint(capsys, "train", "--config", recipe, "--set", "checkpoint.remote=s3://no-such-bucket/x")
+    assert line.startswith("jaxsys: ") and "there is no bucket 'no-such-bucket'" in line
+
+
+def test_a_server_that_is_not_there_is_told(monkeypatch, capsys):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
     connect(monkeypatch, endpoint)
+    assert f"{endpoint} does not serve" in complaint(capsys, "checkpoint", "ls", "s3://bucket/x")
     assert_refused("s3://bucket/x", rf"s3://bucket/x.*: {endpoint} does not serve .*; check network and URL")
 
 
@@ -653,7 +692,7 @@ def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_said(monkeyp
 
 
 @pytest.mark.parametrize("code", ["AccessDenied", "SignatureDoesNotMatch"])
-def test_refused_access_is_told(monkeypatch, code):
+def test_refused_access_is_told(monkeypatch, capsys, code):
     class Refuses(http.server.BaseHTTPRequestHandler):
         def refuse(self):
             self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -673,4 +712,5 @@ def test_refused_access_is_told(monkeypatch, code):
         connect(monkeypatch, f"http://127.0.0.1:{refuses.server_port}")
         match = rf"access is denied \(PERMISSION_DENIED: {code}\); .* the credentials \(AWS_ACCESS_KEY_ID is set\)"
         assert_refused("s3://bucket/x", match)
+        assert "access is denied" in complaint(capsys, "checkpoint", "ls", "s3://bucket/x")
         refuses.shutdown()

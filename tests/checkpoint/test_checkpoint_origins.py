@@ -129,6 +129,8 @@ def test_a_manager_restores_by_origins(tmp_path, values):
     ("origins", "message"),
     [
         ({"nope": [Origin("q")]}, "origins are given of arrays that the model does not have: nope"),
+        ({"q": Origin("q")}, r"origins of array 'q': found Origin\(.*\), expected a list such as \[Origin\("),
+        ({"q": "q"}, "origins of array 'q': found 'q', expected a list"),
         ({"q": [Origin("other")]}, r"1 missing from it \(other\)"),
         ({"q": [Origin("k"), Origin("v", (0, 4))]}, "1 not in the model"),
         (

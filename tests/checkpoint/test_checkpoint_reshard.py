@@ -4,6 +4,7 @@ import collections
 import itertools
 import logging
 import math
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -381,6 +382,13 @@ def test_a_box_that_is_not_inside_the_array_is_refused(tmp_path, h, box):
         open_checkpoint(find_checkpoint(tmp_path)).read("embed", box)
 
 
+@pytest.mark.parametrize("box", [(0, slice(None)), slice(0, 3), 0], ids=str)
+def test_a_box_that_is_not_of_slices_is_refused(tmp_path, h, box):
+    save(h, tmp_path)
+    with pytest.raises(UserError, match=r"the box .* of array 'embed': expected a slice for each dimension"):
+        open_checkpoint(find_checkpoint(tmp_path)).read("embed", box)
+
+
 def test_find_checkpoint_takes_the_newest_step_that_verifies(tmp_path, h, caplog):
     with Manager([Level("disk", tmp_path, keep=None)]) as manager:
         for step in (1, 2, 3, 4):
@@ -393,6 +401,43 @@ def test_find_checkpoint_takes_the_newest_step_that_verifies(tmp_path, h, caplog
         assert find_checkpoint(tmp_path).name == "step-00000002"
     assert ["step-00000003" in record.getMessage() for record in caplog.records] == [True]
     assert find_checkpoint(tmp_path / "step-00000001").name == "step-00000001"
+
+
+def replacing(h, root, monkeypatch, times):
+    """While a step is verified, a run replaces it by the next one: so many times."""
+    verify, state = CheckpointReader.verify, h.make_state()
+
+    def replaced(reader, progress=None):
+        step = reader.manifest.step
+        if step < 5 + times:
+            shutil.rmtree(reader.where)
+            with Manager([Level("disk", root)]) as manager:
+                manager.save(step + 1, state.arrays, state.layout, {}).wait()
+        return verify(reader, progress)
+
+    monkeypatch.setattr(CheckpointReader, "verify", replaced)
+
+
+def test_find_checkpoint_looks_again_where_a_run_replaced_what_it_found(tmp_path, h, monkeypatch):
+    save(h, tmp_path)
+    replacing(h, tmp_path, monkeypatch, 3)
+    assert find_checkpoint(tmp_path).name == "step-00000008"
+
+
+def test_find_checkpoint_does_not_look_for_ever(tmp_path, h, monkeypatch, caplog):
+    save(h, tmp_path)
+    replacing(h, tmp_path, monkeypatch, 99)
+    with pytest.raises(UserError, match=r"none of the 1 checkpoints in .* verifies"):
+        find_checkpoint(tmp_path)
+    assert len(caplog.records) == 4
+
+
+def test_find_checkpoint_does_not_look_again_at_the_same_steps(tmp_path, h, caplog):
+    save(h, tmp_path)
+    data_of(tmp_path / "step-00000005").unlink()
+    with pytest.raises(UserError, match=r"none of the 1 checkpoints in .* verifies"):
+        find_checkpoint(tmp_path)
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(

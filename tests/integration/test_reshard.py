@@ -183,6 +183,28 @@ def test_a_destination_inside_the_run_is_refused(complaint, run, source, destina
     assert files(run) == before
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/x", "gs://bucket"])
+def test_a_url_as_the_destination_is_refused(complaint, run, tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    line = complaint(run, url)
+    assert f"{url} is a URL, expected a directory" in line and f"jaxsys checkpoint copy DIR {url}" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_url_as_the_source_is_refused(complaint, tmp_path):
+    line = complaint("s3://bucket/x", tmp_path / "out")
+    assert "are read from directories; copy it first: jaxsys checkpoint copy s3://bucket/x DIR" in line
+
+
+def test_a_destination_of_another_steps_name_is_refused(complaint, run, tmp_path):
+    for name in ("step-00000005", "step-6"):
+        line = complaint(run, tmp_path / name)
+        assert f"{name} is to hold step 6: call it step-00000006" in line
+        assert list(tmp_path.iterdir()) == []
+    assert reshard(run, tmp_path / "step-00000006") == 0
+    assert main(["checkpoint", "verify", str(tmp_path / "step-00000006")]) == 0
+
+
 def test_beside_the_run_is_not_inside(run, tmp_path):
     (tmp_path / "run").symlink_to(run)
     assert reshard(tmp_path / "run" / STEP, tmp_path / "run-exported", "--parameters-only") == 0

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +111,12 @@ def test_a_missing_path_says_what_was_tried():
     with pytest.raises(UserError, match=r"no such path.*smollm2-135m-instruct.*Hub id") as error:
         resolve("/no/where/model")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", Path("s3://bucket/run")])
+def test_an_object_store_holds_no_models(url):
+    with pytest.raises(UserError, match=r"read from directories; copy it first: .* copy (s3|gs)://bucket/run DIR$"):
+        resolve(url)
 
 
 def test_a_missing_file_is_no_hub_id():

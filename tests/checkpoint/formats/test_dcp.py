@@ -127,6 +127,20 @@ def test_only_the_chunks_of_a_box_are_read(sharded, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_views_that_are_conjugated_or_negated_when_read_have_their_values(tmp_path):
+    z = torch.arange(4) + 1j * torch.arange(1, 5)
+    state = {"conj": z.conj(), "neg": torch._neg_view(torch.arange(3.0)), "both": torch._neg_view(z).conj()}
+    assert state["conj"].is_conj() and state["neg"].is_neg()
+    state["imag"] = z.conj().imag
+    dcp.save(state, checkpoint_id=tmp_path)
+    loaded = {name: torch.zeros_like(value.resolve_conj().resolve_neg()) for name, value in state.items()}
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    found = DCPDir(tmp_path)
+    for name, value in state.items():
+        np.testing.assert_array_equal(found.read(name), loaded[name].numpy(), strict=True, err_msg=name)
+        assert torch.equal(loaded[name], value)
+
+
 def test_a_flipped_bit_is_found(tmp_path):
     dcp.save({"x": torch.arange(1000.0)}, checkpoint_id=tmp_path)
     raw = (tmp_path / "__0_0.distcp").read_bytes()
