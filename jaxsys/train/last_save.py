@@ -9,6 +9,8 @@ from checkpoint import Level, SaveHandle
 from jaxsys.train.saves import Saves
 from parallelism.coordinator import Coordinator
 
+PATIENCE_SECONDS = 60.0
+
 
 def order(levels: Sequence[Level], estimate: Callable[[str], float]) -> list[str]:
     """The levels by name: those that survive the host before the others, each kind by how long a save there takes."""
@@ -27,8 +29,8 @@ def save_within(
     """Saves to one level after the other while time is left; returns whether one has the step.
 
     seconds: of grace, from ``since`` (of ``time.monotonic``) on. save: begins a save to a level. say: is told what
-    became of it, of each level that has it at once. Until one has it every next one is tried, however late it is:
-    there is nothing to lose. Processes do what process 0 finds.
+    became of it, of each level that has it at once. Until one has it every next one is tried, however late it is
+    (there is nothing to lose), and given PATIENCE_SECONDS at least. Processes do what process 0 finds.
     """
     done = False
     not_done: list[str] = []
@@ -45,7 +47,7 @@ def save_within(
         began = time.monotonic()
         handle = save(name)
         try:
-            handle.wait(max(left, 0.0) if done else None)
+            handle.wait(max(left, 0.0 if done else PATIENCE_SECONDS))
         except TimeoutError:
             not_done.append(f"{name} (not done in time)")
             continue

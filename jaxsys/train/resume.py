@@ -125,8 +125,10 @@ def identity(run: Path, remote: str | None) -> str:
     Where the disk is lost only ``remote`` can say. Raises UserError if that holds the checkpoints of another run, or
     cannot be read.
     """
-    mark = run / "id"
-    ours = mark.read_text() if mark.exists() else (_newest_meta(run / "checkpoints") or {}).get("run")
+    mark, ours = run / "id", None
+    with contextlib.suppress(FileNotFoundError):
+        ours = mark.read_text()
+    ours = ours or (_newest_meta(run / "checkpoints") or {}).get("run")  # a process that was killed left an empty one
     if remote is not None and (there := _newest_meta(remote)) is not None:
         theirs, path = there.get("run"), there["config"]["run"]
         if theirs != ours and (ours is not None or Path(path).resolve() != run.resolve()):
@@ -136,8 +138,12 @@ def identity(run: Path, remote: str | None) -> str:
             )
         ours = theirs
     run.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError), mark.open("x") as file:
-        file.write(ours or uuid.uuid4().hex)
+    try:
+        with mark.open("x") as file:
+            file.write(ours or uuid.uuid4().hex)
+    except FileExistsError:
+        if not mark.read_text():
+            mark.write_text(ours or uuid.uuid4().hex)
     return mark.read_text()
 
 

@@ -122,9 +122,17 @@ def test_slower_levels_follow_while_there_is_time(monkeypatch):
 
 
 def test_until_one_level_has_it_the_next_is_tried_however_late(monkeypatch):
-    books = Books(monkeypatch, {"ram": 1.0, "peer": 2.0, "disk": 8.0, "store": 60.0}, failing=("peer", "disk"))
+    seconds = {"ram": 1.0, "peer": 2.0, "disk": 8.0, "store": 60.0}
+    books = Books(monkeypatch, seconds, failing=("peer", "disk"))
     assert books.within(6.0)[-1].startswith("not saved to peer (it failed), disk (it failed), ram")
     assert books.begun == ["peer", "disk", "store"]
+
+
+def test_a_level_that_hangs_does_not_keep_the_others_out(monkeypatch):
+    seconds = {"ram": 1.0, "peer": 2.0, "disk": 8.0, "store": 60.0}
+    books = Books(monkeypatch, seconds, taken={"peer": 1000.0})
+    assert books.within(30.0)[-1].startswith("not saved to peer (not done in time), store")
+    assert books.begun == ["peer", "disk"]
 
 
 def test_a_level_that_was_never_measured_is_tried_as_long_as_any_time_is_left(monkeypatch):

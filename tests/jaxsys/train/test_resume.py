@@ -109,6 +109,8 @@ def test_neither_a_new_run_nor_a_copy_has_the_directory_of_another(tmp_path):
     shutil.copytree(run, copy)
     shutil.rmtree(run)
     assert len({first, own(copy), own(run)}) == 3
+    (run / "id").write_text("")  # killed before it wrote
+    assert resume.identity(run, None) == resume.identity(run, None) != ""
 
 
 def test_a_remote_is_of_one_run_and_goes_with_it(tmp_path, material):
