@@ -6,6 +6,7 @@ up to there, a shard is made of whole cells. Within a cell elements are in row-m
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections.abc import Iterable, Sequence
@@ -32,9 +33,13 @@ def aligned(nbytes: int) -> np.ndarray:
         return raw[first : first + nbytes]
     # Linux gives huge pages, which take a fraction of the time to come by, to what asks for them and begins at one, as
     # memory of whole ones does. Of the last, if not all is used, small pages come.
-    memory = mmap.mmap(-1, -(-nbytes // HUGE_PAGE) * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, -(-nbytes // HUGE_PAGE) * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as e:  # which a restore would take for a file that cannot be read
+        raise MemoryError(f"{nbytes} bytes: {e.strerror}") from e
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE, 0, nbytes // HUGE_PAGE * HUGE_PAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE, 0, nbytes // HUGE_PAGE * HUGE_PAGE)
     return np.frombuffer(memory, np.uint8, nbytes)
 
 

@@ -286,7 +286,7 @@ class OpenLevel:
             self.bad.discard(step)
             self._newest = None if self._newest is None else max(step, self._newest)
             with self._lock:  # both at once, and not while a sweep that has not seen the manifest is under way
-                del self._attempts[step]
+                self._attempts.pop(step, None)
                 self._known_steps.pop(step, None)
         finally:
             contents.clear()  # an error that is kept keeps the functions above
@@ -307,7 +307,8 @@ class OpenLevel:
 
     def salvage(self, step: int, specs: Iterable[Logical]) -> Iterator[Block]:
         """The chunks that this process wrote before the write of ``step`` here failed."""
-        arrays = {s.name: Array(s.dtype, s.shape, s.axes, tuple(self._attempts[step].get(s.name, ()))) for s in specs}
+        attempt = self._attempts.get(step, {})  # none, if it was written again meanwhile
+        arrays = {s.name: Array(s.dtype, s.shape, s.axes, tuple(attempt.get(s.name, ()))) for s in specs}
         reader = CheckpointReader(self.store.open(directory_of(step)), manifest=Manifest(step, {}, arrays))
         memory = reader.room(chunk for array in arrays.values() for chunk in array.chunks)
         for spec in specs:

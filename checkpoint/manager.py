@@ -100,6 +100,10 @@ class SaveHandle:
             future.result()
         return self.metrics
 
+    def give_up(self) -> None:
+        """Let go of what was copied and is not written: the save fails, unless a level has it already."""
+        self._snapshot.release()
+
     @property
     def done(self) -> bool:
         return all(future.done() for future in self._futures.values())

@@ -144,12 +144,14 @@ class Snapshot:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready or self._finished)
+                self._go_on()
                 if not self._ready:
                     self._raise()
                     return
                 block, room = self._ready[0]
             yield block
             with self._changed:
+                self._go_on()
                 self._ready.popleft()
             self._staging.free(room)
 
@@ -161,6 +163,10 @@ class Snapshot:
             rooms, self._ready = [room for _, room in self._ready], deque()
         for room in rooms:
             self._staging.free(room)
+
+    def _go_on(self) -> None:
+        if self._given_up.is_set():  # and its memory may be another's
+            raise RuntimeError("the save was given up")
 
     def _raise(self) -> None:
         if self._error:

@@ -46,9 +46,12 @@ class TrainArgs:
     def run(self) -> int:
         from jaxsys import configuration
         from jaxsys.train import recipes
+        from parallelism.errors import UserError
 
         config = configuration.override(recipes.find(self.config), self.set)
         if self.init_from is not None:
+            if both := [x for x in self.set if x.startswith(("model.", "model=", "init_from="))]:
+                raise UserError(f"--init-from {self.init_from} and --set {both[0]} exclude each other; give one")
             config = dataclasses.replace(config, init_from=self.init_from, model=None)
         if self.profile is not None:
             config = dataclasses.replace(config, profile=self.profile)

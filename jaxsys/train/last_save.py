@@ -17,6 +17,15 @@ def order(levels: Sequence[Level], estimate: Callable[[str], float]) -> list[str
     return [level.name for level in sorted(levels, key=lambda x: (not x.survives_host, estimate(x.name)))]
 
 
+def _patience(left: float, others: int, estimate: float) -> float:
+    """Seconds to wait for a level before ``others`` are tried: twice what it takes, or its part of those that are left.
+
+    What that is of a level that was never measured, when no time is left, is PATIENCE_SECONDS.
+    """
+    known = 2 * estimate if estimate != float("inf") else 0.0 if left > 0 else PATIENCE_SECONDS
+    return max(left / (others + 1), known)
+
+
 def save_within(
     seconds: float,
     since: float,
@@ -30,12 +39,14 @@ def save_within(
 
     seconds: of grace, from ``since`` (of ``time.monotonic``) on. save: begins a save to a level. say: is told what
     became of it, of each level that has it at once. Until one has it every next one is tried, however late it is
-    (there is nothing to lose), and given PATIENCE_SECONDS at least. Processes do what process 0 finds.
+    (there is nothing to lose), and one that hangs leaves the others their part of the time. Processes do what process
+    0 finds.
     """
     done = False
     not_done: list[str] = []
     slowest = 0.0
-    for name in coordinator.gather("order of the last save", order(levels, saves.estimate))[0]:
+    names = coordinator.gather("order of the last save", order(levels, saves.estimate))[0]
+    for others, name in zip(reversed(range(len(names))), names, strict=True):
         left = since + seconds - time.monotonic()
         expected = saves.estimate(name)
         if expected == float("inf"):  # never measured: not faster than those before it, and worth a try
@@ -47,8 +58,9 @@ def save_within(
         began = time.monotonic()
         handle = save(name)
         try:
-            handle.wait(max(left, 0.0 if done else PATIENCE_SECONDS))
+            handle.wait(max(left, 0.0) if done else _patience(left, others, saves.estimate(name)))
         except TimeoutError:
+            handle.give_up()  # the others need the memory
             not_done.append(f"{name} (not done in time)")
             continue
         except Exception:  # the manager has logged it and keeps it

@@ -120,41 +120,46 @@ def flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]
 
 
 def identity(run: Path, remote: str | None) -> str:
-    """What tells a run from every other: what ``run/id`` says, else what its checkpoints do, else a new one.
+    """What tells a run from every other, as its file ``id`` has it; made where there is none.
 
-    Where the disk is lost only ``remote`` can say. Raises UserError if that holds the checkpoints of another run, or
-    cannot be read.
+    Where the disk is lost only ``remote`` can say, of a run with the same path. Raises UserError if that holds the
+    checkpoints of another run, or of one that this is a copy of, or cannot be read.
     """
-    mark, ours = run / "id", None
-    with contextlib.suppress(FileNotFoundError):
-        ours = mark.read_text()
-    ours = ours or (_newest_meta(run / "checkpoints") or {}).get("run")  # a process that was killed left an empty one
-    if remote is not None and (there := _newest_meta(remote)) is not None:
-        theirs, path = there.get("run"), there["config"]["run"]
-        if theirs != ours and (ours is not None or Path(path).resolve() != run.resolve()):
+    mark, here = run / "id", str(run.resolve())
+    ours = _id_in(mark)
+    known = _newest_meta(remote).get("run") if remote is not None else None
+    if isinstance(known, Mapping):
+        theirs, there = known["id"], known["at"]
+        copy = theirs == ours and there != here and _id_in(Path(there) / mark.name) == ours
+        if copy or (theirs != ours and there != here):
             raise UserError(
-                f"checkpoint.remote={remote} holds checkpoints of another run, {path}: give {run} one of its own, "
-                f"or copy a step into it to go on from there (jaxsys checkpoint copy {remote} {run}/checkpoints)"
+                f"checkpoint.remote={remote} holds the checkpoints of {there}: give {run} one of its own "
+                f"(to begin with what is there: jaxsys checkpoint copy {remote} {run}/checkpoints)"
             )
-        ours = theirs
+        ours = ours or theirs
     run.mkdir(parents=True, exist_ok=True)
-    try:
-        with mark.open("x") as file:
+    if _id_in(mark) is None:
+        mark.unlink(missing_ok=True)  # a process that was killed left it empty
+        with contextlib.suppress(FileExistsError), mark.open("x") as file:
             file.write(ours or uuid.uuid4().hex)
-    except FileExistsError:
-        if not mark.read_text():
-            mark.write_text(ours or uuid.uuid4().hex)
     return mark.read_text()
 
 
-def _newest_meta(place: str | Path) -> Mapping[str, Any] | None:
+def _id_in(mark: Path) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return mark.read_text() or None
+    return None
+
+
+def _newest_meta(place: str | Path) -> Mapping[str, Any]:
     try:
         for _, at in reversed(committed(place)):
             with contextlib.suppress(CorruptError):
-                return CheckpointReader(files_of(at)).manifest.meta
+                meta = CheckpointReader(files_of(at)).manifest.meta
+                return meta if isinstance(meta, Mapping) else {}
     except OSError as e:
         raise UserError(f"checkpoints in {place} cannot be read: {e.strerror or e}; see that it can be reached") from e
-    return None
+    return {}
 
 
 def own_directory(shared: str, run: Path, who: str) -> Path:

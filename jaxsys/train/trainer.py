@@ -180,7 +180,7 @@ class Trainer:
 
     def _open_checkpoints(self) -> Manager:
         c, coordinator = self.config.checkpoint, default_coordinator()
-        self.run_id, ram = together(coordinator, "run", self._identity)[0]
+        self.identity, ram = together(coordinator, "run", self._identity)[0]
         best = Best("heldout_loss", c.keep_best) if c.keep_best else None
         kept: dict[str, Any] = {"keep_every": c.keep_every, "best": best, "verify": c.verify}
         self.levels = [Level("disk", self.run_directory / "checkpoints", keep=c.keep, every=c.every, **kept)]
@@ -192,13 +192,13 @@ class Trainer:
             self.levels.append(Level("remote", c.remote, keep=c.remote_keep, every=c.remote_every, verify=c.verify))
         return Manager(self.levels, staging_bytes=c.staging_mb * 10**6)
 
-    def _identity(self) -> tuple[str, str]:
-        """The run's id, and where its checkpoints lie in memory; process 0 says it for all: one writes the mark."""
+    def _identity(self) -> tuple[dict[str, str], str]:
+        """The run's id and place, and where it has checkpoints in memory; process 0 says it for all: one writes it."""
         if not self.lead:
-            return "", ""
+            return {}, ""
         run, c = self.run_directory, self.config.checkpoint
         who = resume.identity(run, c.remote)
-        return who, str(resume.own_directory(c.ram or "", run, who))
+        return {"id": who, "at": str(run.resolve())}, str(resume.own_directory(c.ram or "", run, who))
 
     def _restore_or_begin(self, pretrained: Pretrained | None) -> None:
         """Parameters, optimizer state and step: from the newest checkpoint, else from the beginning."""
@@ -275,7 +275,7 @@ class Trainer:
         """What a checkpoint says of the run beside its arrays, at any step; ``_checkpoint`` adds how far it is."""
         c = self.config
         return {
-            "run": self.run_id,
+            "run": self.identity,
             "model": configuration.to_dict(self.model.config),
             "config": configuration.to_dict(c),
             "rng": {"seed": c.seed},

@@ -1,8 +1,11 @@
 """Cells: the order of a chunk's bytes, which of them a box meets, and that any mesh reads little more than it needs."""
 
+import errno
 import itertools
 import json
 import math
+import mmap
+import os
 
 import jax
 import numpy as np
@@ -66,6 +69,17 @@ def test_memory_is_zero_and_aligned_whatever_was_there_before(nbytes):
         memory = aligned(nbytes)
         assert memory.shape == (nbytes,) and memory.ctypes.data % ALIGNMENT == 0 and not memory.any()
         memory[:] = 0xA5
+
+
+def test_no_memory_is_no_damage_and_a_kernel_without_huge_pages_gives_others(monkeypatch):
+    class Small(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(cells.mmap, "mmap", Small)
+    assert not aligned(HUGE_PAGE).any()
+    with pytest.raises(MemoryError, match="Cannot allocate memory"):
+        aligned(1 << 60)
 
 
 def test_a_grid_halves_the_axis_that_is_cut_least_down_to_the_size_of_a_cell(monkeypatch):

@@ -609,6 +609,29 @@ def test_a_hurried_save_waits_for_no_turn(paths, state, monkeypatch):
         assert [level.steps() for level in manager._levels] == [[2, 3], [2, 3]]
 
 
+def test_a_save_that_is_given_up_gives_its_memory_to_others_and_is_not_committed(paths, state, monkeypatch):
+    """A disk hangs with all of the staging memory."""
+    go_on, create = threading.Event(), LocalStore.create
+
+    @contextlib.contextmanager
+    def slow(store, directory, name):
+        assert store.root != paths[1] or go_on.wait(30)
+        with create(store, directory, name) as file:
+            yield file
+
+    monkeypatch.setattr(LocalStore, "create", slow)
+    with Manager(levels(paths), staging_bytes=128, chunk_bytes=64) as manager:
+        handle = save(manager, 1, state, levels=["disk"])
+        with pytest.raises(TimeoutError):
+            handle.wait(0.2)
+        handle.give_up()
+        save(manager, 1, state, levels=["ram"]).wait(30)
+        go_on.set()
+        manager.wait()
+        assert [(f.level, str(f.error)) for f in manager.failures] == [("disk", "the save was given up")]
+        assert [level.steps() for level in manager._levels] == [[1], []]
+
+
 def test_a_save_does_not_wait_for_deletions(paths, state, monkeypatch):
     deleting, go_on, returned = threading.Event(), threading.Event(), []
     delete = LocalStore.delete

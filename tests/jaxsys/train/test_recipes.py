@@ -40,6 +40,8 @@ def test_a_pretrained_model_takes_the_place_of_the_recipes(capsys):
     assert main(["train", "--config", "llama_25m", "--init-from", "somewhere", "--print-config"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["init_from"], shown["model"]) == ("somewhere", None)
+    assert main(["train", "--config", "llama_25m", "--init-from", "somewhere", "--set", "model.d_model=64"]) == 2
+    assert "--init-from somewhere and --set model.d_model=64 exclude each other" in capsys.readouterr().err
 
 
 def test_print_config_shows_what_set_changed(capsys):

@@ -3,15 +3,18 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
 from tiny_runs import make_config, quiet
 
-from checkpoint import Manager, copy_steps, find_place, root_of
+from checkpoint import Manager, copy_steps, find_place, root_of, write
+from checkpoint.writer import Piece
 from jaxsys.optim import SGD, Constant, OptimConfig
 from jaxsys.train import resume
 from jaxsys.train.config import CheckpointConfig
 from jaxsys.train.trainer import Trainer
 from parallelism.errors import UserError
+from parallelism.layout import Logical
 
 
 def train(config, stop_at=None):
@@ -109,35 +112,45 @@ def test_neither_a_new_run_nor_a_copy_has_the_directory_of_another(tmp_path):
     shutil.copytree(run, copy)
     shutil.rmtree(run)
     assert len({first, own(copy), own(run)}) == 3
-    (run / "id").write_text("")  # killed before it wrote
-    assert resume.identity(run, None) == resume.identity(run, None) != ""
+    for broken in (b"", b"\xff"):  # killed before it wrote
+        (run / "id").write_bytes(broken)
+        assert resume.identity(run, None) == resume.identity(run, None) != ""
 
 
 def test_a_remote_is_of_one_run_and_goes_with_it(tmp_path, material):
-    """Another run is refused there; one whose disk is lost goes on at its old path, or where a step was copied to."""
+    """Another run is refused there, also with a copy of what is there; one whose disk is lost goes on at its path."""
     remote = str(tmp_path / "remote")
     places = CheckpointConfig(every=1, remote=remote, remote_every=1)
     config = make_config(tmp_path / "run", material, steps=2, eval_batches=0, checkpoint=places)
     train(config)
     other = dataclasses.replace(config, run=str(tmp_path / "other"))
+    refused = rf"{remote} holds the checkpoints of {tmp_path}/run: give {tmp_path}/other one of its own"
     for _ in range(2):  # the first start makes no difference to the second
         assert not (tmp_path / "other").exists()
-        with pytest.raises(UserError, match=f"holds checkpoints of another run, {tmp_path}/run: give {tmp_path}/other"):
+        with pytest.raises(UserError, match=refused):
             Trainer(other, quiet())
+    copy_steps(find_place(remote), root_of(tmp_path / "other" / "checkpoints"))
+    with pytest.raises(UserError, match=refused):
+        Trainer(other, quiet())
+    own = dataclasses.replace(places, remote=f"{remote}-2")
+    with Trainer(dataclasses.replace(other, checkpoint=own), quiet()) as taken:
+        assert taken.step == 2
     moved = tmp_path / "moved"
-    (tmp_path / "run").rename(moved)
-    with Trainer(dataclasses.replace(config, run=str(moved)), quiet()) as again:
+    shutil.copytree(tmp_path / "run", moved)
+    with pytest.raises(UserError, match="holds the checkpoints of"):
+        Trainer(dataclasses.replace(config, run=str(moved)), quiet())
+    shutil.rmtree(tmp_path / "run")
+    with Trainer(dataclasses.replace(config, run=str(moved)), quiet()) as again:  # not a copy any more
         assert again.step == 2
-    shutil.rmtree(moved)
     with Trainer(config, quiet()) as back:  # as on a new machine
         assert back.step == 2
-    copy_steps(find_place(remote), root_of(tmp_path / "other" / "checkpoints"))
-    with Trainer(other, quiet()) as taken:
-        assert taken.step == 2
-    apart = dataclasses.replace(config, run=str(tmp_path / "apart"), seed=5)
-    train(dataclasses.replace(apart, checkpoint=dataclasses.replace(apart.checkpoint, remote=None)))
-    with pytest.raises(UserError, match="holds checkpoints of another run"):
-        Trainer(apart, quiet())
+
+
+@pytest.mark.parametrize("meta", [{}, {"run": None}, [], {"config": None}])
+def test_a_remote_that_no_run_has_written_is_no_other_runs(tmp_path, meta):
+    spec = Logical("w", (2,), np.dtype("f4"), (None,))
+    write(tmp_path / "remote" / "step-00000003", 3, meta, [spec], [Piece(spec, (0,), np.zeros(2, np.float32))])
+    assert resume.identity(tmp_path / "run", str(tmp_path / "remote"))
 
 
 def test_a_newest_manifest_that_is_damaged_does_not_hide_the_run(tmp_path, material):
