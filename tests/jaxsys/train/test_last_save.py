@@ -94,9 +94,8 @@ class Books:
 
     def save(self, name):
         self.begun.append(name)
-        return SimpleNamespace(
-            wait=lambda seconds: self._wait(name, seconds), give_up=lambda: self.given_up.append(name)
-        )
+        give_up = partial(self.given_up.append, name)
+        return SimpleNamespace(wait=partial(self._wait, name), give_up=give_up)
 
     def _wait(self, name, seconds):
         self.now += min(self.taken[name], seconds)
