@@ -40,11 +40,8 @@ logger = logging.getLogger(__name__)
 IN_USE = 0.5
 """A file is shared with later steps only while at least this part of its bytes is in use: so a run with n steps' worth
 of chunks in use takes at most twice that."""
-
-
-TURNS = 2
-LOOK_SECONDS = 0.2
-
+TURNS = 2  # saves at a level: one is being written, one waits
+LOOK_SECONDS = 0.2  # between looks at whether a save is hurried
 
 Where = Literal["shared", "host", "peer"]
 
