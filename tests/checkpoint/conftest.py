@@ -143,3 +143,13 @@ class Helpers:
 @pytest.fixture(scope="session")
 def h():
     return Helpers
+
+
+@pytest.fixture
+def state(h):
+    return h.make_state()
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return tmp_path / "ram", tmp_path / "disk"
