@@ -1,6 +1,7 @@
 """A tiny random model of bytes, and a server of it on a free port in a thread of this process."""
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -121,12 +122,14 @@ def running(llm: LLM, **options):
 
 
 class Gate:
-    """Holds the engine's thread before its next step until it is opened; how many steps there were."""
+    """Lets the engine's thread through ``after`` times, then holds it before its next step until it is opened."""
 
-    def __init__(self, engine, monkeypatch):
-        self.open, self.reached, launch = threading.Event(), threading.Event(), engine.launch
+    def __init__(self, engine, monkeypatch, after=0):
+        self.open, self.reached, launch, steps = threading.Event(), threading.Event(), engine.launch, itertools.count()
 
         def held(max_steps=None):
+            if next(steps) < after:
+                return launch(max_steps)
             self.reached.set()
             assert self.open.wait(SECONDS)
             return launch(max_steps)

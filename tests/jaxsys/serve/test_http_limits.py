@@ -175,9 +175,9 @@ def test_a_defect_is_an_error_of_the_same_shape(llm, monkeypatch):
 
 def signalled(server, monkeypatch):
     """A reader of a stream that has begun, and the gate that holds the engine back; then a signal comes."""
+    gate = Gate(server.front.llm.engine, monkeypatch, after=2)
     reader = Reader(server)
     reader.next()
-    gate = Gate(server.front.llm.engine, monkeypatch)
     assert gate.reached.wait(SECONDS)
     server.server.handle_exit(15, None)
     return reader, gate
@@ -212,9 +212,9 @@ def test_the_second_signal_ends_at_once(llm, monkeypatch):
 
 def test_who_is_not_finished_in_time_is_told(llm, monkeypatch):
     with running(llm, drain_seconds=0.3) as server:
+        gate = Gate(llm.engine, monkeypatch, after=2)
         reader = Reader(server)
         reader.next()
-        gate = Gate(llm.engine, monkeypatch)
         assert gate.reached.wait(SECONDS)
         server.server.handle_exit(15, None)
         threading.Timer(0.5, gate.open.set).start()
