@@ -15,23 +15,23 @@ THREADS = max(2, min(4, os.cpu_count() or 1))
 """More than there are cores would wait for each other: between two copies each needs Python's lock."""
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """``function`` of each item, in their order, at most ``THREADS`` at work or waiting: memory is bounded by those.
+def in_order(function: Callable[[T], R], items: Iterable[T], ahead: int = THREADS) -> Iterator[R]:
+    """``function`` of each item, in their order, at most ``ahead`` at work or waiting: memory is bounded by those.
 
     What the function raises is raised in its place; then, and when nobody takes the rest, nothing more is begun.
     """
     with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read") as pool:
-        ahead: deque[Future[R]] = deque()
+        begun: deque[Future[R]] = deque()
         waiting = iter(items)
         try:
             while True:
                 for item in waiting:
-                    ahead.append(pool.submit(function, item))
-                    if len(ahead) == THREADS:
+                    begun.append(pool.submit(function, item))
+                    if len(begun) == ahead:
                         break
-                if not ahead:
+                if not begun:
                     return
-                yield ahead.popleft().result()
+                yield begun.popleft().result()
         finally:
-            for future in ahead:
+            for future in begun:
                 future.cancel()

@@ -14,7 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from checkpoint.ahead import in_order
+from checkpoint.ahead import THREADS, in_order
 from checkpoint.cells import ALIGNMENT, aligned, unpack, unpack_into
 from checkpoint.manifest import CHUNK_BYTES, MANIFEST, Chunk, Manifest
 from checkpoint.reader import Box, CheckpointReader, intersect, worth_reading
@@ -341,7 +341,8 @@ def load(
         plan = plan_array(reader.manifest, stored, boxes, origins)
         return plan, fill(reader, plan)
 
-    for plan, pieces in in_order(found, layout.values()):
+    # Twice the threads: none is idle while another fills a larger array, before which its own cannot be taken.
+    for plan, pieces in in_order(found, layout.values(), 2 * THREADS):
         arrays[plan.stored.key] = _placed(plan, pieces, shardings[plan.stored.key])
         metrics = LoadMetrics(metrics.bytes_read + plan.bytes_read, metrics.bytes_needed + plan.bytes_needed)
     return arrays, metrics
