@@ -83,13 +83,18 @@ class SaveHandle:
         self._futures: dict[str, Future[WriteMetrics]] = {}
         self._entry_seconds = self._waiting_seconds = 0.0
 
-    def copied(self, keys: Iterable[str] | None = None, busy: Callable[[], bool] = lambda: False) -> float:
+    def copied(
+        self,
+        keys: Iterable[str] | None = None,
+        busy: Callable[[], bool] = lambda: False,
+        late: Callable[[], bool] = lambda: False,
+    ) -> float:
         """Block until the arrays of these stored keys (None: all) may be donated; return the seconds that held up.
 
         busy: whether devices are still at work on what comes before the program that donates them: until they are not,
-        nothing is held up.
+        nothing is held up. late: asked now and then; whether to give the save up rather than to wait longer.
         """
-        return self._snapshot.wait(keys, busy)
+        return self._snapshot.wait(keys, busy, late)
 
     def wait(self, seconds: float | None = None) -> SaveMetrics:
         """Block until every due level has committed. Raises the first level's failure, if there is one, and

@@ -22,6 +22,7 @@ from parallelism.layout import Layout
 
 AHEAD = 2  # shards on their way from a device to the host
 LOOK_SECONDS = 0.002  # between looks at whether devices are still at work
+LATE_SECONDS = 0.2  # and whether what waits then has no time any more
 
 Shares = Mapping[str, list[tuple[int, list[Share]]]]
 """What a process writes: by key, which of its shards (``addressable_data``) and the chunks of that."""
@@ -116,10 +117,16 @@ class Snapshot:
         self.stalled_seconds = 0.0
         staging.thread.submit(self._copy)
 
-    def wait(self, keys: Iterable[str] | None = None, busy: Callable[[], bool] = lambda: False) -> float:
+    def wait(
+        self,
+        keys: Iterable[str] | None = None,
+        busy: Callable[[], bool] = lambda: False,
+        late: Callable[[], bool] = lambda: False,
+    ) -> float:
         """Block until the arrays of ``keys`` (None: all) are copied, or given up; return the seconds that held up.
 
         busy: whether devices are still at work on what is needed besides: until they are not, nothing is held up.
+        late: asked now and then; whether to give the snapshot up (``release``) rather than to wait longer.
         """
         began: float | None = None
         wanted = self._keys if keys is None else frozenset(keys)
@@ -129,11 +136,16 @@ class Snapshot:
             while not (wanted <= self._copied or self._finished):
                 if began is None and not busy():
                     began = time.perf_counter()
-                self._changed.wait(LOOK_SECONDS if began is None else None)
+                self._changed.wait(LOOK_SECONDS if began is None else LATE_SECONDS)
+                if began is not None and late():
+                    break
             seconds = 0.0 if began is None else time.perf_counter() - began
             self.stalled_seconds += seconds
-            if not wanted <= self._copied:
+            copied = wanted <= self._copied
+            if not copied and self._finished:
                 self._raise()
+        if not copied:
+            self.release()
         return seconds
 
     def blocks(self) -> Iterator[Block]:

@@ -134,6 +134,7 @@ class Trainer:
             raise
         self.stop, self._stopped = Stop(), False
         self._save: SaveHandle | None = None
+        self._noticed: float | None = None  # when, of time.monotonic, as far as this process knows
         self._saved_in_time = False  # ahead of the end of a machine: then one level will do
         self._saved_finite: tuple[jax.Array, str] | None = None
         self._clock = 0.0
@@ -461,7 +462,7 @@ class Trainer:
 
         def copied(keys: Iterable[str], busy: Callable[[], bool]) -> float:
             try:
-                return self._save.copied(keys, busy) if self._save else 0.0
+                return self._save.copied(keys, busy, self._late) if self._save else 0.0
             except RuntimeError:  # the snapshot failed, which its save reports: nobody reads the arrays any more
                 return 0.0
 
@@ -521,6 +522,14 @@ class Trainer:
         if self.stop.asked is not None:
             self.watch.ask(self.stop.asked)
         return bool(self.watch.reason) and is_notice(self.watch.reason)
+
+    def _late(self) -> bool:
+        """Whether a notice came so long ago that the last save needs the time in which a level that hangs would have
+        room for an earlier one."""
+        if not self._hurried():
+            return False
+        self._noticed = self._noticed or self.stop.since or time.monotonic()
+        return time.monotonic() - self._noticed > self.config.checkpoint.grace_seconds / 3
 
     def _check_saved(self) -> None:
         """Raises NonFiniteLoss for what the last save was to hold; no level has it then. The devices look at it, and

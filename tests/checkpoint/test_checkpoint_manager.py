@@ -601,6 +601,19 @@ def test_a_save_that_is_given_up_gives_its_memory_to_others_and_is_not_committed
         assert [level.steps() for level in manager._levels] == [[1], []]
 
 
+def test_who_waits_for_a_copy_may_give_the_save_up(paths, state, monkeypatch):
+    gate = Gate(monkeypatch)
+    with Manager([Level("disk", paths[1])], staging_bytes=64) as manager:
+        handle = save(manager, 1, state)
+        asked = iter((False, False, True))
+        assert handle.copied(late=lambda: next(asked)) > 0
+        gate.open.set()
+        with pytest.raises(RuntimeError, match="given up"):
+            handle.wait()
+        assert manager.steps() == []
+        save(manager, 2, state).wait()
+
+
 def test_a_save_does_not_wait_for_deletions(paths, state, monkeypatch):
     deleting, go_on, returned = threading.Event(), threading.Event(), []
     delete = LocalStore.delete

@@ -1,5 +1,6 @@
 """Signals that ask a run to stop, and the save of a machine that is about to be gone."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -14,6 +15,7 @@ from tiny_runs import make_config, quiet
 
 from checkpoint import Level
 from checkpoint.levels import OpenLevel
+from checkpoint.storage import LocalStore
 from jaxsys.train import last_save
 from jaxsys.train.config import CheckpointConfig
 from jaxsys.train.last_save import order, save_within
@@ -207,3 +209,34 @@ def test_what_the_grace_time_has_no_room_for_is_left_out(tmp_path, material, wri
         summary = trainer.run()
     assert written == [("disk", 1)] and summary.save_error is None
     assert any("not saved to ram (no time: 0 s left)" in line for line in console.lines)
+
+
+def test_a_disk_that_hangs_with_an_earlier_save_does_not_keep_the_last_from_other_levels(
+    tmp_path, material, monkeypatch
+):
+    """Its blocks fill the staging memory, and the next step waits for the rest of the state to be copied."""
+    go_on, create, write, found, released = threading.Event(), LocalStore.create, OpenLevel._write, [], []
+    levels = CheckpointConfig(every=1, ram=str(tmp_path / "memory"), ram_every=100, grace_seconds=3.0)
+    config = make_config(tmp_path / "run", material, eval_batches=0, steps=5, checkpoint=levels)
+    with Trainer(config, quiet()) as trainer:
+
+        @contextlib.contextmanager
+        def hangs(store, directory, name):
+            if store.root.is_relative_to(tmp_path / "run"):
+                trainer.stop.asked = "SIGTERM"
+                released.append(go_on.wait(30))
+            with create(store, directory, name) as file:
+                yield file
+
+        def spied(self, step, *arguments):
+            metrics = write(self, step, *arguments)
+            found.append((self.name, step))
+            go_on.set()
+            return metrics
+
+        monkeypatch.setattr(LocalStore, "create", hangs)
+        monkeypatch.setattr(OpenLevel, "_write", spied)
+        trainer.manager._staging.budget = 1 << 10
+        summary = trainer.run()
+    assert released and all(released)
+    assert (summary.step, found[0], summary.save_error) == (2, ("ram", 2), None)
