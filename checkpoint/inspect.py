@@ -181,9 +181,14 @@ def verify(
             continue
         manifest = readers[directory].manifest
         keys = [(name, key) for name, _, key in _chunks(manifest, directory)]
-        damage = tuple(Damage(name, found[key], mended.get(key)) for name, key in keys if key in found)
+        damage = tuple(_seen(name, found[key], mended.get(key)) for name, key in keys if key in found)
         reports.append(StepReport(readers[directory].where, manifest.step, len(keys), manifest.nbytes, damage))
     return reports
+
+
+def _seen(name: str, message: str, mended_from: str | None) -> Damage:
+    """What to do about it is said only where it still is."""
+    return Damage(name, message.rpartition("; ")[0] if mended_from else message, mended_from)
 
 
 def _chunks(manifest: Manifest, directory: str) -> Iterator[tuple[str, Chunk, Location]]:

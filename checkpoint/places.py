@@ -12,7 +12,7 @@ from pathlib import Path
 
 from checkpoint.manifest import MANIFEST, CorruptError, Manifest, resolved
 from checkpoint.reader import CheckpointReader
-from checkpoint.storage import Store, directory_of, steps_in, store_of
+from checkpoint.storage import Store, directory_of, place_of, steps_in, store_of
 from parallelism.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def root_of(path: str | os.PathLike[str]) -> Store:
 
     Raises UserError for a directory that holds other things, or is a step.
     """
-    text = os.fspath(path)
+    text = os.fspath(place_of(path))
     if _is_url(text):
         return store_of(text)
     if Path(text).exists():
@@ -158,9 +158,9 @@ def _is_url(text: str) -> bool:
 
 def _checked(path: str | os.PathLike[str]) -> str:
     """The path as text. Raises UserError unless it is a URL or a directory that is there."""
-    text = os.fspath(path)
-    if not text:
+    if not os.fspath(path):
         raise UserError("checkpoint path '': expected a directory")
+    text = os.fspath(place_of(path))
     if not _is_url(text) and not Path(text).is_dir():
         what = "is a file, expected a directory" if Path(text).exists() else "does not exist"
         raise UserError(f"checkpoint {text} {what}; check the path")

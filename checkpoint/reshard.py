@@ -19,7 +19,7 @@ from checkpoint.cells import ALIGNMENT, aligned, unpack, unpack_into
 from checkpoint.manifest import CHUNK_BYTES, MANIFEST, Chunk, Manifest
 from checkpoint.reader import Box, CheckpointReader, intersect, worth_reading
 from checkpoint.shares import bounds_of
-from checkpoint.storage import LocalFiles, durable, new_directory
+from checkpoint.storage import LocalFiles, durable, new_directory, place_of
 from checkpoint.writer import ChunkWriter, Piece, blocks_of, data_file, manifest_of
 from parallelism.errors import UserError
 from parallelism.layout import Layout, Logical, Region, Stored
@@ -393,9 +393,11 @@ def write(
     """Write ``pieces``, which cover the logical arrays ``specs``, as the new checkpoint directory ``dst_dir``.
 
     Holds one piece at a time; the result is verified before it gets its name, and after an error nothing is left.
-    Raises UserError if ``dst_dir`` exists and when the disk refuses.
+    Raises UserError if ``dst_dir`` exists or is in an object store, and when the disk refuses.
     """
-    dst = Path(dst_dir)
+    dst = place_of(dst_dir)
+    if not isinstance(dst, Path):
+        raise UserError(f"{dst} is in an object store, expected a directory: copy it there (jaxsys checkpoint copy)")
     with new_directory(dst, sum(spec.nbytes for spec in specs)) as draft:
         with ChunkWriter(lambda name: durable(draft / name), lambda number: data_file(0)) as writer:
             for block in blocks_of(pieces, chunk_bytes):

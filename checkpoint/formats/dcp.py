@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): _Tensor,
     ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"): _Bytes,
     ("torch", "Size"): tuple,
-    **{("torch", name): name for name in _DTYPES},
     **dict.fromkeys(
         [
             ("torch.distributed.checkpoint.metadata", "Metadata"),
@@ -80,10 +80,15 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
+_DTYPE = re.compile(r"bool|(q?u?int|b?float|complex|bits)\d\w*")
+
+
 class _Unpickler(pickle._Unpickler):
     """The one in Python: the one in C takes as much memory as a damaged file says."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and _DTYPE.fullmatch(name):
+            return name
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no list of tensors needs")
         return _KNOWN[module, name]
@@ -126,7 +131,7 @@ class DCPDir(Headers[ArrayHeader]):
                     _check_place(name, self._places[name, start])
         except OSError as error:
             raise UserError(f"{where}: not a DCP directory: the file cannot be read ({error.strerror})") from error
-        except CorruptError:
+        except UserError:
             raise
         except Exception as error:  # what a damaged pickle leads to may raise nearly anything
             said = f"{type(error).__name__}: {error}"
@@ -199,6 +204,8 @@ def _check_sums(raw: bytes) -> None:
 def _tensor(name: str, entry: _Tensor, where: str) -> tuple[ArrayHeader, list[Box]]:
     """What the metadata says of a tensor, and its chunks. Raises ValueError and the like if that makes no sense."""
     dtype = entry.properties.state[0]
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise UserError(f"{where}: tensor {name!r} has dtype {dtype}, which is not read here; save it in another")
     if dtype not in _DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {dtype!r:.80}")
     info = ArrayHeader(tuple(entry.size), DTYPES[dtype])

@@ -227,6 +227,7 @@ def test_every_bit_that_flips_is_found_and_mended(root, tmp_path):
         assert not report.ok and len(report.damage) == 1 and str(path) in report.damage[0].message
         (report,) = verify(find_place(root / STEP.format(1)), repair=[find_place(tmp_path / "other")])
         assert report.ok and report.damage[0].mended_from == str(tmp_path / "other" / STEP.format(1))
+        assert "use another checkpoint" not in report.damage[0].message
         assert path.read_bytes() == good
 
 
@@ -260,6 +261,7 @@ def test_what_no_other_place_has_stays_damaged(root, tmp_path):
     before = tree(root)
     (report,) = verify(find_place(root), repair=[find_place(other)])
     assert not report.ok and report.damage[0].mended_from is None and tree(root) == before
+    assert report.damage[0].message.endswith("; use another checkpoint")
 
 
 def test_nothing_is_mended_from_what_is_damaged_too(root, tmp_path):

@@ -27,6 +27,7 @@ import checkpoint
 from checkpoint import CorruptError, Level, Manager, find_checkpoint, machine, objects, open_checkpoint
 from checkpoint.levels import OpenLevel
 from checkpoint.objects import ObjectError, ObjectStore
+from checkpoint.places import find_place, root_of
 from checkpoint.storage import committed, place_of, steps_in, store_of
 from checkpoint.writer import Piece, blocks_of
 from jaxsys.cli.main import main
@@ -573,7 +574,7 @@ def test_a_bucket_may_be_the_place_itself(server, tmp_path, monkeypatch):
     level = open_level(f"s3://{BUCKET}")
     save(level, 1, a=1)
     level.store.release()
-    assert [info.step for info in checkpoint.list_steps(checkpoint.find_place(f"s3://{BUCKET}"))] == [1]
+    assert [info.step for info in checkpoint.list_steps(find_place(f"s3://{BUCKET}"))] == [1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -588,6 +589,16 @@ def test_a_url_that_became_a_path_is_a_url_and_a_path_is_a_path():
     assert place_of("s3://bucket//a/b/") == place_of(Path("s3://bucket/a/b")) == "s3://bucket/a/b"
     for path in ("runs/s3", "/tmp/x:/y", "c:/x", "./s3:/x"):
         assert place_of(path) == Path(path)
+
+
+def test_what_takes_a_directory_takes_no_url_for_one(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    for of in (find_place, root_of):
+        with contextlib.suppress(UserError):  # nothing is there
+            of(Path(f"{url}/none"))
+    with pytest.raises(UserError, match=r"s3://.* is in an object store, expected a directory"):
+        checkpoint.write(Path(f"{url}/new"), 1, {}, [], [])
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- errors
