@@ -38,7 +38,7 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
     state = json.loads(tokenizer.backend.to_str())
     if state["model"].get("type") != "BPE":
         raise _not_said(f"its model {state['model'].get('type')!r}; BPE is there")
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in state["model"]["merges"]]
+    merges = _merges(state)
     ids = {i: token for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
     tokens = [ids.get(i, f"[PAD{i}]") for i in range(size)]
     metadata: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": _types(state, ids, size)}
@@ -59,8 +59,15 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
     metadata |= {f"tokenizer.ggml.{name}_token_id": i for name, i in special.items() if i is not None}
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
-    _check(tokenizer, Tokenizer.from_gguf(metadata))
+    back = Tokenizer.from_gguf(metadata)
+    # By scores any two neighbours that make a token are joined, by merges only those that are listed.
+    pairs = {"".join(pair).replace("▁", " ") for pair in {*merges} ^ {*_merges(json.loads(back.backend.to_str()))}}
+    _check(tokenizer, back, [*_PROBE, *sorted(pairs | {pair.lstrip() for pair in pairs})])
     return metadata
+
+
+def _merges(state: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in state["model"]["merges"]]
 
 
 def _types(state: dict[str, Any], ids: dict[int, str], size: int) -> list[int]:
@@ -96,9 +103,9 @@ def _pre_tokenizer(state: dict[str, Any]) -> str:
     return found
 
 
-def _check(tokenizer: Tokenizer, back: Tokenizer) -> None:
+def _check(tokenizer: Tokenizer, back: Tokenizer, texts: list[str]) -> None:
     """Raises UserError unless what is read back does as the tokenizer that was to be said."""
-    for text in _PROBE:
+    for text in texts:
         if back.encode(text) != tokenizer.encode(text):
             raise _not_said(f"how it encodes {text[:20]!r}")
     if (back.bos_id, back.pad_id) != (tokenizer.bos_id, tokenizer.pad_id) or not {*tokenizer.eos_ids} <= {

@@ -35,11 +35,11 @@ def byte_level(splits, ignore_merges=False):
     return backend
 
 
-def sentencepiece(prefix=True):
-    """As transformers converts Llama 2's and Gemma's."""
+def sentencepiece(prefix=True, every=True):
+    """As transformers converts Llama 2's and Gemma's: there is a merge for every way to cut a token in two."""
     tokens = ["<unk>", *SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), "▁", *"thequickbrownfx12"]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("q", "u"), ("▁", "qu"), ("▁", "t"), ("1", "2"), ("▁t", "h")]
-    merges = [*merges, ("▁th", "e")]
+    merges = [*merges, *[("▁", "th")] * every, ("▁th", "e")]
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*tokens, *("".join(m) for m in merges)]))}
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ["<unk>", *SPECIAL]])
@@ -88,7 +88,7 @@ def both():
     return [(one, Tokenizer.from_gguf(tokenizer_to_gguf(one, one.vocab_size))) for one in made]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet="thequickbrownfx 12\n'é漢.ABC", max_size=40))
 def test_any_text_is_encoded_the_same(both, text):
     for tokenizer, back in both:
@@ -129,6 +129,10 @@ def normalised():
     return make(backend)
 
 
+def a_way_to_cut_is_missing():
+    return make(sentencepiece(every=False))
+
+
 def words():
     backend = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2}, unk_token="<s>"))
     backend.decoder = decoders.ByteLevel()
@@ -141,6 +145,7 @@ def words():
         (unknown_pattern, "its pre-tokenizer's patterns; those of gpt-2, smollm"),
         (unknown_step, "its pre-tokenizer's step 'Whitespace'"),
         (normalised, "how it encodes .Hello, world"),
+        (a_way_to_cut_is_missing, "how it encodes ' th'"),
         (words, "its model 'WordLevel'; BPE is there"),
     ],
 )
