@@ -188,7 +188,7 @@ def verify(
 
 def _seen(name: str, message: str, mended_from: str | None) -> Damage:
     """What to do about it is said only where it still is."""
-    return Damage(name, message.rpartition("; ")[0] if mended_from else message, mended_from)
+    return Damage(name, message.removesuffix("; use another checkpoint") if mended_from else message, mended_from)
 
 
 def _chunks(manifest: Manifest, directory: str) -> Iterator[tuple[str, Chunk, Location]]:

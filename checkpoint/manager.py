@@ -202,6 +202,12 @@ class Manager:
         """Whether some level takes this step."""
         return any([level.due(step) for level in self._levels])
 
+    @property
+    def moved(self) -> float:
+        """When, of ``time.monotonic``, a writer was last done with a chunk that comes from devices: long ago, where a
+        level hangs with it."""
+        return max((handle._snapshot.moved for handle in self._handles), default=0.0)
+
     def save(
         self,
         step: int,

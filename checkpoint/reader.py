@@ -165,7 +165,7 @@ class CheckpointReader:
                             if sum(len(kept) for _, kept in self.mended) + len(raw) <= MENDED_BYTES:
                                 self.mended.append((chunk, raw))
                         if first:  # of a file that is lost there would be a line a chunk
-                            what, _, _ = str(damage).rpartition("; ")
+                            what = str(damage).removesuffix("; use another checkpoint")
                             logger.warning("%s; it is read from %s", what, other.where)
                         return raw
             raise
@@ -238,7 +238,10 @@ class CheckpointReader:
         except CorruptError as e:
             raise CorruptError(f"array {name!r}: {e}") from None
         except OSError as e:
-            raise CorruptError(f"array {name!r}: cannot read {self.where}/{chunk.file}: {e.strerror or e}") from e
+            why = e.strerror or e
+            raise CorruptError(
+                f"array {name!r}: cannot read {self.where}/{chunk.file}: {why}; use another checkpoint"
+            ) from e
 
     def fetch(self, file: str, start: int, raw: np.ndarray) -> None:
         """Fill ``raw`` with the bytes of a file from ``start`` on, as they are. Raises CorruptError, OSError."""

@@ -101,7 +101,8 @@ class Snapshot:
     On CPU a numpy view of a jax.Array shares its buffer, and a view that is alive turns the donation of that array into
     a copy without a word: none is kept.
 
-    shares: what this process writes (``checkpoint.shares``).
+    shares: what this process writes (``checkpoint.shares``). moved: when, of ``time.monotonic``, a writer was last done
+    with a chunk.
     """
 
     def __init__(self, arrays: Mapping[str, jax.Array], shares: Shares, staging: Staging):
@@ -115,6 +116,7 @@ class Snapshot:
         self._finished, self._given_up = False, threading.Event()
         self.copy_seconds = 0.0
         self.stalled_seconds = 0.0
+        self.moved = time.monotonic()
         staging.thread.submit(self._copy)
 
     def wait(
@@ -165,6 +167,7 @@ class Snapshot:
             with self._changed:
                 self._go_on()
                 self._ready.popleft()
+                self.moved = time.monotonic()
             self._staging.free(room)
 
     def release(self) -> None:

@@ -38,7 +38,7 @@ from parallelism.errors import UserError
 _STEP = re.compile(r"step-(\d{8,})")
 _UNFINISHED = ".tmp-"
 SENT_BYTES = 8 << 20  # of a file are sent to the disk at once, before its sync
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)")
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.IGNORECASE)
 
 
 class Files(Protocol):
@@ -126,7 +126,7 @@ def place_of(place: str | os.PathLike[str]) -> Path | str:
     How many slashes it has makes no difference, so that a URL that became a path on the way is one again.
     """
     found = _URL.fullmatch(os.fspath(place))
-    return f"{found[1]}://{posixpath.normpath(found[2])}" if found else Path(place)
+    return f"{found[1].lower()}://{found[2] and posixpath.normpath(found[2])}" if found else Path(place)
 
 
 def store_of(place: str | os.PathLike[str]) -> Store:

@@ -62,7 +62,9 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
     back = Tokenizer.from_gguf(metadata)
     # By scores any two neighbours that make a token are joined, by merges only those that are listed.
     pairs = {"".join(pair).replace("▁", " ") for pair in {*merges} ^ {*_merges(json.loads(back.backend.to_str()))}}
-    _check(tokenizer, back, [*_PROBE, *sorted(pairs | {pair.lstrip() for pair in pairs})])
+    # At the beginning of a text, and after what joins nothing.
+    texts = [begin + pair for pair in sorted(pairs | {pair.lstrip() for pair in pairs}) for begin in ("", "\0")]
+    _check(tokenizer, back, [*_PROBE, *texts])
     return metadata
 
 

@@ -204,7 +204,7 @@ def _check_sums(raw: bytes) -> None:
 def _tensor(name: str, entry: _Tensor, where: str) -> tuple[ArrayHeader, list[Box]]:
     """What the metadata says of a tensor, and its chunks. Raises ValueError and the like if that makes no sense."""
     dtype = entry.properties.state[0]
-    if isinstance(dtype, str) and dtype not in _DTYPES:
+    if isinstance(dtype, str) and dtype not in _DTYPES and _DTYPE.fullmatch(dtype) and hasattr(_torch(), dtype):
         raise UserError(f"{where}: tensor {name!r} has dtype {dtype}, which is not read here; save it in another")
     if dtype not in _DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {dtype!r:.80}")

@@ -524,12 +524,13 @@ class Trainer:
         return bool(self.watch.reason) and is_notice(self.watch.reason)
 
     def _late(self) -> bool:
-        """Whether a notice came so long ago that the last save needs the time in which a level that hangs would have
-        room for an earlier one."""
-        if not self._hurried():
+        """Whether, since a notice, earlier saves have not moved for so long that the last one needs the time, and has
+        another level to go to."""
+        if len(self.levels) == 1 or not self._hurried():
             return False
         self._noticed = self._noticed or self.stop.since or time.monotonic()
-        return time.monotonic() - self._noticed > self.config.checkpoint.grace_seconds / 3
+        still = time.monotonic() - max(self._noticed, self.manager.moved)
+        return still > self.config.checkpoint.grace_seconds / 3
 
     def _check_saved(self) -> None:
         """Raises NonFiniteLoss for what the last save was to hold; no level has it then. The devices look at it, and

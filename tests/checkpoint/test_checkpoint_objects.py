@@ -587,6 +587,7 @@ def test_what_is_no_checkpoint_is_told(url):
 
 def test_a_url_that_became_a_path_is_a_url_and_a_path_is_a_path():
     assert place_of("s3://bucket//a/b/") == place_of(Path("s3://bucket/a/b")) == "s3://bucket/a/b"
+    assert place_of("S3://bucket") == "s3://bucket" and place_of("s3:/") == "s3://"
     for path in ("runs/s3", "/tmp/x:/y", "c:/x", "./s3:/x"):
         assert place_of(path) == Path(path)
 
@@ -604,7 +605,7 @@ def test_what_takes_a_directory_takes_no_url_for_one(tmp_path, monkeypatch, url)
 # -- errors
 
 
-@pytest.mark.parametrize("url", ["file:///tmp/x", "http://bucket/x", "s3:///"])
+@pytest.mark.parametrize("url", ["file:///tmp/x", "http://bucket/x", "s3:///", "s3:/"])
 def test_a_url_of_another_kind_is_told(url):
     with pytest.raises(
         UserError, match=r"is no place for checkpoints; use s3://bucket/\.\.\., gs://bucket/\.\.\. or a path"

@@ -133,6 +133,16 @@ def a_way_to_cut_is_missing():
     return make(sentencepiece(every=False))
 
 
+def a_way_to_cut_is_missing_behind_what_joins():
+    """No text shows it in which a space comes first: that joins the "a"."""
+    tokens = ["<unk>", *SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abc"]
+    merges = [("▁", "a"), ("a", "b"), ("b", "c"), ("a", "bc")]
+    vocab = {token: i for i, token in enumerate([*tokens, *("".join(m) for m in merges)])}
+    backend = sentencepiece()
+    backend.model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    return make(backend)
+
+
 def words():
     backend = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2}, unk_token="<s>"))
     backend.decoder = decoders.ByteLevel()
@@ -146,6 +156,7 @@ def words():
         (unknown_step, "its pre-tokenizer's step 'Whitespace'"),
         (normalised, "how it encodes .Hello, world"),
         (a_way_to_cut_is_missing, "how it encodes ' th'"),
+        (a_way_to_cut_is_missing_behind_what_joins, r"how it encodes '\\x00abc'"),
         (words, "its model 'WordLevel'; BPE is there"),
     ],
 )

@@ -223,6 +223,8 @@ def change(path, size=None, dtype=None, **place):
         ({"dtype": torch.float64}, "expected float64"),
         ({"dtype": torch.qint8}, "has dtype qint8, which is not read here"),
         ({"dtype": torch.complex32}, "has dtype complex32, which is not read here"),
+        ({"dtype": "float36"}, "damaged or of another kind .*has dtype 'float36'"),
+        ({"dtype": "a\nline"}, r"damaged or of another kind .*has dtype 'a\\nline'"),
     ],
 )
 def test_metadata_that_makes_no_sense_is_one_line(tmp_path, changes, message):

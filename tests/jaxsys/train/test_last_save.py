@@ -16,6 +16,7 @@ from tiny_runs import make_config, quiet
 from checkpoint import Level
 from checkpoint.levels import OpenLevel
 from checkpoint.storage import LocalStore
+from checkpoint.writer import ChunkWriter
 from jaxsys.train import last_save
 from jaxsys.train.config import CheckpointConfig
 from jaxsys.train.last_save import order, save_within
@@ -216,7 +217,7 @@ def test_a_disk_that_hangs_with_an_earlier_save_does_not_keep_the_last_from_othe
 ):
     """Its blocks fill the staging memory, and the next step waits for the rest of the state to be copied."""
     go_on, create, write, found, released = threading.Event(), LocalStore.create, OpenLevel._write, [], []
-    levels = CheckpointConfig(every=1, ram=str(tmp_path / "memory"), ram_every=100, grace_seconds=3.0)
+    levels = CheckpointConfig(every=1, ram=str(tmp_path / "memory"), ram_every=100, grace_seconds=6.0)
     config = make_config(tmp_path / "run", material, eval_batches=0, steps=5, checkpoint=levels)
     with Trainer(config, quiet()) as trainer:
 
@@ -240,3 +241,31 @@ def test_a_disk_that_hangs_with_an_earlier_save_does_not_keep_the_last_from_othe
         summary = trainer.run()
     assert released and all(released)
     assert (summary.step, found[0], summary.save_error) == (2, ("ram", 2), None)
+
+
+@pytest.mark.parametrize("ram", [False, True])
+def test_a_disk_that_is_slow_and_writes_on_keeps_its_save_on_a_notice(tmp_path, material, monkeypatch, ram):
+    """The save takes longer than a third of the grace time, in which it would be given up if it did not move."""
+    add, found, write = ChunkWriter.add, [], OpenLevel._write
+    memory = {"ram": str(tmp_path / "memory"), "ram_every": 100} if ram else {}
+    levels = CheckpointConfig(every=1, grace_seconds=9.0, **memory)
+    config = make_config(tmp_path / "run", material, eval_batches=0, steps=5, checkpoint=levels)
+    with Trainer(config, quiet()) as trainer:
+
+        def slow(writer, block):
+            trainer.stop.asked = "SIGTERM"
+            if "run" in writer.where and not found:
+                threading.Event().wait(4.0 / 34)  # of which there are as many
+            add(writer, block)
+
+        def spied(self, step, *arguments):
+            metrics = write(self, step, *arguments)
+            found.append((self.name, step))
+            return metrics
+
+        monkeypatch.setattr(ChunkWriter, "add", slow)
+        monkeypatch.setattr(ChunkWriter, "where", property(lambda self: self._files.where), raising=False)
+        monkeypatch.setattr(OpenLevel, "_write", spied)
+        trainer.manager._staging.budget = 1 << 10
+        trainer.run()
+    assert found[0] == ("disk", 1)
