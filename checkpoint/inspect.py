@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint.ahead import in_order
-from checkpoint.manifest import MANIFEST, Chunk, CorruptError, Manifest, resolved
+from checkpoint.manifest import MANIFEST, Chunk, CorruptError, Manifest, resolved, without_advice
 from checkpoint.places import Place, committed_directories, used_bytes
 from checkpoint.reader import CheckpointReader, Progress
 from checkpoint.storage import Store
@@ -188,7 +188,7 @@ def verify(
 
 def _seen(name: str, message: str, mended_from: str | None) -> Damage:
     """What to do about it is said only where it still is."""
-    return Damage(name, message.removesuffix("; use another checkpoint") if mended_from else message, mended_from)
+    return Damage(name, without_advice(message) if mended_from else message, mended_from)
 
 
 def _chunks(manifest: Manifest, directory: str) -> Iterator[tuple[str, Chunk, Location]]:

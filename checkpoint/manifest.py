@@ -46,6 +46,11 @@ class CorruptError(UserError):
     """Bytes of a checkpoint are missing or are not what was written."""
 
 
+def without_advice(message: str) -> str:
+    """What was wrong, of a message about a chunk that is good by now."""
+    return message.removesuffix("; use another checkpoint")
+
+
 def digest(data: Any) -> str:
     """xxh3_128 of a buffer, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)

@@ -16,7 +16,7 @@ import numpy as np
 
 from checkpoint.cells import DIGEST_BYTES, digests, runs, touched, unpack
 from checkpoint.compression import decompress
-from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, digest
+from checkpoint.manifest import MANIFEST, Array, Chunk, CorruptError, Manifest, digest, without_advice
 from checkpoint.storage import Files, MissingError, committed, files_of, place_of
 from checkpoint.writer import Block
 from parallelism.errors import UserError
@@ -165,8 +165,7 @@ class CheckpointReader:
                             if sum(len(kept) for _, kept in self.mended) + len(raw) <= MENDED_BYTES:
                                 self.mended.append((chunk, raw))
                         if first:  # of a file that is lost there would be a line a chunk
-                            what = str(damage).removesuffix("; use another checkpoint")
-                            logger.warning("%s; it is read from %s", what, other.where)
+                            logger.warning("%s; it is read from %s", without_advice(str(damage)), other.where)
                         return raw
             raise
 
